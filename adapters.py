@@ -1,0 +1,125 @@
+"""What is trained: the adapter, the projector, and their checkpoint in the layout of the released files.
+
+Mixture-of-Modality Adapter (paper, section 3.2): a linear bottleneck in front of every attention, with one
+down-projection and two up-projections, the experts, mixed by the router's weights. The projector turns the
+ViT's features into tokens of LLaMA (paper, section 3.3).
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from files import LavinError, read_checkpoint, tensors_of
+from router import Router
+
+
+@dataclass
+class AdapterConfig:
+    rank: int = 8
+    hidden: int = 128       # of the projector
+    tau: float = 10.0       # temperature of the routers: 10 for 7B, 5 for 13B
+    scale: float = 1.0
+    dropout: float = 0.1
+
+
+class Adapter(nn.Module):
+    """A(y; w) = y + s (w0 up0(h) + w1 up1(h)), h = dropout(down(y)).
+
+    Each `up` is a 1×1 convolution in two groups: half g of the output reads half g of the hidden units.
+    """
+
+    def __init__(self, width, config):
+        super().__init__()
+        self.scale = config.scale
+        self.down = nn.Linear(width, config.rank)
+        self.dropout = nn.Dropout(config.dropout)
+        self.up = nn.Parameter(torch.empty(2, width, config.rank // 2))     # of both experts
+        self.up_bias = nn.Parameter(torch.empty(2, width))
+        self.router = Router(width, config.tau)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Both experts start at zero: a fresh adapter is the identity."""
+        nn.init.xavier_uniform_(self.down.weight)
+        for parameter in (self.down.bias, self.up, self.up_bias):
+            nn.init.zeros_(parameter)
+        self.router.reset_parameters()
+
+    def forward(self, y, w):
+        """y (B, T, C), w (B, T or 1, 2) -> (B, T, C)."""
+        h = self.dropout(self.down(y))                                      # (B, T, r)
+        # Two groups are one block-diagonal matrix, and two weighted experts one product with both of them.
+        up = torch.cat([torch.block_diag(*expert.chunk(2)) for expert in self.up], dim=1)     # (C, 2r)
+        mixed = F.linear(torch.cat([w[..., :1] * h, w[..., 1:] * h], dim=-1), up) + w @ self.up_bias
+        return y + self.scale * mixed.type_as(y)
+
+
+class Projector(nn.Module):
+    """Features of the ViT -> tokens of LLaMA: Linear(V -> hidden), SiLU, Linear(hidden -> C)."""
+
+    def __init__(self, vit_width, hidden, width):
+        super().__init__()
+        self.conv_A = nn.Linear(vit_width, hidden)      # "conv" in the checkpoint, a Linear there too
+        self.conv_B = nn.Linear(hidden, width)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for linear in (self.conv_A, self.conv_B):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, features):
+        return self.conv_B(F.silu(self.conv_A(features)))
+
+
+def _official(lavin, of):
+    """{official name: view of `of(parameter)` in the official shape}: the one table between our names and theirs."""
+    named = {"adapter_modality_embedding.weight": of(lavin.modality_embedding)}
+    named |= {f"adapter_proj.{name}": of(p) for name, p in lavin.projector.named_parameters()}
+    for prefix, blocks in (("layers", lavin.llama.layers),
+                           ("backbone.visual.transformer.resblocks", lavin.vit.resblocks)):
+        for i, block in enumerate(blocks):
+            a, up, up_bias = block.adapter, of(block.adapter.up), of(block.adapter.up_bias)
+            ours = {
+                "conv_A.weight": of(a.down.weight)[..., None], "conv_A.bias": of(a.down.bias),
+                "conv_B.weight": up[0, ..., None], "conv_B.bias": up_bias[0],
+                "conv_D.weight": up[1, ..., None], "conv_D.bias": up_bias[1],
+                "expert_weights.weight": of(a.router.weight), "expert_weights.bias": of(a.router.bias),
+            }
+            named |= {f"{prefix}.{i}.adapter_attn.{name}": tensor for name, tensor in ours.items()}
+    return named
+
+
+def to_official(lavin, grad=False):
+    """The trained parameters, or with grad=True their gradients (0 where none flowed), by official name and shape.
+
+    The tensors share memory with the model's.
+    """
+    if grad:
+        return _official(lavin, lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+    return _official(lavin, lambda p: p.detach())
+
+
+def read(path):
+    """A LaVIN checkpoint, released or ours -> ({official name: tensor}, AdapterConfig, {argument: value}).
+
+    Rank and hidden size come from the shapes, τ, scale and dropout from the file's `args`. A file without
+    args gets the defaults. Raises LavinError if it is not such a file.
+    """
+    checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
+        raise LavinError(f"{path}: not a LaVIN checkpoint: it has no \"model\"")
+    state = {name.removeprefix("module."): t for name, t in tensors_of(checkpoint["model"], path).items()}
+    try:
+        rank = state["layers.0.adapter_attn.conv_A.weight"].shape[0]
+        hidden = state["adapter_proj.conv_A.weight"].shape[0]
+    except KeyError as error:
+        raise LavinError(f"{path}: not a LaVIN checkpoint: it has no {error}") from error
+    args = vars(checkpoint.get("args") or argparse.Namespace())
+    config = AdapterConfig(rank, hidden, args.get("temperature", AdapterConfig.tau),
+                           args.get("adapter_scale", AdapterConfig.scale), args.get("dropout", AdapterConfig.dropout))
+    return state, config, args
+

@@ -1,0 +1,332 @@
+"""Samples and what becomes of them: prompts, tokens, pictures, batches; ScienceQA in its real layout.
+
+The way of the data: Sample (text and a picture's path) -> Encoded (tokens, made once) -> Batch (padded,
+with the pictures decoded by the DataLoader's workers) -> LaVIN.forward. The sequence (paper, section 3.3)
+
+    [BOS] "Image: " [features] prompt answer [EOS]      or      [BOS] "Image: N/A" prompt answer [EOS]
+
+is spliced here for training and generation alike. Token 0 (LLaMA's <unk>, which no text contains) pads,
+holds the place of features, and as a label means "no loss".
+"""
+
+import os
+import re
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from sentencepiece import SentencePieceProcessor
+from torch.utils.data import DataLoader, Dataset
+
+from files import LavinError, read_json, tokenizer_path
+
+# Pictures
+
+
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]     # ImageNet's, not CLIP's: LaVIN's choice
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+
+def to_rgb(picture):
+    """A PIL picture of any mode -> RGB, upright, alpha laid on white."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):                                    # 16 bits: convert() would clip at 255
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def load_pixels(image, resolution):
+    """A path or PIL picture -> (3, R, R) fp32, squeezed (not cropped) to R × R by bicubic, normalised."""
+    try:
+        picture = to_rgb(image if isinstance(image, Image.Image) else Image.open(image))
+    except FileNotFoundError as error:
+        raise LavinError(f"{image}: no such picture") from error
+    except Exception as error:      # Pillow's readers raise anything, from SyntaxError to struct.error
+        raise LavinError(f"{image}: not a picture that Pillow can read ({error})") from error
+    picture = picture.resize((resolution, resolution), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    return (pixels - IMAGENET_MEAN) / IMAGENET_STD
+
+
+# Samples, tokens, batches
+
+
+@dataclass
+class Sample:
+    prompt: str
+    answer: str = ""
+    image: str | Path | Image.Image | None = None
+    id: str = ""                # named in messages
+
+
+@dataclass
+class Encoded:
+    tokens: torch.Tensor        # (T,) int32
+    labels: torch.Tensor        # (T,) int32, the token itself where it belongs to the answer, else 0
+    image: str | Path | Image.Image | None
+    id: str
+
+
+@dataclass
+class Batch:
+    tokens: torch.Tensor        # (B, T) int64, padded on the right
+    labels: torch.Tensor        # (B, T) int64
+    lengths: torch.Tensor       # (B,) int64
+    modality: torch.Tensor      # (B,) int64: 0 text only, 1 with a picture
+    pixels: torch.Tensor        # (N, 3, R, R) fp32, of the rows of modality 1, in their order
+    ids: list[str]
+    n_answer: int               # tokens that carry loss
+
+    def to(self, device):
+        tensors = {name: t.to(device, non_blocking=True) for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
+        return Batch(**vars(self) | tensors)
+
+
+def load_tokenizer(llama):
+    """LLaMA's sentencepiece model, from LLaMA's folder or its parent."""
+    path = tokenizer_path(llama)
+    try:
+        tokenizer = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise LavinError(f"{path}: not a sentencepiece tokenizer") from error
+    if tokenizer.bos_id() < 0 or tokenizer.eos_id() < 0:
+        raise LavinError(f"{path}: has no BOS or EOS token; LLaMA's tokenizer.model is meant")
+    return tokenizer
+
+
+def picture_prefix(tokenizer):
+    """The tokens between BOS and a picture's features."""
+    return tokenizer.encode("Image: ")
+
+
+def tokenize(sample, tokenizer, max_seq_len):
+    """(tokens, labels) of BOS + prompt + answer + EOS, cut to max_seq_len, no picture yet.
+
+    Prompt and answer are tokenized as one string; the answer begins where the prompt alone would end.
+    """
+    n_prompt = 1 + len(tokenizer.encode(sample.prompt))
+    tokens = [tokenizer.bos_id(), *tokenizer.encode(sample.prompt + sample.answer), tokenizer.eos_id()][:max_seq_len]
+    return tokens, [0] * min(n_prompt, len(tokens)) + tokens[n_prompt:]
+
+
+def encode(sample, tokenizer, n_features, max_seq_len, prompt_only=False):
+    """A Sample -> Encoded: the sequence of the module's docstring, with 0 where the features go.
+
+    For training it is cut to max_seq_len, the modality token counted, which stands in front of it without
+    being in it. With prompt_only, for generation, it ends with the prompt, and a prompt that leaves no
+    room for an answer raises LavinError.
+    """
+    if prompt_only:
+        tokens = [tokenizer.bos_id(), *tokenizer.encode(sample.prompt)]
+        labels = [0] * len(tokens)
+    else:
+        tokens, labels = tokenize(sample, tokenizer, max_seq_len)
+    prefix = tokenizer.encode("Image: N/A") if sample.image is None else picture_prefix(tokenizer) + [0] * n_features
+    tokens, labels = tokens[:1] + prefix + tokens[1:], labels[:1] + [0] * len(prefix) + labels[1:]
+    if prompt_only and len(tokens) > max_seq_len - 2:       # the modality token and one new one
+        raise LavinError(f"the prompt has {len(tokens)} tokens, picture counted, but a context of {max_seq_len} "
+                         f"has room for {max_seq_len - 2}; shorten it or raise --max-seq-len")
+    tokens, labels = (torch.tensor(ids[:max_seq_len - 1], dtype=torch.int32) for ids in (tokens, labels))
+    return Encoded(tokens, labels, sample.image, sample.id)
+
+
+def collate(encoded, resolution):
+    """Encoded samples -> one Batch on the CPU, padded to its longest, its pictures decoded."""
+    lengths = torch.tensor([len(e.tokens) for e in encoded])
+    tokens, labels = torch.zeros(2, len(encoded), int(lengths.max()), dtype=torch.int64)
+    pixels = []
+    for row, e in enumerate(encoded):
+        tokens[row, :len(e.tokens)], labels[row, :len(e.labels)] = e.tokens, e.labels
+        if e.image is not None:
+            try:
+                pixels.append(load_pixels(e.image, resolution))
+            except LavinError as error:
+                raise LavinError(f"problem {e.id}: {error}" if e.id else str(error)) from error
+    return Batch(tokens, labels, lengths, torch.tensor([int(e.image is not None) for e in encoded]),
+                 torch.stack(pixels) if pixels else torch.zeros(0, 3, resolution, resolution),
+                 [e.id for e in encoded], int((labels != 0).sum()))
+
+
+# Batches ahead of the step
+
+
+def global_batch(step, lengths, batch_size, micro_batch, seed):
+    """Which samples step `step` trains on: a list of micro-batches (lists of indices), samples of like length together.
+
+    Every epoch is a permutation of its own, drawn from (seed, epoch) alone: the same whatever the number
+    of workers or the step at which a run was resumed. The last batch of an epoch may be smaller.
+    """
+    epoch, place = divmod(step, -(-len(lengths) // batch_size))
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed((seed << 32) + epoch)).tolist()
+    chosen = sorted(order[place * batch_size:(place + 1) * batch_size], key=lambda i: -lengths[i])
+    return [chosen[i:i + micro_batch] for i in range(0, len(chosen), micro_batch)]
+
+
+class Collated(Dataset):
+    """Item i: the batches that plan(i), a list of lists of indices, asks for. Runs in the workers."""
+
+    def __init__(self, encoded, plan, resolution):
+        self.encoded, self.plan, self.resolution = encoded, plan, resolution
+
+    def __getitem__(self, i):
+        try:
+            return [collate([self.encoded[j] for j in indices], self.resolution) for indices in self.plan(i)]
+        except LavinError as error:
+            return error                # raised by `ahead`: from here, a traceback of the worker would come along
+
+
+def _leave_interrupts_to_the_main_process(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def ahead(dataset, items, workers):
+    """Yield dataset[i] for i in items, prepared by `workers` processes ahead of their use (0: in this one)."""
+    for batches in DataLoader(dataset, batch_size=None, sampler=items, num_workers=workers,
+                              worker_init_fn=_leave_interrupts_to_the_main_process):
+        if isinstance(batches, LavinError):
+            raise batches
+        yield batches
+
+
+def default_workers():
+    return min(8, (os.cpu_count() or 1) // 2)
+
+
+# ScienceQA
+
+
+# What is asked and what is answered: Question, Context (hint and caption), Multiple choices, Lecture, Explanation.
+FORMATS = tuple(f"{ask}-{answer}" for ask in ("CQM", "QCM") for answer in ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE")
+                ) + ("QCML-A", "QCME-A", "QCMLE-A", "QCLM-A", "QCEM-A", "QCLEM-A", "QCML-AE")
+LETTERS = "ABCDE"
+COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "AVG")
+
+
+def check_format(format):
+    if format not in FORMATS:
+        raise LavinError(f"unknown prompt format {format!r}; valid ones: {', '.join(FORMATS)}")
+
+
+def sqa_prompt(problem, format="QCM-ALE", caption=""):
+    """A ScienceQA problem -> (prompt, answer), to the letter as the reference writes them.
+
+    Its quirks are kept, since the released adapters were trained on them: in "AL" the solution is given and
+    in "AE" the lecture, newlines inside both become a literal backslash-n, and an answer without either
+    ends in a bare "BECAUSE:".
+    """
+    check_format(format)
+    ask, answer = format.split("-")
+    lecture, solution = (problem[field].replace("\n", "\\n") for field in ("lecture", "solution"))
+    reasons = {"": "", "L": lecture, "E": solution, "LE": f"{lecture} {solution}", "EL": f"{solution} {lecture}"}
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"]))
+    context = f"{problem['hint']} {caption}".strip() or "N/A"
+    parts = {
+        "Q": f"Question: {problem['question']}\n",
+        "C": f"Context: {context}\n",
+        "M": f"Options: {options}\n",
+    }
+    because = re.search("[LE]+|$", ask)[0]
+    prompt = "".join(f"BECAUSE: {reasons[part]}\n" if part == because else parts[part] for part in re.findall("[LE]+|.", ask))
+    result = f"The answer is {LETTERS[problem['answer']]}."
+    if answer.startswith("A"):
+        reason = reasons[{"L": "E", "E": "L"}.get(answer[1:], answer[1:])]
+        text = result if answer == "A" else f"{result} BECAUSE: {reason}"
+    else:
+        text = f"{reasons[answer[:-1]]} {result}"
+    return tuple(part.replace("  ", " ").strip() for part in (f"{prompt}Response:", text))
+
+
+def sqa_answer(text):
+    """The index of the choice that a generated text names, or -1 where it names none.
+
+    Of several the last: where the reasoning comes first, the answer comes last.
+    """
+    named = re.findall(rf"The answer is ([{LETTERS}])(?![A-Za-z])", text)
+    return LETTERS.index(named[-1]) if named else -1
+
+
+SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+
+
+def _columns(problem):
+    """The columns of the table in which a problem counts."""
+    grade = int(problem["grade"].removeprefix("grade"))
+    context = [name for name, there in (("TXT", problem["hint"]), ("IMG", problem["image"])) if there] or ["NO"]
+    return {SUBJECTS[problem["subject"]], "G1-6" if grade <= 6 else "G7-12", "AVG", *context}
+
+
+def sqa_counts(problems, predictions):
+    """{column: (problems answered rightly, problems)} over the problems predicted, {id: index of the choice}."""
+    counts = {}
+    for column in COLUMNS:
+        right = [predictions[pid] == problems[pid]["answer"] for pid in predictions if column in _columns(problems[pid])]
+        counts[column] = (sum(right), len(right))
+    return counts
+
+
+def sqa_scores(problems, predictions):
+    """{column: percent right}, nan where a column has no problem."""
+    return {column: 100 * right / total if total else float("nan")
+            for column, (right, total) in sqa_counts(problems, predictions).items()}
+
+
+def sqa_table(problems, predictions):
+    """The nine-column table as text: percent, and how many of how many."""
+    counts, scores = sqa_counts(problems, predictions), sqa_scores(problems, predictions)
+    rows = [COLUMNS, [f"{scores[c]:.2f}" if counts[c][1] else "-" for c in COLUMNS], [f"{r}/{n}" for r, n in counts.values()]]
+    return "\n".join("".join(f"{cell:>11}" for cell in row) for row in rows)
+
+
+def _check_problem(pid, problem):
+    """What is wrong with a problem of problems.json, or None."""
+    texts = ("question", "hint", "lecture", "solution", "split", "subject", "grade")
+    if not isinstance(problem, dict):
+        return "is not an object"
+    for field in (*texts, "choices", "answer", "image"):
+        if field not in problem:
+            return f"lacks the field {field!r}"
+        if field in texts and not isinstance(problem[field], str):
+            return f"has a {field!r} that is not text"
+    choices, answer = problem["choices"], problem["answer"]
+    if not isinstance(choices, list) or not 1 <= len(choices) <= len(LETTERS) or not all(isinstance(c, str) for c in choices):
+        return f"has choices other than 1 to {len(LETTERS)} texts"
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        return f"has the answer {answer!r}, outside its {len(choices)} choices"
+    if problem["subject"] not in SUBJECTS or not re.fullmatch(r"grade\d{1,2}", problem["grade"]):
+        return f"has the subject {problem['subject']!r} and the grade {problem['grade']!r}, not ScienceQA's"
+    if not isinstance(problem["image"], str | None):
+        return f"has the image {problem['image']!r}, neither a file name nor null"
+
+
+def load_sqa(root, split, format="QCM-ALE", use_captions=False):
+    """One split of ScienceQA -> ({id: problem}, [Sample]). Raises LavinError naming file, problem and field."""
+    check_format(format)
+    root = Path(root)
+    problems, splits = read_json(root / "problems.json"), read_json(root / "pid_splits.json")
+    if not isinstance(problems, dict) or not isinstance(splits, dict):
+        raise LavinError(f"{root}: problems.json and pid_splits.json are not objects, as ScienceQA's are")
+    for pid, problem in problems.items():
+        if wrong := _check_problem(pid, problem):
+            raise LavinError(f"{root / 'problems.json'}: problem {pid} {wrong}")
+    for name, pids in splits.items():
+        if unknown := [pid for pid in pids if str(pid) not in problems]:
+            raise LavinError(f"{root / 'pid_splits.json'}: split {name!r} names problem {unknown[0]}, which problems.json lacks")
+    if split not in splits:
+        raise LavinError(f"{root / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
+    captions = read_json(root / "captions.json")["captions"] if use_captions else {}
+    chosen, samples = {str(pid): problems[str(pid)] for pid in splits[split]}, []
+    for pid, problem in chosen.items():
+        image = root / "images" / problem["split"] / pid / problem["image"] if problem["image"] else None
+        if image and not image.is_file():
+            raise LavinError(f"problem {pid}: {image}: no such picture")
+        samples.append(Sample(*sqa_prompt(problem, format, captions.get(pid, "")), image, pid))
+    if not samples:
+        raise LavinError(f"{root / 'pid_splits.json'}: split {split!r} is empty")
+    return chosen, samples

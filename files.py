@@ -1,0 +1,135 @@
+"""Files that people hand us: found, opened safely, written atomically, and complained about in one line.
+
+Every other file reads and writes through this one, so that a wrong, truncated or hostile file ends in
+one sentence on stderr and exit code 2, never in a traceback, an executed pickle or a half-written result.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+class LavinError(Exception):
+    """One line for the person at the terminal: what was wrong, with which file or flag, what to do."""
+
+
+def run(main):
+    """Call a script's `main()`; a LavinError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except LavinError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+# What both scripts take when no path is given, and where a person gets it.
+DEFAULTS = {"llama": "weights/7B", "vit": "weights/ViT-L-14.pt", "data_root": "data/scienceqa"}
+ORIGINS = {
+    "llama": "LLaMA in Meta's layout, from https://llama.meta.com; --llama DIR",
+    "tokenizer": "comes with LLaMA; in the folder of --llama or in its parent",
+    "vit": "CLIP's image encoder ViT-L-14.pt, linked from https://github.com/openai/CLIP; --vit FILE",
+    "data_root": "ScienceQA, from https://github.com/lupantech/ScienceQA; --data-root DIR",
+}
+
+
+def tokenizer_path(llama):
+    """`tokenizer.model` lies in LLaMA's folder or, as in Meta's download, beside it."""
+    inside, beside = Path(llama) / "tokenizer.model", Path(llama).absolute().parent / "tokenizer.model"
+    return beside if beside.exists() and not inside.exists() else inside
+
+
+def check_inputs(llama, vit, data_root=None):
+    """Raise one LavinError that lists every missing input file with where it comes from."""
+    wanted = [
+        (f"{llama}/params.json", Path(llama, "params.json").is_file(), "llama"),
+        (f"{llama}/consolidated.00.pth", Path(llama, "consolidated.00.pth").is_file(), "llama"),
+        (f"{llama}/tokenizer.model", tokenizer_path(llama).is_file(), "tokenizer"),
+        (f"{vit}", Path(vit).is_file(), "vit"),
+    ]
+    if data_root is not None:
+        names = ("problems.json", "pid_splits.json", "images")
+        wanted += [(f"{data_root}/{name}", Path(data_root, name).exists(), "data_root") for name in names]
+    missing = [f"{path} ({ORIGINS[origin]})" for path, exists, origin in wanted if not exists]
+    if missing:
+        raise LavinError("missing: " + "; ".join(missing))
+
+
+def read_json(path):
+    """The contents of a JSON file; LavinError if it is missing, unreadable or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LavinError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise LavinError(f"{path}: not JSON ({error})") from error
+
+
+def read_checkpoint(path, mmap=False):
+    """A torch file on the CPU. Never unpickles code: tensors, containers and argparse.Namespace alone.
+
+    mmap=True leaves the tensors on disk until they are touched. Raises LavinError if the file is
+    missing, truncated, or holds anything else than data.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError as error:
+        raise LavinError(f"{path}: no such file") from error
+    except pickle.UnpicklingError as error:
+        raise LavinError(f"{path}: not a checkpoint of tensors, or one that would run code; not loaded") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise LavinError(f"{path}: not a readable torch file; truncated? fetch it again") from error
+
+
+def tensors_of(state, path):
+    """`state` itself if it is {name: tensor}, else a LavinError about `path`."""
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise LavinError(f"{path}: not a checkpoint of the kind expected here: it holds no named tensors")
+    return {str(name): tensor for name, tensor in state.items()}
+
+
+def check_names(path, expected, found):
+    """LavinError that names the first name that only one of the two holds."""
+    for name in sorted(set(expected) ^ set(found)):
+        raise LavinError(f"{path}: {name} {'is missing' if name in expected else 'has no place in this model'}")
+
+
+@torch.no_grad()
+def fill(parameters, state, path):
+    """Copy `state` into `parameters`, both {name: tensor}, strictly: the same names, the same shapes."""
+    check_names(path, parameters, state)
+    for name, parameter in parameters.items():
+        if parameter.shape != state[name].shape:
+            raise LavinError(f"{path}: {name} is {tuple(state[name].shape)}, but this model's is "
+                             f"{tuple(parameter.shape)}: these files do not belong together")
+        parameter.copy_(state[name])
+
+
+def write_atomically(path, write):
+    """Call `write(temporary_path)`, then rename: readers see the old file or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise LavinError(f"{path}: cannot be written ({error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(directory):
+    """Make `directory`; LavinError now if nothing can be written there, not after an epoch."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise LavinError(f"{directory}: cannot be written to ({error.strerror}); choose another --out") from error

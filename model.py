@@ -1,0 +1,411 @@
+"""LLaMA in Meta's layout, and LaVIN: LLaMA and CLIP's ViT joined by Mixture-of-Modality Adaptation.
+
+In the order of reading: norm, RoPE, cache, attention, feed-forward, block, LLaMA, its loading, LaVIN.
+Module names are those of Meta's checkpoint, so that a parameter's name is its name in the file.
+Shapes: B samples, T tokens, C width, H heads, K key/value heads, D = C / H, L layers, S cached tokens;
+N pictures of R × R pixels, F features of V channels each.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import adapters
+import data
+import vit as clip
+from adapters import Adapter, AdapterConfig, Projector
+from files import LavinError, check_names, fill, read_checkpoint, read_json, tensors_of
+from router import route
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return y.type_as(x) * self.weight
+
+
+def rotate(x, angles):
+    """RoPE, in fp32: turn each pair of neighbouring channels of x (B, T, H, D) by angles (B or 1, T, 1, D/2).
+
+    Meta's checkpoints pair channels 2i and 2i + 1; Hugging Face's pair i and i + D/2.
+    """
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                  # (B, T, H, D/2) each
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+
+
+class Cache:
+    """One layer's keys and values, of B rows with room for S tokens each.
+
+    Rows may be of different lengths: a row's tokens fill it from the left, and what padding wrote behind
+    them is never looked at and is overwritten by the tokens to come.
+    """
+
+    def __init__(self, B, S, config, device, dtype):
+        shape = (B, S, config.n_kv_heads, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.rows = torch.arange(B, device=device)[:, None]
+
+    def append(self, k, v, positions):
+        """Write k, v (B, T, K, D) at positions (B, T); return all keys and values (B, S, K, D)."""
+        self.k[self.rows, positions] = k.to(self.k.dtype)
+        self.v[self.rows, positions] = v.to(self.v.dtype)
+        return self.k, self.v
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, self.head_dim = config.dim, config.head_dim
+        self.wq = nn.Linear(C, C, bias=False)
+        self.wk = nn.Linear(C, config.n_kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(C, config.n_kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(C, C, bias=False)
+        self.grouped = config.n_kv_heads != config.n_heads
+
+    def forward(self, x, angles, cache=None, positions=None):
+        """Causal self-attention. With a cache, over what it holds up to each token's own position."""
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.wq, self.wk, self.wv))
+        q, k = rotate(q, angles), rotate(k, angles)                     # (B, T, H, D), (B, T, K, D)
+        mask = None
+        if cache is not None:
+            k, v = cache.append(k, v, positions)                        # (B, S, K, D)
+            mask = torch.arange(k.shape[1], device=k.device) <= positions[:, None, :, None]     # (B, 1, T, S)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                # (B, H, T, D), (B, K, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
+        return self.wo(y.transpose(1, 2).flatten(2))                    # (B, T, C)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))                 # SwiGLU
+
+
+class Block(nn.Module):
+    def __init__(self, config, adapter):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.adapter = Adapter(config.dim, adapter)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x, w, angles, cache=None, positions=None):
+        """x (B, T, C); w (B, 1, 2), the weights of the two adapter experts for each sample."""
+        x = x + self.attention(self.adapter(self.attention_norm(x), w), angles, cache, positions)
+        x = x + self.feed_forward(self.ffn_norm(x))
+        return x
+
+
+@dataclass
+class LLaMAConfig:
+    """params.json; the defaults are 7B's."""
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    vocab_size: int = 32000
+    multiple_of: int = 256
+    norm_eps: float = 1e-6
+    n_kv_heads: int | None = None               # fewer than n_heads: grouped-query attention
+    ffn_dim_multiplier: float | None = None
+    rope_theta: float = 10000.0
+
+    def __post_init__(self):
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.head_dim = self.dim // self.n_heads
+        hidden = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        self.hidden_dim = self.multiple_of * math.ceil(hidden / self.multiple_of)
+
+
+class LLaMA(nn.Module):
+    def __init__(self, config, adapter):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, adapter) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.checkpointing = False
+
+    def rope(self, positions):
+        """(..., T) -> angles (..., T, 1, D/2) in fp32."""
+        D = self.config.head_dim
+        frequencies = 1 / self.config.rope_theta ** (torch.arange(0, D, 2, device=positions.device).float() / D)
+        return (positions[..., None].float() * frequencies).unsqueeze(-2)
+
+    def forward(self, x, w, caches=None, positions=None):
+        """x (B, T, C), w (L, B, 2) -> the last hidden state, normed, (B, T, C); `output` makes logits of it.
+
+        With caches (one a layer), positions (B, T) say where in them the tokens of x belong.
+        """
+        angles = self.rope(torch.arange(x.shape[1], device=x.device) if positions is None else positions)
+        for i, layer in enumerate(self.layers):
+            if self.checkpointing and caches is None:
+                x = checkpoint(layer, x, w[i, :, None], angles, use_reentrant=False)
+            else:
+                x = layer(x, w[i, :, None], angles, caches and caches[i], positions)
+        return self.norm(x)
+
+
+def read_params(directory, vocab_size):
+    """params.json -> LLaMAConfig. vocab_size is the tokenizer's: Meta's file says -1."""
+    path = Path(directory, "params.json")
+    params = read_json(path)
+    known = {field.name for field in dataclasses.fields(LLaMAConfig)}
+    try:
+        if params.get("use_scaled_rope"):
+            raise LavinError(f"{path}: scaled RoPE (LLaMA 3.1 and later) is not supported")
+        config = LLaMAConfig(**{name: params[name] for name in params.keys() & known} | {"vocab_size": vocab_size})
+        if config.dim % config.n_heads or config.n_heads % config.n_kv_heads:
+            raise ValueError(f"dim {config.dim}, n_heads {config.n_heads} and n_kv_heads {config.n_kv_heads} do not divide")
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise LavinError(f"{path}: not LLaMA's parameters ({error})") from error
+    return config
+
+
+def places(whole, slices):
+    """The parts of `whole` that model-parallel slices fill, in order; None if they do not add up to it.
+
+    Meta cuts wq, wk, wv, w1, w3 and output along dim 0, wo, w2 and tok_embeddings along dim 1; the norms are
+    whole in every shard. The shapes alone tell which.
+    """
+    if all(s.shape == whole.shape for s in slices):
+        return [whole]
+    for dim in range(whole.dim()):
+        others = [s.shape[:dim] + s.shape[dim + 1:] for s in slices]
+        sizes = [s.shape[dim] if s.dim() > dim else 0 for s in slices]
+        if sum(sizes) == whole.shape[dim] and set(others) == {whole.shape[:dim] + whole.shape[dim + 1:]}:
+            return whole.split(sizes, dim)
+    return None
+
+
+@torch.no_grad()
+def load_llama(llama, directory):
+    """Copy consolidated.00.pth, .01.pth, … into the frozen weights of `llama`, tensor by tensor.
+
+    The files are mapped, not read. The pages of a map that have been touched count as memory until it is
+    dropped, so the maps are renewed before more than the largest tensor of each shard has been touched.
+    """
+    files = sorted(Path(directory).glob("consolidated.*.pth"))
+    parameters = {name: p for name, p in llama.named_parameters() if not p.requires_grad}
+
+    def open_shards():
+        return [tensors_of(read_checkpoint(file, mmap=True), file) for file in files]
+
+    shards = open_shards()
+    for file, shard in zip(files, shards):
+        check_names(file, parameters, shard.keys() - {"rope.freqs"})    # derived; we compute it
+    budget, touched = max(t.nbytes for t in shards[0].values()), 0
+    for name, parameter in parameters.items():
+        if touched + shards[0][name].nbytes > budget:
+            shards = slices = piece = None                              # unmap before mapping anew
+            shards, touched = open_shards(), 0
+        touched += shards[0][name].nbytes
+        slices = [shard[name] for shard in shards]
+        parts = places(parameter, slices)
+        if parts is None:
+            shapes = " + ".join(str(tuple(s.shape)) for s in slices)
+            raise LavinError(f"{directory}: {name} is {shapes} in {len(files)} shard(s), but params.json and the tokenizer "
+                             f"ask for {tuple(parameter.shape)}; is a consolidated.NN.pth missing?")
+        for part, piece in zip(parts, slices):
+            part.copy_(piece)
+
+
+class LaVIN(nn.Module):
+    """LLaMA and CLIP, frozen, with what joins them: adapters, routers, projector and the modality embedding.
+
+    Frozen weights are kept in one dtype, trained ones in fp32; where the two meet, autocast computes in the
+    dtype of the frozen ones. Every public method does so by itself.
+    """
+
+    def __init__(self, llama, vit, adapter, tokenizer, max_seq_len):
+        """Configs, tokenizer and the context in tokens, the modality token counted. Weights are left unset."""
+        super().__init__()
+        self.config = adapter
+        self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
+        self.resolution, self.n_features = vit.resolution, vit.n_features
+        self.llama = LLaMA(llama, adapter)
+        self.vit = clip.VisionTransformer(vit, adapter)
+        self.projector = Projector(vit.width, adapter.hidden, llama.dim)
+        self.modality_embedding = nn.Parameter(torch.empty(2, llama.dim))       # 0 text only, 1 with a picture
+        self.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, (Adapter, Projector)):
+                module.requires_grad_(True)
+        self.modality_embedding.requires_grad_(True)
+
+    @classmethod
+    def load(cls, llama, vit, adapter=None, *, device="cpu", dtype=torch.float32, max_seq_len=None,
+             tau=None, dropout=None):
+        """LLaMA's directory, CLIP's file and, unless it is to be trained afresh, a LaVIN checkpoint -> LaVIN in eval mode.
+
+        max_seq_len, tau and dropout: as given, else the checkpoint's, else 512, 10 and 0.1.
+        Raises LavinError for a file that is missing, damaged or does not fit the others.
+        """
+        state, config, args = adapters.read(adapter) if adapter else ({}, AdapterConfig(), {})
+        changes = {"tau": tau, "dropout": dropout}
+        config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+        max_seq_len = max_seq_len or args.get("max_seq_len") or 512
+        tokenizer = data.load_tokenizer(llama)
+        vit_state, vit_config = clip.read(vit)
+        longest_prefix = 2 + len(data.picture_prefix(tokenizer)) + vit_config.n_features
+        if max_seq_len <= longest_prefix:
+            raise LavinError(f"--max-seq-len {max_seq_len} has no room for text: a picture alone takes {longest_prefix}")
+        with torch.device("meta"):                      # no memory before the dtype is known
+            lavin = cls(read_params(llama, tokenizer.vocab_size()), vit_config, config, tokenizer, max_seq_len)
+        for parameter in lavin.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        lavin.to_empty(device=device)
+        load_llama(lavin.llama, llama)
+        fill({name: p for name, p in lavin.vit.named_parameters() if not p.requires_grad}, vit_state, vit)
+        lavin.init_trained()
+        if adapter:
+            fill(adapters.to_official(lavin), state, adapter)
+        return lavin.eval()
+
+    def init_trained(self):
+        """As the reference: adapters are the identity, the modality tokens drawn from N(0, 1)."""
+        for module in self.modules():
+            if isinstance(module, (Adapter, Projector)):
+                module.reset_parameters()
+        nn.init.normal_(self.modality_embedding)
+
+    @property
+    def device(self):
+        return self.modality_embedding.device
+
+    def autocast(self):
+        dtype = self.llama.norm.weight.dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def batch(self, samples):
+        """[data.Sample] -> data.Batch on the model's device."""
+        encoded = [data.encode(s, self.tokenizer, self.n_features, self.max_seq_len) for s in samples]
+        return data.collate(encoded, self.resolution).to(self.device)
+
+    def image_features(self, pixels):
+        """(N, 3, R, R), normalised -> (N, F, V), before the projector."""
+        with self.autocast():
+            return self.vit(pixels.to(self.vit.conv1.weight.dtype))
+
+    def route(self):
+        """(L, 2 modalities, 2 experts): the weights by which each layer mixes its experts."""
+        with self.autocast():
+            return route(self.llama, self.modality_embedding)
+
+    def embed(self, batch):
+        """Tokens and pictures -> (B, T, C). The one place where pictures enter the text."""
+        x = self.llama.tok_embeddings(batch.tokens)
+        if len(batch.pixels):
+            start = 1 + len(data.picture_prefix(self.tokenizer))        # BOS, "Image: ", features
+            tokens = self.projector(self.image_features(batch.pixels))  # (N, F, C)
+            x[batch.modality == 1, start:start + self.n_features] = tokens.type_as(x)
+        return x
+
+    def hidden(self, batch):
+        """The last hidden state of the whole sequence, (B, T, C)."""
+        return self.llama(self.embed(batch), self.route()[:, batch.modality])
+
+    def forward(self, batch):
+        """Mean cross-entropy over the batch's answer tokens, fp32. Logits are made for these alone."""
+        with self.autocast():
+            targets = batch.labels[:, 1:]
+            x = self.hidden(batch)[:, :-1][targets != 0]                # (answer tokens, C)
+            logits = self.llama.output(x).float()
+        return F.cross_entropy(logits, targets[targets != 0], reduction="sum") / max(batch.n_answer, 1)
+
+    def logits(self, batch):
+        """(B, T, vocabulary), fp32, of every position; the modality token is not among them."""
+        with self.autocast():
+            return self.llama.output(self.hidden(batch)).float()
+
+    def _next(self, x, w, caches, positions, last):
+        """Logits (B, vocabulary) after the tokens x (B, T, C) of which `last` (B,) is each row's last."""
+        with self.autocast():
+            x = self.llama(x, w, caches, positions)
+            return self.llama.output(x[torch.arange(len(x)), last]).float()
+
+    @torch.inference_mode()
+    def decode(self, batch, max_new_tokens, temperature=0.0, top_p=1.0, done=None):
+        """Continue the prompts of a Batch. Yields, after every new token, the new ids of all rows so far.
+
+        Greedy at temperature 0, else sampled from the smallest set of tokens that holds `top_p` of the
+        probability. A row ends at EOS (not kept), at the context's end, or when `done(its ids)` is true.
+        """
+        B, T = batch.tokens.shape
+        S = min(T + max_new_tokens, self.max_seq_len - 1)       # the modality token has one place
+        config, dtype = self.llama.config, self.llama.norm.weight.dtype
+        caches = [Cache(B, S, config, self.device, dtype) for _ in range(config.n_layers)]
+        with self.autocast():
+            w, x = self.route()[:, batch.modality], self.embed(batch)
+        positions = torch.arange(T, device=self.device).expand(B, T)
+        lengths, last = batch.lengths, batch.lengths - 1
+        new, open_rows = [[] for _ in range(B)], set(range(B))
+        for _ in range(max_new_tokens):
+            ids = pick(self._next(x, w, caches, positions, last), temperature, top_p)       # (B,)
+            full = (lengths + 1 >= S).tolist()
+            for row, token in enumerate(ids.tolist()):
+                if row in open_rows:
+                    if token != self.tokenizer.eos_id():
+                        new[row].append(token)
+                    if token == self.tokenizer.eos_id() or full[row] or done and done(new[row]):
+                        open_rows.discard(row)
+            yield new
+            if not open_rows:
+                return
+            x = self.llama.tok_embeddings(ids[:, None])         # (B, 1, C)
+            positions = lengths.clamp(max=S - 1)[:, None]       # of rows that have ended, anywhere
+            lengths, last = lengths + 1, torch.zeros_like(last)
+
+    def generate(self, samples, max_new_tokens=64, temperature=0.0, top_p=1.0):
+        """[data.Sample] -> the new text of each. Answers in the samples are ignored."""
+        encoded = [data.encode(s, self.tokenizer, self.n_features, self.max_seq_len, prompt_only=True) for s in samples]
+        batch = data.collate(encoded, self.resolution).to(self.device)
+        new = [[] for _ in samples]
+        for new in self.decode(batch, max_new_tokens, temperature, top_p):
+            pass
+        return [self.tokenizer.decode(ids) for ids in new]
+
+
+def pick(logits, temperature, top_p):
+    """(B, vocabulary) -> (B,): the likeliest token, or one drawn from the nucleus of mass top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
+    p[p.cumsum(-1) - p >= top_p] = 0                            # those before a token already hold top_p
+    p[:, 0] = p[:, 0].clamp(min=1e-30)                          # top_p = 0: the likeliest
+    return order.gather(-1, torch.multinomial(p, 1))[:, 0]
+
+
+def pick_device(device="auto", dtype="auto"):
+    """--device and --dtype -> (torch.device, torch.dtype). On a GPU "auto" means bf16, or fp16 where it is old."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LavinError(f"--device {device}: not available here ({str(error).splitlines()[0]})") from error
+    if dtype == "auto":
+        gpu = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
+        dtype = gpu if device.type == "cuda" else "fp32"
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
