@@ -103,11 +103,22 @@ def to_official(lavin, grad=False):
     return _official(lavin, lambda p: p.detach())
 
 
-def read(path):
-    """A LaVIN checkpoint, released or ours -> ({official name: tensor}, AdapterConfig, {argument: value}).
+def official_checkpoint(lavin, format):
+    """{"model", "args"} as the reference writes and reads them: trained tensors on the CPU, argparse.Namespace."""
+    c = lavin.config
+    args = argparse.Namespace(
+        adapter_type="attn", visual_adapter_type="router", adapter_dim=c.rank, adapter_scale=c.scale,
+        temperature=c.tau, hidden_proj=c.hidden, dropout=c.dropout, n_prompt=lavin.n_features,
+        max_seq_len=lavin.max_seq_len, prompt_format=format, bits="16bit")
+    return {"model": {name: t.cpu().clone() for name, t in to_official(lavin).items()}, "args": args}
 
-    Rank and hidden size come from the shapes, τ, scale and dropout from the file's `args`. A file without
-    args gets the defaults. Raises LavinError if it is not such a file.
+
+def read(path):
+    """A LaVIN checkpoint, released or ours -> ({official name: tensor}, AdapterConfig, {setting: value}).
+
+    Rank and hidden size come from the shapes, τ, scale and dropout from the file's `args`, defaults where it has
+    none. The settings are those of the run: all of them in our files ("config"), the context and the prompt
+    format in the reference's. Raises LavinError if it is not such a file.
     """
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, dict) or "model" not in checkpoint:
@@ -121,5 +132,5 @@ def read(path):
     args = vars(checkpoint.get("args") or argparse.Namespace())
     config = AdapterConfig(rank, hidden, args.get("temperature", AdapterConfig.tau),
                            args.get("adapter_scale", AdapterConfig.scale), args.get("dropout", AdapterConfig.dropout))
-    return state, config, args
-
+    settings = {"max_seq_len": args.get("max_seq_len"), "format": args.get("prompt_format")}
+    return state, config, settings | checkpoint.get("config", {})

@@ -38,6 +38,21 @@ ORIGINS = {
 }
 
 
+def choose_paths(args, remembered):
+    """Set args.llama, .vit and .data_root: what was given, else what the checkpoint remembers, else the default."""
+    for name, default in DEFAULTS.items():
+        setattr(args, name, getattr(args, name) or remembered.get(name) or default)
+    print(f"LLaMA {args.llama} · CLIP {args.vit}" + (f" · data {args.data_root}" if args.data else ""))
+    check_inputs(args.llama, args.vit, args.data_root if args.data else None)
+
+
+def positive(text):
+    """For argparse: a whole number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
 def tokenizer_path(llama):
     """`tokenizer.model` lies in LLaMA's folder or, as in Meta's download, beside it."""
     inside, beside = Path(llama) / "tokenizer.model", Path(llama).absolute().parent / "tokenizer.model"

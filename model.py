@@ -160,7 +160,7 @@ class LLaMA(nn.Module):
         """
         angles = self.rope(torch.arange(x.shape[1], device=x.device) if positions is None else positions)
         for i, layer in enumerate(self.layers):
-            if self.checkpointing and caches is None:
+            if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, w[i, :, None], angles, use_reentrant=False)
             else:
                 x = layer(x, w[i, :, None], angles, caches and caches[i], positions)
@@ -262,10 +262,10 @@ class LaVIN(nn.Module):
         max_seq_len, tau and dropout: as given, else the checkpoint's, else 512, 10 and 0.1.
         Raises LavinError for a file that is missing, damaged or does not fit the others.
         """
-        state, config, args = adapters.read(adapter) if adapter else ({}, AdapterConfig(), {})
+        state, config, settings = adapters.read(adapter) if adapter else ({}, AdapterConfig(), {})
         changes = {"tau": tau, "dropout": dropout}
         config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
-        max_seq_len = max_seq_len or args.get("max_seq_len") or 512
+        max_seq_len = max_seq_len or settings.get("max_seq_len") or 512
         tokenizer = data.load_tokenizer(llama)
         vit_state, vit_config = clip.read(vit)
         longest_prefix = 2 + len(data.picture_prefix(tokenizer)) + vit_config.n_features

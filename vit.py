@@ -103,7 +103,10 @@ class VisionTransformer(nn.Module):
         x = self.ln_pre(x + self.positional_embedding)
         features = []
         for i, block in enumerate(self.resblocks):
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
             if i % 4 == 3:
                 features.append(x[:, 0])
         return torch.stack(features, dim=1)

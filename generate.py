@@ -1,0 +1,148 @@
+"""Ask LaVIN a question about a picture, or let it answer and score a whole data set.
+
+    python generate.py --image x.png --prompt "What is in the picture?"
+    python generate.py --data sqa --split test --predictions predictions.json
+
+What the training run was told (prompt format, context, paths) is in its checkpoint and need not be said again.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import adapters
+import data
+from files import LavinError, check_writable, choose_paths, positive, run, write_atomically
+from model import LaVIN, pick_device
+
+
+def answer_all(lavin, samples, format, max_new_tokens=None, batch_size=32, workers=0):
+    """Answer every sample, greedily -> {id: text}; "" for a prompt that does not fit the context.
+
+    Prompts of like length share a batch. A format that begins with the answer needs no reasons for the
+    score: a sample ends as soon as its letter is out.
+    """
+    answer_first = format.split("-")[1].startswith("A")
+    max_new_tokens = max_new_tokens or (64 if answer_first else 256)
+    encoded, outputs = [], {}
+    for sample in samples:
+        try:
+            encoded.append(data.encode(sample, lavin.tokenizer, lavin.n_features, lavin.max_seq_len, prompt_only=True))
+        except LavinError:
+            outputs[sample.id] = ""
+    if outputs:
+        print(f"{len(outputs)} prompts do not fit the context of {lavin.max_seq_len} tokens and count as wrong (--max-seq-len)")
+
+    def letter_is_out(ids):
+        return data.sqa_answer(lavin.tokenizer.decode(ids)) >= 0
+
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].tokens))
+    plan = [[order[i:i + batch_size]] for i in range(0, len(order), batch_size)]
+    with tqdm(total=len(encoded), desc="answering", unit=" problems", file=sys.stdout) as bar:
+        for (batch,) in data.ahead(data.Collated(encoded, plan.__getitem__, lavin.resolution), range(len(plan)), workers):
+            for new in lavin.decode(batch.to(lavin.device), max_new_tokens, done=letter_is_out if answer_first else None):
+                pass
+            outputs |= zip(batch.ids, map(lavin.tokenizer.decode, new))
+            bar.update(len(new))
+    return outputs
+
+
+def score(lavin, problems, samples, format, max_new_tokens=None, batch_size=32, workers=0):
+    """Answer and score ScienceQA problems, print the table -> (predictions {id: index, -1 unparsed}, {id: text})."""
+    outputs = answer_all(lavin, samples, format, max_new_tokens, batch_size, workers)
+    predictions = {}
+    for sample in samples:
+        index = data.sqa_answer(outputs[sample.id])
+        predictions[sample.id] = index if index < len(problems[sample.id]["choices"]) else -1
+    unparsed = sum(index < 0 for index in predictions.values())
+    print(data.sqa_table(problems, predictions))
+    print(f"{unparsed} of {len(predictions)} outputs name no valid choice; they count as wrong")
+    return predictions, outputs
+
+
+def ask(lavin, prompt, image, args):
+    """Answer one prompt, printing the text as it comes."""
+    if "Response:" not in prompt:               # the form in which LaVIN learns to take instructions
+        prompt = f"Instruction: {prompt.strip()}\nResponse:"
+    sample = data.Sample(prompt, image=image)
+    encoded = data.encode(sample, lavin.tokenizer, lavin.n_features, lavin.max_seq_len, prompt_only=True)
+    batch = data.collate([encoded], lavin.resolution).to(lavin.device)
+    shown = text = ""
+    for (ids,) in lavin.decode(batch, args.max_new_tokens or 256, args.temperature, args.top_p):
+        text = lavin.tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):         # half of a character of several bytes: wait for the rest
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    print(text[len(shown):])
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    what = parser.add_argument_group("what to answer")
+    what.add_argument("--prompt", help='a question; wrapped as "Instruction: … Response:" unless it says "Response:" itself')
+    what.add_argument("--image", help="a picture that the prompt is about")
+    what.add_argument("--data", choices=["sqa"], help="answer and score a data set instead")
+    what.add_argument("--data-root", help="default: what the checkpoint was trained on, or data/scienceqa")
+    what.add_argument("--split", default="test", help="of the data set (default: test)")
+    what.add_argument("--format", help="of ScienceQA's prompts (default: as trained)")
+    what.add_argument("--predictions", metavar="FILE", help="write {results: {id: index}, outputs: {id: text}} there")
+    weights = parser.add_argument_group("model")
+    weights.add_argument("--adapter", help="LaVIN checkpoint, ours or released (default: out/checkpoint.pth)")
+    weights.add_argument("--llama", help="directory of LLaMA (default: as trained, or weights/7B)")
+    weights.add_argument("--vit", help="CLIP's image encoder (default: as trained, or weights/ViT-L-14.pt)")
+    weights.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    weights.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
+    how = parser.add_argument_group("how to answer")
+    how.add_argument("--max-new-tokens", type=positive, help="default: 64 where the answer comes first, else 256")
+    how.add_argument("--max-seq-len", type=positive, help="context in tokens (default: as trained)")
+    how.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    how.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
+    how.add_argument("--seed", type=int, default=0, help="of the sampling")
+    how.add_argument("--batch-size", type=positive, default=32, help="problems answered at a time (default: 32)")
+    how.add_argument("--workers", type=int, default=data.default_workers(), help="processes that decode pictures")
+    args = parser.parse_args()
+    if (args.prompt is None) == (args.data is None):
+        parser.error("give either --prompt or --data")
+    if args.data and args.image:
+        parser.error("--image goes with --prompt")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error("--temperature is at least 0, --top-p above 0 and at most 1")
+    return args
+
+
+def main():
+    args = parse_args()
+    if args.prompt is not None and not args.prompt.strip():
+        raise LavinError("--prompt is empty")
+    adapter = args.adapter or "out/checkpoint.pth"
+    if not Path(adapter).is_file():
+        raise LavinError(f"{adapter}: no such checkpoint; train one (python train.py --data sqa) or give --adapter FILE")
+    _, _, remembered = adapters.read(adapter)
+    choose_paths(args, remembered)
+    format = args.format or remembered.get("format") or "QCM-ALE"
+    if args.data:
+        problems, samples = data.load_sqa(args.data_root, args.split, format, remembered.get("captions", False))
+    elif args.image:
+        data.load_pixels(args.image, 1)         # complain about the picture before loading 13 GB
+    if args.predictions:
+        check_writable(Path(args.predictions).absolute().parent)
+    device, dtype = pick_device(args.device, args.dtype)
+    print(f"adapter {adapter} · device {device} · {str(dtype).removeprefix('torch.')}")
+    lavin = LaVIN.load(args.llama, args.vit, adapter, device=device, dtype=dtype, max_seq_len=args.max_seq_len)
+    torch.manual_seed(args.seed)
+    if args.prompt is not None:
+        return ask(lavin, args.prompt, args.image, args)
+    print(f"{len(samples)} problems of {args.data_root}, split {args.split}, format {format}")
+    predictions, outputs = score(lavin, problems, samples, format, args.max_new_tokens, args.batch_size, args.workers)
+    if args.predictions:
+        text = json.dumps({"results": predictions, "outputs": outputs}, indent=1, ensure_ascii=False)
+        write_atomically(args.predictions, lambda path: path.write_text(text, encoding="utf-8"))
+        print(f"written: {args.predictions}")
+
+
+if __name__ == "__main__":
+    run(main)
