@@ -36,13 +36,13 @@ class RMSNorm(nn.Module):
         return y.type_as(x) * self.weight
 
 
-def rotate(x, angles):
-    """RoPE, in fp32: turn each pair of neighbouring channels of x (B, T, H, D) by angles (B or 1, T, 1, D/2).
+def rotate(x, rope):
+    """Turn each pair of neighbouring channels of x (B, T, H, D) by its angle, in fp32; rope = LLaMA.rope(positions).
 
     Meta's checkpoints pair channels 2i and 2i + 1; Hugging Face's pair i and i + D/2.
     """
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                  # (B, T, H, D/2) each
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = rope
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
 
 
@@ -75,10 +75,10 @@ class Attention(nn.Module):
         self.wo = nn.Linear(C, C, bias=False)
         self.grouped = config.n_kv_heads != config.n_heads
 
-    def forward(self, x, angles, cache=None, positions=None):
+    def forward(self, x, rope, cache=None, positions=None):
         """Causal self-attention. With a cache, over what it holds up to each token's own position."""
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.wq, self.wk, self.wv))
-        q, k = rotate(q, angles), rotate(k, angles)                     # (B, T, H, D), (B, T, K, D)
+        q, k = rotate(q, rope), rotate(k, rope)                         # (B, T, H, D), (B, T, K, D)
         mask = None
         if cache is not None:
             k, v = cache.append(k, v, positions)                        # (B, S, K, D)
@@ -108,9 +108,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x, w, angles, cache=None, positions=None):
+    def forward(self, x, w, rope, cache=None, positions=None):
         """x (B, T, C); w (B, 1, 2), the weights of the two adapter experts for each sample."""
-        x = x + self.attention(self.adapter(self.attention_norm(x), w), angles, cache, positions)
+        x = x + self.attention(self.adapter(self.attention_norm(x), w), rope, cache, positions)
         x = x + self.feed_forward(self.ffn_norm(x))
         return x
 
@@ -141,29 +141,31 @@ class LLaMA(nn.Module):
     def __init__(self, config, adapter):
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        # nn.Embedding() would draw random weights, and on the meta device import half of PyTorch to do so.
+        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim))
         self.layers = nn.ModuleList(Block(config, adapter) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.checkpointing = False
 
     def rope(self, positions):
-        """(..., T) -> angles (..., T, 1, D/2) in fp32."""
+        """Positions (..., T) -> cosines and sines (..., T, 1, D/2), fp32: pair i turns by position / θ^(2i/D)."""
         D = self.config.head_dim
         frequencies = 1 / self.config.rope_theta ** (torch.arange(0, D, 2, device=positions.device).float() / D)
-        return (positions[..., None].float() * frequencies).unsqueeze(-2)
+        angles = (positions[..., None].float() * frequencies).unsqueeze(-2)
+        return angles.cos(), angles.sin()
 
     def forward(self, x, w, caches=None, positions=None):
         """x (B, T, C), w (L, B, 2) -> the last hidden state, normed, (B, T, C); `output` makes logits of it.
 
         With caches (one a layer), positions (B, T) say where in them the tokens of x belong.
         """
-        angles = self.rope(torch.arange(x.shape[1], device=x.device) if positions is None else positions)
+        rope = self.rope(torch.arange(x.shape[1], device=x.device) if positions is None else positions)
         for i, layer in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, w[i, :, None], angles, use_reentrant=False)
+                x = checkpoint(layer, x, w[i, :, None], rope, use_reentrant=False)
             else:
-                x = layer(x, w[i, :, None], angles, caches and caches[i], positions)
+                x = layer(x, w[i, :, None], rope, caches and caches[i], positions)
         return self.norm(x)
 
 
@@ -181,6 +183,14 @@ def read_params(directory, vocab_size):
     except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise LavinError(f"{path}: not LLaMA's parameters ({error})") from error
     return config
+
+
+def allocate(module, device, dtype):
+    """Give a module made on the meta device memory, still unset: frozen parameters in dtype, trained ones in fp32."""
+    for child in module.modules():
+        for name, p in list(child.named_parameters(recurse=False)):
+            empty = torch.empty(p.shape, device=device, dtype=torch.float32 if p.requires_grad else dtype)
+            setattr(child, name, nn.Parameter(empty, requires_grad=p.requires_grad))
 
 
 def places(whole, slices):
@@ -273,10 +283,7 @@ class LaVIN(nn.Module):
             raise LavinError(f"--max-seq-len {max_seq_len} has no room for text: a picture alone takes {longest_prefix}")
         with torch.device("meta"):                      # no memory before the dtype is known
             lavin = cls(read_params(llama, tokenizer.vocab_size()), vit_config, config, tokenizer, max_seq_len)
-        for parameter in lavin.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
-        lavin.to_empty(device=device)
+        allocate(lavin, device, dtype)
         load_llama(lavin.llama, llama)
         fill({name: p for name, p in lavin.vit.named_parameters() if not p.requires_grad}, vit_state, vit)
         lavin.init_trained()

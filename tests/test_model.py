@@ -1,0 +1,255 @@
+"""The model: equal to the reference on the golden data, and to itself by every other way of computing it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import adapters
+import data
+import train
+from adapters import AdapterConfig
+from conftest import ADAPTER, GOLDEN, LLAMA, VIT, difference
+from model import Cache, LaVIN, LLaMA, LLaMAConfig, allocate, read_params, rotate
+from vit import ViTConfig
+
+
+# Parity with the reference, fp32
+
+
+def test_pixels_and_features(lavin, samples, expected):
+    batch = lavin.batch(samples)
+    assert difference(batch.pixels, expected["pixels"]) == 0
+    features = lavin.image_features(batch.pixels)
+    assert difference(features, expected["image_features"]) < 1e-5
+    assert difference(lavin.projector(features), expected["image_embeds"]) < 1e-5
+
+
+def test_routing(lavin, expected):
+    w = lavin.route()
+    assert difference(w, expected["route"]) < 1e-6
+    assert difference(w.sum(-1), 1) < 1e-6
+
+
+def test_logits_of_every_real_position(lavin, samples, expected):
+    batch = lavin.batch(samples)
+    logits = lavin.logits(batch)
+    for ours, theirs, length in zip(logits, expected["logits_batch"], batch.lengths):
+        assert difference(ours[:length], theirs[1:length + 1]) < 2e-5       # theirs has the modality token in front
+
+
+def test_loss_alone_and_in_a_batch(lavin, samples, expected):
+    for sample, theirs in zip(samples, expected["loss_each"]):
+        assert difference(lavin(lavin.batch([sample])), theirs) < 1e-5
+    assert difference(lavin(lavin.batch(samples)), expected["loss_batch"]) < 1e-5
+
+
+def test_every_gradient(lavin, samples, expected):
+    lavin(lavin.batch(samples)).backward()
+    gradients = adapters.to_official(lavin, grad=True)
+    assert {f"grad/{name}" for name in gradients} == {name for name in expected.files if name.startswith("grad/")}
+    for name, gradient in gradients.items():
+        theirs = expected[f"grad/{name}"]
+        assert gradient.shape == theirs.shape
+        assert difference(gradient, theirs) < 2e-5 * np.abs(theirs).max(), name
+    assert all(p.grad is None for p in lavin.parameters() if not p.requires_grad)
+
+
+def test_five_steps_of_adamw(lavin, samples, expected):
+    optimizer, batch, losses = train.make_optimizer(lavin), lavin.batch(samples), []
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for _ in range(5):
+        losses.append(train.train_step(lavin, optimizer, scaler, [batch])[0])
+    losses.append(lavin(batch).item())
+    assert difference(losses, expected["adamw_losses"]) < 1e-4
+
+
+def test_greedy_tokens(lavin, samples, expected):
+    batch = data.collate([data.encode(s, lavin.tokenizer, lavin.n_features, 128, prompt_only=True) for s in samples],
+                         lavin.resolution)
+    *_, new = lavin.decode(batch, 12)
+    assert new == [[t for t in row if t >= 0] for row in expected["greedy"].tolist()]
+    assert lavin.generate(samples, 12) == [lavin.tokenizer.decode(ids) for ids in new]
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("config, trained", [
+    (LLaMAConfig(), 3_781_296),
+    # 13B: 40 layers of (5120·8 + 8) + 2·(5120·4 + 5120) + (5120·2 + 2), the ViT's 491,760, the projector's
+    # 1024·128 + 128 + 128·5120 + 5120, the embedding's 2·5120
+    (LLaMAConfig(dim=5120, n_layers=40, n_heads=40), 40 * 102_410 + 491_760 + 791_680 + 10_240),
+], ids=["7B", "13B"])
+def test_trained_parameters(config, trained):
+    with torch.device("meta"):
+        lavin = LaVIN(config, ViTConfig(), AdapterConfig(), None, 512)
+    assert sum(p.numel() for p in lavin.parameters() if p.requires_grad) == trained
+
+
+@pytest.mark.parametrize("params, hidden, kv", [
+    ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-6}, 11008, 32),
+    ({"dim": 5120, "n_layers": 40, "n_heads": 40, "multiple_of": 256, "norm_eps": 1e-6}, 13824, 40),
+    ({"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3,
+      "norm_eps": 1e-5}, 28672, 8),
+], ids=["7B", "13B", "LLaMA-2 70B"])
+def test_params_json(tmp_path, params, hidden, kv):
+    (tmp_path / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
+    config = read_params(tmp_path, 32000)
+    assert (config.hidden_dim, config.n_kv_heads, config.vocab_size) == (hidden, kv, 32000)
+
+
+def random_llama(config, seed=0):
+    torch.manual_seed(seed)
+    llama = LLaMA(config, AdapterConfig()).eval()
+    allocate(llama, "cpu", torch.float32)
+    for p in llama.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return llama
+
+
+SMALL = LLaMAConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=32, multiple_of=32)
+
+
+def test_grouped_query_attention_is_attention_with_repeated_keys():
+    grouped = random_llama(SMALL)
+    full = random_llama(dataclasses.replace(SMALL, n_kv_heads=4))
+    state = grouped.state_dict()
+    for name in state:
+        if ".wk." in name or ".wv." in name:
+            state[name] = state[name].unflatten(0, (2, 16)).repeat_interleave(2, dim=0).flatten(0, 1)
+    full.load_state_dict(state)
+    x, w = torch.randn(2, 5, 64), torch.full((2, 2, 2), 0.5)
+    assert difference(grouped(x, w), full(x, w)) < 1e-5
+
+
+def test_rope_theta_is_honoured_and_only_differences_of_positions_matter():
+    x, w = torch.randn(1, 5, 64), torch.full((2, 1, 2), 0.5)
+    llama, other = random_llama(SMALL), random_llama(dataclasses.replace(SMALL, rope_theta=500000.0))
+    assert difference(llama(x, w), other(x, w)) > 1e-3
+    assert difference(llama(x, w), llama(x, w, positions=torch.arange(7, 12)[None])) < 1e-5
+
+
+# Equivalences
+
+
+def test_the_modality_token_may_be_left_out_of_the_sequence(lavin, samples):
+    """DESIGN §2 the long way: the token in front, a mask that hides it, the weights read off it in every layer."""
+    batch = lavin.batch(samples[:1])
+    x = torch.cat([lavin.modality_embedding[batch.modality][:, None], lavin.embed(batch)], dim=1)
+    T = x.shape[1]
+    mask = torch.ones(T, T, dtype=torch.bool).tril()
+    mask[1:, 0] = False
+    rope = lavin.llama.rope(torch.arange(T))
+
+    def attend(attention, y):
+        q, k, v = (linear(y).unflatten(-1, (-1, attention.head_dim)) for linear in (attention.wq, attention.wk, attention.wv))
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
+        scores = (q @ k.transpose(-1, -2) / attention.head_dim ** 0.5).masked_fill(~mask, -torch.inf)
+        return attention.wo((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    for layer in lavin.llama.layers:
+        y = layer.attention_norm(x)
+        x = x + attend(layer.attention, layer.adapter(y, layer.adapter.router(y[:, :1])))
+        x = x + layer.feed_forward(layer.ffn_norm(x))
+    assert difference(lavin.llama.output(lavin.llama.norm(x))[:, 1:], lavin.logits(batch).detach()) < 1e-5
+
+
+def test_cached_decoding_is_recomputation(lavin, samples):
+    """Ragged rows, one token at a time through the cache: the logits of the whole sequence at once."""
+    batch = lavin.batch(samples)
+    whole = lavin.logits(batch).detach()
+    x, w, (B, T) = lavin.embed(batch), lavin.route()[:, batch.modality], batch.tokens.shape
+    caches = [Cache(B, T, lavin.llama.config, "cpu", torch.float32) for _ in lavin.llama.layers]
+    prompt = (batch.lengths // 2).tolist()
+    start = torch.arange(max(prompt)).expand(B, -1)
+    parts = [lavin.llama.output(lavin.llama(x[:, :max(prompt)], w, caches, start))]
+    for row, length in enumerate(prompt):
+        assert difference(parts[0][row, :length], whole[row, :length]) < 1e-4
+    for i in range(min(int(n) - p for n, p in zip(batch.lengths, prompt))):
+        positions = torch.tensor(prompt)[:, None] + i                       # every row goes on where its own prompt ended
+        logits = lavin.llama.output(lavin.llama(x[torch.arange(B)[:, None], positions], w, caches, positions))
+        assert difference(logits[:, 0], whole[torch.arange(B), positions[:, 0]]) < 1e-4
+
+
+def test_a_ragged_batch_generates_what_each_sample_does_alone(lavin, samples):
+    assert lavin.generate(samples, 20) == [lavin.generate([s], 20)[0] for s in samples]
+
+
+def test_generation_stops_at_the_context_and_at_done(lavin, samples):
+    encoded = [data.encode(s, lavin.tokenizer, lavin.n_features, 128, prompt_only=True) for s in samples]
+    batch = data.collate(encoded, lavin.resolution)
+    *_, new = lavin.decode(batch, 1000)
+    assert all(len(e.tokens) + len(ids) <= 127 for e, ids in zip(encoded, new))     # and one for the modality token
+    assert max(len(e.tokens) + len(ids) for e, ids in zip(encoded, new)) == 127
+    *_, short = lavin.decode(batch, 1000, done=lambda ids: len(ids) == 3)
+    assert short == [ids[:3] for ids in new]
+
+
+def test_sampling(lavin, samples):
+    torch.manual_seed(0)
+    first = lavin.generate(samples[:1], 12, temperature=1.0, top_p=0.9)
+    torch.manual_seed(0)
+    assert lavin.generate(samples[:1], 12, temperature=1.0, top_p=0.9) == first
+    assert lavin.generate(samples[:1], 12, temperature=1.0, top_p=1e-9) == lavin.generate(samples[:1], 12)
+
+
+def test_a_picture_has_the_same_features_in_any_company(lavin, samples):
+    pixels = lavin.batch(samples).pixels
+    both = lavin.image_features(pixels)
+    for i in range(2):
+        assert difference(both[i], lavin.image_features(pixels[i:i + 1])[0].detach()) < 1e-5
+
+
+def test_text_only_samples_never_enter_the_vit(lavin, samples, monkeypatch):
+    seen = []
+    monkeypatch.setattr(lavin.vit, "forward", lambda pixels: seen.append(len(pixels)) or torch.zeros(len(pixels), 2, 64))
+    lavin(lavin.batch([samples[1], samples[3]]))
+    assert seen == []
+    lavin(lavin.batch(samples))
+    assert seen == [2]
+
+
+def test_logits_are_computed_only_where_there_is_a_label(lavin, samples, monkeypatch):
+    rows, output = [], lavin.llama.output.forward
+    monkeypatch.setattr(lavin.llama.output, "forward", lambda x: rows.append(x.shape) or output(x))
+    batch = lavin.batch(samples)
+    lavin(batch)
+    assert rows == [(batch.n_answer, 64)]
+
+
+def test_fresh_adapters_are_the_identity():
+    """Text-only loss does not depend on what is random in them: routers, down-projections, modality tokens."""
+    losses = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        lavin = LaVIN.load(LLAMA, VIT)
+        losses.append(lavin(lavin.batch([data.Sample("Name a metal.", " Iron.")])).item())
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(samples, expected, dtype):
+    lavin = LaVIN.load(LLAMA, VIT, ADAPTER, dtype=dtype)
+    assert {p.dtype for p in lavin.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in lavin.parameters() if not p.requires_grad} == {dtype}
+    loss = lavin(lavin.batch(samples))
+    loss.backward()
+    assert loss.dtype == torch.float32 and difference(loss, expected["loss_batch"]) < 0.02 * expected["loss_batch"]
+    assert lavin.logits(lavin.batch(samples)).dtype == torch.float32
+    assert len(lavin.generate(samples, 3)) == 4
+
+
+def test_checkpointing_changes_nothing(lavin, samples):
+    batch = lavin.batch(samples)
+    lavin(batch).backward()
+    plain = {name: g.clone() for name, g in adapters.to_official(lavin, grad=True).items()}
+    lavin.zero_grad()
+    lavin.llama.checkpointing = lavin.vit.checkpointing = True
+    lavin(batch).backward()
+    for name, gradient in adapters.to_official(lavin, grad=True).items():
+        assert difference(gradient, plain[name]) == 0, name
