@@ -157,6 +157,11 @@ def collate(encoded, resolution):
 # Batches ahead of the step
 
 
+def mixed_seed(seed, n):
+    """A seed for the n-th draw of a run. Not seed << 32: the CPU's generator looks at the low 32 bits alone."""
+    return seed * 1_000_003 + n
+
+
 def global_batch(step, lengths, batch_size, micro_batch, seed):
     """Which samples step `step` trains on: a list of micro-batches (lists of indices), samples of like length together.
 
@@ -164,7 +169,7 @@ def global_batch(step, lengths, batch_size, micro_batch, seed):
     of workers or the step at which a run was resumed. The last batch of an epoch may be smaller.
     """
     epoch, place = divmod(step, -(-len(lengths) // batch_size))
-    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed((seed << 32) + epoch)).tolist()
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(mixed_seed(seed, epoch))).tolist()
     chosen = sorted(order[place * batch_size:(place + 1) * batch_size], key=lambda i: -lengths[i])
     return [chosen[i:i + micro_batch] for i in range(0, len(chosen), micro_batch)]
 
@@ -316,17 +321,21 @@ def load_sqa(root, split, format="QCM-ALE", use_captions=False):
         if wrong := _check_problem(pid, problem):
             raise LavinError(f"{root / 'problems.json'}: problem {pid} {wrong}")
     for name, pids in splits.items():
+        if not isinstance(pids, list):
+            raise LavinError(f"{root / 'pid_splits.json'}: split {name!r} is not a list of ids")
         if unknown := [pid for pid in pids if str(pid) not in problems]:
             raise LavinError(f"{root / 'pid_splits.json'}: split {name!r} names problem {unknown[0]}, which problems.json lacks")
     if split not in splits:
         raise LavinError(f"{root / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
-    captions = read_json(root / "captions.json")["captions"] if use_captions else {}
+    captions = read_json(root / "captions.json") if use_captions else {"captions": {}}
+    if not isinstance(captions, dict) or not isinstance(captions.get("captions"), dict):
+        raise LavinError(f"{root / 'captions.json'}: not an object with an object \"captions\" in it, as ScienceQA's is")
     chosen, samples = {str(pid): problems[str(pid)] for pid in splits[split]}, []
     for pid, problem in chosen.items():
         image = root / "images" / problem["split"] / pid / problem["image"] if problem["image"] else None
         if image and not image.is_file():
             raise LavinError(f"problem {pid}: {image}: no such picture")
-        samples.append(Sample(*sqa_prompt(problem, format, captions.get(pid, "")), image, pid))
+        samples.append(Sample(*sqa_prompt(problem, format, captions["captions"].get(pid, "")), image, pid))
     if not samples:
         raise LavinError(f"{root / 'pid_splits.json'}: split {split!r} is empty")
     return chosen, samples

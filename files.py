@@ -46,11 +46,13 @@ def choose_paths(args, remembered):
     check_inputs(args.llama, args.vit, args.data_root if args.data else None)
 
 
-def positive(text):
-    """For argparse: a whole number of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
+def at_least(minimum):
+    """For argparse: a whole number that is not below `minimum`."""
+    def parse(text):
+        if not text.lstrip("-").isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+        return int(text)
+    return parse
 
 
 def tokenizer_path(llama):

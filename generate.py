@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import adapters
 import data
-from files import LavinError, check_writable, choose_paths, positive, run, write_atomically
+from files import LavinError, at_least, check_writable, choose_paths, run, write_atomically
 from model import LaVIN, pick_device
 
 
@@ -97,13 +97,13 @@ def parse_args():
     weights.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     weights.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
     how = parser.add_argument_group("how to answer")
-    how.add_argument("--max-new-tokens", type=positive, help="default: 64 where the answer comes first, else 256")
-    how.add_argument("--max-seq-len", type=positive, help="context in tokens (default: as trained)")
+    how.add_argument("--max-new-tokens", type=at_least(1), help="default: 64 where the answer comes first, else 256")
+    how.add_argument("--max-seq-len", type=at_least(1), help="context in tokens (default: as trained)")
     how.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     how.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
     how.add_argument("--seed", type=int, default=0, help="of the sampling")
-    how.add_argument("--batch-size", type=positive, default=32, help="problems answered at a time (default: 32)")
-    how.add_argument("--workers", type=int, default=data.default_workers(), help="processes that decode pictures")
+    how.add_argument("--batch-size", type=at_least(1), default=32, help="problems answered at a time (default: 32)")
+    how.add_argument("--workers", type=at_least(0), default=data.default_workers(), help="processes that decode pictures")
     args = parser.parse_args()
     if (args.prompt is None) == (args.data is None):
         parser.error("give either --prompt or --data")

@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 import adapters
 import data
-from files import LavinError, check_writable, choose_paths, positive, run, write_atomically
+from files import LavinError, at_least, check_writable, choose_paths, run, write_atomically
 from generate import score
 from model import LaVIN, pick_device
 
 # What makes a run what it is: --resume refuses to change these.
-FIXED = ("data", "format", "captions", "epochs", "batch_size", "lr", "tau", "dropout", "max_seq_len", "seed", "n_samples")
+FIXED = ("data", "format", "captions", "epochs", "batch_size", "lr", "tau", "dropout", "max_seq_len", "seed")
 
 
 def learning_rate(step, steps_per_epoch, args):
@@ -102,28 +102,28 @@ def parse_args():
     what.add_argument("--data-root", help="directory of the data (default: data/scienceqa)")
     what.add_argument("--format", default="QCM-ALE", help="of ScienceQA's prompts: what is asked - what is answered")
     what.add_argument("--captions", action="store_true", help="put captions.json's caption into the context")
-    what.add_argument("--max-seq-len", type=positive, default=512, help="context in tokens; longer samples are cut")
+    what.add_argument("--max-seq-len", type=at_least(1), default=512, help="context in tokens; longer samples are cut")
     what.add_argument("--llama", help="directory of LLaMA in Meta's layout (default: weights/7B)")
     what.add_argument("--vit", help="CLIP's image encoder (default: weights/ViT-L-14.pt)")
     what.add_argument("--out", default="out", help="directory of checkpoint.pth and metrics.jsonl (default: out)")
     how = parser.add_argument_group("training")
-    how.add_argument("--epochs", type=positive, default=20)
-    how.add_argument("--batch-size", type=positive, default=32, help="samples of one optimizer step (default: 32)")
-    how.add_argument("--micro-batch", type=positive, default=4, help="samples of one forward pass (default: 4)")
+    how.add_argument("--epochs", type=at_least(1), default=20)
+    how.add_argument("--batch-size", type=at_least(1), default=32, help="samples of one optimizer step (default: 32)")
+    how.add_argument("--micro-batch", type=at_least(1), default=4, help="samples of one forward pass (default: 4)")
     how.add_argument("--lr", type=float, help="peak learning rate (default: 9e-3 · batch size / 256)")
     how.add_argument("--tau", type=float, default=10.0, help="temperature of the routers: 10 for 7B, 5 for 13B")
     how.add_argument("--dropout", type=float, default=0.1, help="in the adapters (default: 0.1)")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pth")
-    how.add_argument("--max-steps", type=positive, help="stop after this many steps in all; the schedule stays that of --epochs")
-    how.add_argument("--save-every", type=positive, help="steps between checkpoints (default: one after each epoch)")
-    how.add_argument("--eval-limit", type=int, help="problems of the val split scored at the end, 0 for none (default: all)")
+    how.add_argument("--max-steps", type=at_least(1), help="stop after this many steps in all; the schedule stays that of --epochs")
+    how.add_argument("--save-every", type=at_least(1), help="steps between checkpoints (default: one after each epoch)")
+    how.add_argument("--eval-limit", type=at_least(0), help="problems of the val split scored at the end, 0 for none (default: all)")
     speed = parser.add_argument_group("speed and memory")
     speed.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     speed.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="of the frozen weights")
     speed.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on a GPU)")
     speed.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
-    speed.add_argument("--workers", type=int, default=data.default_workers(), help="processes that decode pictures")
+    speed.add_argument("--workers", type=at_least(0), default=data.default_workers(), help="processes that decode pictures")
     args, resumed = parser.parse_args(), None
     if args.resume:
         path = Path(args.out, "checkpoint.pth")
@@ -137,6 +137,9 @@ def parse_args():
         args = parser.parse_args()
     if args.lr is None:
         args.lr = 9e-3 * args.batch_size / 256
+    for name in FIXED if resumed else ():
+        if resumed["config"][name] != getattr(args, name):
+            raise LavinError(f"--resume: {path} was trained with {name} {resumed['config'][name]}, not {getattr(args, name)}")
     if not 0 <= args.dropout < 1 or args.tau <= 0 or not args.lr > 0:
         parser.error("--dropout is at least 0 and below 1, --tau and --lr are above 0")
     return args, resumed
@@ -178,7 +181,7 @@ def train(lavin, encoded, optimizer, scaler, start, n_steps, steps_per_epoch, ar
             lr = learning_rate(step - 1, steps_per_epoch, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            torch.manual_seed((args.seed << 32) + step)
+            torch.manual_seed(data.mixed_seed(args.seed, step))
             try:
                 loss, norm = train_step(lavin, optimizer, scaler, micro_batches)
             except LavinError as error:
@@ -219,9 +222,8 @@ def main():
     optimizer, start = make_optimizer(lavin), 0
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if resumed:
-        for name in FIXED:
-            if resumed["config"][name] != getattr(args, name):
-                raise LavinError(f"--resume: {path} was trained with {name} {resumed['config'][name]}, not {getattr(args, name)}")
+        if resumed["config"]["n_samples"] != len(encoded):
+            raise LavinError(f"--resume: {path} was trained on {resumed['config']['n_samples']} samples, not {len(encoded)}")
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
         start = resumed["step"]

@@ -1,0 +1,154 @@
+"""The loop: however a step is split or a run is interrupted, the same numbers."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import adapters
+import data
+import train
+from conftest import ADAPTER, LLAMA, ROOT, VIT, difference
+from model import LaVIN
+
+WEIGHTS = ("--llama", LLAMA, "--vit", VIT)
+
+
+def flags(sqa, out, *more):
+    """Three steps an epoch, no scoring, unless `more` says otherwise."""
+    return ["--data", "sqa", *WEIGHTS, "--data-root", sqa, "--out", out, "--batch-size", 8, "--workers", 0, "--epochs", 4,
+            "--max-seq-len", 160, "--eval-limit", 0, *more]
+
+
+def read_metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a, b):
+    """Bit-equal: weights, optimizer, losses."""
+    left, right = (torch.load(out / "checkpoint.pth", weights_only=False) for out in (a, b))
+    assert left["step"] == right["step"]
+    for name, tensor in left["model"].items():
+        assert torch.equal(tensor, right["model"][name]), name
+    for i, state in left["optimizer"]["state"].items():
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(right["optimizer"]["state"][i][k])) for k, v in state.items())
+    assert [(m["step"], m["loss"], m["lr"]) for m in read_metrics(a)] == [(m["step"], m["loss"], m["lr"]) for m in read_metrics(b)]
+
+
+def test_micro_batches_do_not_change_the_gradient(sqa):
+    _, samples = data.load_sqa(sqa, "train")
+    lavin = LaVIN.load(LLAMA, VIT, ADAPTER, max_seq_len=160)
+    encoded = [data.encode(s, lavin.tokenizer, lavin.n_features, 160) for s in samples]
+    gradients, losses = [], []
+    keep_gradients = SimpleNamespace(step=lambda: None, zero_grad=lambda: None, param_groups=[])
+    scaler = SimpleNamespace(scale=lambda loss: loss, unscale_=lambda o: None, is_enabled=lambda: False,
+                             step=lambda o: None, update=lambda: None)
+    for micro_batch in (1, 4, 32):
+        plan = data.global_batch(0, [len(e.tokens) for e in encoded], 32, micro_batch, seed=0)
+        batches = [data.collate([encoded[i] for i in indices], lavin.resolution) for indices in plan]
+        losses.append(train.train_step(lavin, keep_gradients, scaler, batches)[0])
+        gradients.append({name: g.clone() for name, g in adapters.to_official(lavin, grad=True).items()})
+        lavin.zero_grad()
+    for other in gradients[1:]:
+        for name, gradient in gradients[0].items():
+            assert difference(gradient, other[name]) < 1e-5 * max(1, gradient.abs().max()), name
+    assert difference(losses, losses[0]) < 1e-5
+
+
+def test_schedule():
+    """The reference's: linear from 0 over 2 of 20 epochs, then half a cosine to 0, per step."""
+    args = SimpleNamespace(epochs=20, lr=1.0)
+    rates = [train.learning_rate(step, 10, args) for step in range(201)]
+    assert rates[0] == 0 and math.isclose(rates[7], 0.7 / 2) and math.isclose(rates[20], 1)
+    assert math.isclose(rates[110], 0.5) and abs(rates[200]) < 1e-12 and rates[21:] == sorted(rates[21:], reverse=True)
+    args.epochs = 1
+    assert math.isclose(train.learning_rate(1, 10, args), 1)          # a tenth of a short run
+
+
+def test_weight_decay_is_on_matrices_only(lavin):
+    decayed, others = (set(group["params"]) for group in train.make_optimizer(lavin).param_groups)
+    names = {name for name, p in lavin.named_parameters() if p in others}
+    assert names == {name for name, p in lavin.named_parameters() if p.requires_grad and name.endswith("bias")}
+    assert len(decayed) + len(others) == sum(p.requires_grad for p in lavin.parameters())
+
+
+def test_a_run_from_start_to_table(call, sqa, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, stderr = call(train, *flags(sqa, out, "--epochs", 2, "--eval-limit", 5, "--lr", 0.01, "--workers", 1))
+    assert (code, stderr) == (0, "")
+    for said in ("trained  32,184 parameters", "frozen   692,544 parameters", "24 samples, 12 with a picture", "6 = 2 epochs × 3",
+                 "peak learning rate 0.01", "epoch 2/2", "samples/s", "scoring  5 problems", "NAT"):
+        assert said in stdout, said
+    *steps, scores = read_metrics(out)
+    assert [m["step"] for m in steps] == [1, 2, 3, 4, 5, 6] and steps[-1]["loss"] < steps[0]["loss"]
+    assert scores["split"] == "val" and scores["step"] == 6 and "AVG" in scores
+    config = torch.load(out / "checkpoint.pth", weights_only=False)["config"]
+    assert config["llama"] == str(LLAMA) and config["dtype"] == "fp32" and config["lr"] == 0.01
+
+
+@pytest.mark.parametrize("cut", [4, 3], ids=["within an epoch", "between epochs"])
+def test_four_steps_and_four_more_are_eight(call, sqa, tmp_path, cut):
+    assert call(train, *flags(sqa, tmp_path / "whole", "--max-steps", 8))[0] == 0
+    assert call(train, *flags(sqa, tmp_path / "parts", "--max-steps", cut))[0] == 0
+    assert call(train, "--resume", "--out", tmp_path / "parts", "--max-steps", 8)[0] == 0      # the rest is in the checkpoint
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
+def test_a_killed_run_resumes_as_if_nothing_had_happened(call, sqa, tmp_path, number):
+    """In the middle of an epoch, with a worker, by a signal to the whole process group as a terminal sends it."""
+    out = tmp_path / "killed"
+    command = [sys.executable, "train.py", *flags(sqa, out, "--epochs", 200, "--save-every", 2, "--workers", 1)]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (out / "checkpoint.pth").exists() or len(read_metrics(out)) < 4:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    stdout = process.communicate(timeout=30)[0]
+    step = torch.load(out / "checkpoint.pth", weights_only=False)["step"]
+    if number == signal.SIGINT:
+        assert process.returncode == 130 and f"stopped after step {step}" in stdout and "Traceback" not in stdout
+    else:
+        assert process.returncode == -signal.SIGKILL and (step % 2 == 0 or step % 3 == 0)
+    assert call(train, "--resume", "--out", out, "--max-steps", step + 3)[0] == 0
+    assert call(train, *flags(sqa, tmp_path / "whole", "--epochs", 200, "--max-steps", step + 3))[0] == 0
+    assert_same_run(out, tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(call, sqa, tmp_path):
+    code, _, stderr = call(train, *flags(sqa, tmp_path / "out", "--lr", 1e30, "--micro-batch", 8))
+    assert code == 2 and len(stderr.splitlines()) == 1
+    assert "step 3: the loss is nan on the samples" in stderr and "the last checkpoint is as it was" in stderr
+    assert not (tmp_path / "out" / "checkpoint.pth").exists()
+
+
+def test_fp16_scales_its_loss(call, sqa, tmp_path):
+    assert call(train, *flags(sqa, tmp_path / "out", "--dtype", "fp16", "--max-steps", 2))[0] == 0
+    checkpoint = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=False)
+    assert checkpoint["scaler"]["scale"] > 0 and checkpoint["config"]["dtype"] == "fp16"
+    assert {t.dtype for t in checkpoint["model"].values()} == {torch.float32}
+
+
+def test_samples_without_an_answer_left_are_counted_and_left_out(call, sqa, tmp_path):
+    path = sqa / "problems.json"
+    problems = json.loads(path.read_text())
+    problems["3"]["question"] = "How " * 200
+    path.write_text(json.dumps(problems))
+    code, stdout, _ = call(train, *flags(sqa, tmp_path / "out", "--max-steps", 1))
+    assert code == 0 and "23 samples, 12 with a picture" in stdout and "cut off entirely: 1" in stdout
+
+
+def test_dropout_is_on_in_training_and_off_after_loading(lavin, samples):
+    batch = lavin.batch(samples)
+    assert lavin(batch).item() == lavin(batch).item()
+    lavin.train()
+    assert lavin(batch).item() != lavin(batch).item()
