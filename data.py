@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from sentencepiece import SentencePieceProcessor
 from torch.utils.data import DataLoader, Dataset
 
@@ -49,7 +49,8 @@ def load_pixels(image, resolution):
     except FileNotFoundError as error:
         raise LavinError(f"{image}: no such picture") from error
     except Exception as error:      # Pillow's readers raise anything, from SyntaxError to struct.error
-        raise LavinError(f"{image}: not a picture that Pillow can read ({error})") from error
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        raise LavinError(f"{image}: not a picture that Pillow can read ({reason})") from error
     picture = picture.resize((resolution, resolution), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
     return (pixels - IMAGENET_MEAN) / IMAGENET_STD
@@ -187,14 +188,15 @@ class Collated(Dataset):
             return error                # raised by `ahead`: from here, a traceback of the worker would come along
 
 
-def _leave_interrupts_to_the_main_process(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_main_process(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches the whole group, and the step is to be finished
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def ahead(dataset, items, workers):
     """Yield dataset[i] for i in items, prepared by `workers` processes ahead of their use (0: in this one)."""
     for batches in DataLoader(dataset, batch_size=None, sampler=items, num_workers=workers,
-                              worker_init_fn=_leave_interrupts_to_the_main_process):
+                              worker_init_fn=_leave_signals_to_the_main_process):
         if isinstance(batches, LavinError):
             raise batches
         yield batches

@@ -10,6 +10,7 @@ import os
 import pickle
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ def run(main):
     except LavinError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 # What both scripts take when no path is given, and where a person gets it.
@@ -94,7 +97,7 @@ def read_checkpoint(path, mmap=False):
     missing, truncated, or holds anything else than data.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError as error:
         raise LavinError(f"{path}: no such file") from error

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import adapters
 import data
 from files import LavinError, at_least, check_writable, choose_paths, run, write_atomically
-from model import LaVIN, pick_device
+from model import DTYPES, LaVIN, pick_device
 
 
 def answer_all(lavin, samples, format, max_new_tokens=None, batch_size=32, workers=0):
@@ -95,7 +95,7 @@ def parse_args():
     weights.add_argument("--llama", help="directory of LLaMA (default: as trained, or weights/7B)")
     weights.add_argument("--vit", help="CLIP's image encoder (default: as trained, or weights/ViT-L-14.pt)")
     weights.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    weights.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
+    weights.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     how = parser.add_argument_group("how to answer")
     how.add_argument("--max-new-tokens", type=at_least(1), help="default: 64 where the answer comes first, else 256")
     how.add_argument("--max-seq-len", type=at_least(1), help="context in tokens (default: as trained)")
@@ -131,8 +131,8 @@ def main():
     if args.predictions:
         check_writable(Path(args.predictions).absolute().parent)
     device, dtype = pick_device(args.device, args.dtype)
-    print(f"adapter {adapter} · device {device} · {str(dtype).removeprefix('torch.')}")
-    lavin = LaVIN.load(args.llama, args.vit, adapter, device=device, dtype=dtype, max_seq_len=args.max_seq_len)
+    print(f"adapter {adapter} · {device} · {dtype}")
+    lavin = LaVIN.load(args.llama, args.vit, adapter, device=device, dtype=DTYPES[dtype], max_seq_len=args.max_seq_len)
     torch.manual_seed(args.seed)
     if args.prompt is not None:
         return ask(lavin, args.prompt, args.image, args)

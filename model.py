@@ -405,14 +405,16 @@ def pick(logits, temperature, top_p):
     return order.gather(-1, torch.multinomial(p, 1))[:, 0]
 
 
-def pick_device(device="auto", dtype="auto"):
-    """--device and --dtype -> (torch.device, torch.dtype). On a GPU "auto" means bf16, or fp16 where it is old."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_device(device, dtype):
+    """--device and --dtype, "auto" resolved -> (torch.device, key of DTYPES): a GPU if there is one, there bf16 or, old, fp16."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise LavinError(f"--device {device}: not available here ({str(error).splitlines()[0]})") from error
+        raise LavinError(f"--device {device}: not available here; cpu always is") from error
     if dtype == "auto":
-        gpu = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
-        dtype = gpu if device.type == "cuda" else "fp32"
-    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+        dtype = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return device, dtype

@@ -26,7 +26,7 @@ import adapters
 import data
 from files import LavinError, at_least, check_writable, choose_paths, run, write_atomically
 from generate import score
-from model import LaVIN, pick_device
+from model import DTYPES, LaVIN, pick_device
 
 # What makes a run what it is: --resume refuses to change these.
 FIXED = ("data", "format", "captions", "epochs", "batch_size", "lr", "tau", "dropout", "max_seq_len", "seed")
@@ -79,7 +79,7 @@ def save(lavin, optimizer, scaler, step, steps_per_epoch, args):
     write_atomically(Path(args.out, "checkpoint.pth"), lambda path: torch.save(checkpoint, path))
 
 
-def describe(lavin, args, n_steps, steps_per_epoch, device, dtype):
+def describe(lavin, args, n_steps, steps_per_epoch):
     """Say once what follows from the settings."""
     parts = {"LLaMA": lavin.llama, "ViT": lavin.vit, "projector": lavin.projector}
     for kind, trained in (("trained", True), ("frozen", False)):
@@ -91,7 +91,7 @@ def describe(lavin, args, n_steps, steps_per_epoch, device, dtype):
         print(f"{kind:8} {sum(counts.values()):,} parameters: {shown}")
     print(f"batch    {args.batch_size} in micro-batches of {min(args.micro_batch, args.batch_size)} · context {args.max_seq_len}")
     print(f"steps    {n_steps} = {args.epochs} epochs × {steps_per_epoch} · peak learning rate {args.lr:.3g} · τ {args.tau:g}")
-    print(f"device   {device} · {str(dtype).removeprefix('torch.')} · compile {'on' if args.compile else 'off'}")
+    print(f"device   {lavin.device} · {args.dtype} · compile {'on' if args.compile else 'off'}")
 
 
 def parse_args():
@@ -120,7 +120,7 @@ def parse_args():
     how.add_argument("--eval-limit", type=at_least(0), help="problems of the val split scored at the end, 0 for none (default: all)")
     speed = parser.add_argument_group("speed and memory")
     speed.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    speed.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="of the frozen weights")
+    speed.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="of the frozen weights")
     speed.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on a GPU)")
     speed.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
     speed.add_argument("--workers", type=at_least(0), default=data.default_workers(), help="processes that decode pictures")
@@ -160,7 +160,7 @@ def load_samples(lavin, samples, args):
 def start_metrics(path, start):
     """Open OUT/metrics.jsonl for further lines, without those of steps that a resumed run will do again."""
     lines = path.read_text().splitlines() if start and path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= start]
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
     write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
     return open(path, "a", buffering=1)
 
@@ -188,7 +188,7 @@ def train(lavin, encoded, optimizer, scaler, start, n_steps, steps_per_epoch, ar
                 raise LavinError(f"step {step}: {error}; stopped, the last checkpoint is as it was; try a lower --lr") from error
             seconds, began = time.perf_counter() - began, time.perf_counter()
             speed = sum(len(batch.ids) for batch in micro_batches) / seconds
-            metrics.write(json.dumps({"step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": lr, "grad_norm": norm,
+            metrics.write(json.dumps({"step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None,
                                       "samples_per_s": speed, "answer_tokens": sum(b.n_answer for b in micro_batches)}) + "\n")
             memory = f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if lavin.device.type == "cuda" else ""
             bar.set_description(f"epoch {(step - 1) // steps_per_epoch + 1}/{args.epochs}", refresh=False)
@@ -211,16 +211,15 @@ def main():
         problems, val_samples = data.load_sqa(args.data_root, "val", args.format, args.captions)
     check_writable(args.out)
     path = Path(args.out, "checkpoint.pth")
-    device, dtype = pick_device(args.device, args.dtype)
-    args.dtype, args.compile = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"), \
-        device.type == "cuda" if args.compile is None else args.compile
+    device, args.dtype = pick_device(args.device, args.dtype)
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
     torch.manual_seed(args.seed)
-    lavin = LaVIN.load(args.llama, args.vit, path if resumed else None, device=device, dtype=dtype,
+    lavin = LaVIN.load(args.llama, args.vit, path if resumed else None, device=device, dtype=DTYPES[args.dtype],
                        max_seq_len=args.max_seq_len, tau=args.tau, dropout=args.dropout)
     encoded = load_samples(lavin, samples, args)
     args.n_samples = len(encoded)
     optimizer, start = make_optimizer(lavin), 0
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     if resumed:
         if resumed["config"]["n_samples"] != len(encoded):
             raise LavinError(f"--resume: {path} was trained on {resumed['config']['n_samples']} samples, not {len(encoded)}")
@@ -231,7 +230,7 @@ def main():
         print(f"note     {path} of an earlier run will be replaced; --resume would go on with it")
     steps_per_epoch = math.ceil(len(encoded) / args.batch_size)
     n_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    describe(lavin, args, args.epochs * steps_per_epoch, steps_per_epoch, device, dtype)
+    describe(lavin, args, args.epochs * steps_per_epoch, steps_per_epoch)
     lavin.llama.checkpointing = lavin.vit.checkpointing = args.checkpointing
     if args.compile:
         for block in [*lavin.llama.layers, *lavin.vit.resblocks]:

@@ -1,79 +1,17 @@
-"""The model: equal to the reference on the golden data, and to itself by every other way of computing it."""
+"""The model: its sizes, and that it equals itself by every other way of computing it."""
 
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
 
 import adapters
 import data
-import train
 from adapters import AdapterConfig
-from conftest import ADAPTER, GOLDEN, LLAMA, VIT, difference
+from conftest import ADAPTER, LLAMA, VIT, difference
 from model import Cache, LaVIN, LLaMA, LLaMAConfig, allocate, read_params, rotate
 from vit import ViTConfig
-
-
-# Parity with the reference, fp32
-
-
-def test_pixels_and_features(lavin, samples, expected):
-    batch = lavin.batch(samples)
-    assert difference(batch.pixels, expected["pixels"]) == 0
-    features = lavin.image_features(batch.pixels)
-    assert difference(features, expected["image_features"]) < 1e-5
-    assert difference(lavin.projector(features), expected["image_embeds"]) < 1e-5
-
-
-def test_routing(lavin, expected):
-    w = lavin.route()
-    assert difference(w, expected["route"]) < 1e-6
-    assert difference(w.sum(-1), 1) < 1e-6
-
-
-def test_logits_of_every_real_position(lavin, samples, expected):
-    batch = lavin.batch(samples)
-    logits = lavin.logits(batch)
-    for ours, theirs, length in zip(logits, expected["logits_batch"], batch.lengths):
-        assert difference(ours[:length], theirs[1:length + 1]) < 2e-5       # theirs has the modality token in front
-
-
-def test_loss_alone_and_in_a_batch(lavin, samples, expected):
-    for sample, theirs in zip(samples, expected["loss_each"]):
-        assert difference(lavin(lavin.batch([sample])), theirs) < 1e-5
-    assert difference(lavin(lavin.batch(samples)), expected["loss_batch"]) < 1e-5
-
-
-def test_every_gradient(lavin, samples, expected):
-    lavin(lavin.batch(samples)).backward()
-    gradients = adapters.to_official(lavin, grad=True)
-    assert {f"grad/{name}" for name in gradients} == {name for name in expected.files if name.startswith("grad/")}
-    for name, gradient in gradients.items():
-        theirs = expected[f"grad/{name}"]
-        assert gradient.shape == theirs.shape
-        assert difference(gradient, theirs) < 2e-5 * np.abs(theirs).max(), name
-    assert all(p.grad is None for p in lavin.parameters() if not p.requires_grad)
-
-
-def test_five_steps_of_adamw(lavin, samples, expected):
-    optimizer, batch, losses = train.make_optimizer(lavin), lavin.batch(samples), []
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-2
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    for _ in range(5):
-        losses.append(train.train_step(lavin, optimizer, scaler, [batch])[0])
-    losses.append(lavin(batch).item())
-    assert difference(losses, expected["adamw_losses"]) < 1e-4
-
-
-def test_greedy_tokens(lavin, samples, expected):
-    batch = data.collate([data.encode(s, lavin.tokenizer, lavin.n_features, 128, prompt_only=True) for s in samples],
-                         lavin.resolution)
-    *_, new = lavin.decode(batch, 12)
-    assert new == [[t for t in row if t >= 0] for row in expected["greedy"].tolist()]
-    assert lavin.generate(samples, 12) == [lavin.tokenizer.decode(ids) for ids in new]
 
 
 # Sizes

@@ -138,6 +138,16 @@ def test_fp16_scales_its_loss(call, sqa, tmp_path):
     assert {t.dtype for t in checkpoint["model"].values()} == {torch.float32}
 
 
+def test_compiled_blocks_train_the_same(call, sqa, tmp_path):
+    """On text alone: compiling the ViT's blocks as well takes another minute."""
+    splits = json.loads((sqa / "pid_splits.json").read_text())
+    (sqa / "pid_splits.json").write_text(json.dumps({"train": splits["train"][1::2]}))
+    for flag in ("--compile", "--no-compile"):
+        assert call(train, *flags(sqa, tmp_path / flag, "--max-steps", 3, "--dropout", 0, flag))[0] == 0
+    compiled, eager = (read_metrics(tmp_path / flag) for flag in ("--compile", "--no-compile"))
+    assert difference([m["loss"] for m in compiled], [m["loss"] for m in eager]) < 1e-5
+
+
 def test_samples_without_an_answer_left_are_counted_and_left_out(call, sqa, tmp_path):
     path = sqa / "problems.json"
     problems = json.loads(path.read_text())
