@@ -284,8 +284,9 @@ class LaVIN(nn.Module):
         with torch.device("meta"):                      # no memory before the dtype is known
             lavin = cls(read_params(llama, tokenizer.vocab_size()), vit_config, config, tokenizer, max_seq_len)
         allocate(lavin, device, dtype)
-        load_llama(lavin.llama, llama)
         fill({name: p for name, p in lavin.vit.named_parameters() if not p.requires_grad}, vit_state, vit)
+        del vit_state                                   # 0.6 GB that need not be held while LLaMA is read
+        load_llama(lavin.llama, llama)
         lavin.init_trained()
         if adapter:
             fill(adapters.to_official(lavin), state, adapter)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import adapters
 import data
-from files import LavinError, at_least, check_writable, choose_paths, run, write_atomically
+from files import LavinError, at_least, check_writable, choose_paths, read_checkpoint, run, write_atomically
 from generate import score
 from model import DTYPES, LaVIN, pick_device
 
@@ -129,7 +129,7 @@ def parse_args():
         path = Path(args.out, "checkpoint.pth")
         if not path.is_file():
             raise LavinError(f"--resume: there is no {path} to go on from; leave --resume out to start")
-        resumed = adapters.read_checkpoint(path)
+        resumed = read_checkpoint(path)
         if not isinstance(resumed, dict) or not {"config", "step", "optimizer"} <= resumed.keys():
             raise LavinError(f"--resume: {path} was not written by train.py")
         once = ("out", "resume", "max_steps", "device")
@@ -138,8 +138,9 @@ def parse_args():
     if args.lr is None:
         args.lr = 9e-3 * args.batch_size / 256
     for name in FIXED if resumed else ():
-        if resumed["config"][name] != getattr(args, name):
-            raise LavinError(f"--resume: {path} was trained with {name} {resumed['config'][name]}, not {getattr(args, name)}")
+        before, now = resumed["config"].get(name), getattr(args, name)
+        if before != now:
+            raise LavinError(f"--resume: {path} was trained with {name} {before}, not {now}; leave the flag out or start anew")
     if not 0 <= args.dropout < 1 or args.tau <= 0 or not args.lr > 0:
         parser.error("--dropout is at least 0 and below 1, --tau and --lr are above 0")
     return args, resumed
@@ -168,8 +169,12 @@ def start_metrics(path, start):
 def train(lavin, encoded, optimizer, scaler, start, n_steps, steps_per_epoch, args):
     """The loop: learning rate, step, log, save; until n_steps are done, or a signal asks to stop."""
     signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):      # finish the step and save; a second signal ends it at once
-        signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
+
+    def finish_the_step(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)           # a second one ends the run at once
+
+    usual = {number: signal.signal(number, finish_the_step) for number in (signal.SIGINT, signal.SIGTERM)}
     plan = functools.partial(data.global_batch, lengths=[len(e.tokens) for e in encoded], batch_size=args.batch_size,
                              micro_batch=args.micro_batch, seed=args.seed)
     loader = data.ahead(data.Collated(encoded, plan, lavin.resolution), range(start, n_steps), args.workers)
@@ -188,8 +193,9 @@ def train(lavin, encoded, optimizer, scaler, start, n_steps, steps_per_epoch, ar
                 raise LavinError(f"step {step}: {error}; stopped, the last checkpoint is as it was; try a lower --lr") from error
             seconds, began = time.perf_counter() - began, time.perf_counter()
             speed = sum(len(batch.ids) for batch in micro_batches) / seconds
-            metrics.write(json.dumps({"step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None,
-                                      "samples_per_s": speed, "answer_tokens": sum(b.n_answer for b in micro_batches)}) + "\n")
+            line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": lr, "samples_per_s": speed,
+                    "grad_norm": norm if math.isfinite(norm) else None}
+            metrics.write(json.dumps(line) + "\n")
             memory = f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if lavin.device.type == "cuda" else ""
             bar.set_description(f"epoch {(step - 1) // steps_per_epoch + 1}/{args.epochs}", refresh=False)
             bar.set_postfix_str(f"loss {loss:.3f} {speed:.1f} samples/s{memory}", refresh=False)
@@ -200,6 +206,8 @@ def train(lavin, encoded, optimizer, scaler, start, n_steps, steps_per_epoch, ar
                 bar.close()
                 print(f"stopped after step {step}; saved. --resume goes on from here")
                 sys.exit(128 + signals[0])
+    for number, handler in usual.items():
+        signal.signal(number, handler)
 
 
 def main():
