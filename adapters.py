@@ -1,8 +1,8 @@
 """What is trained: the adapter, the projector, and their checkpoint in the layout of the released files.
 
-Mixture-of-Modality Adapter (paper, section 3.2): a linear bottleneck in front of every attention, with one
+The paper's Mixture-of-Modality Adapter: a linear bottleneck in front of every attention, with one
 down-projection and two up-projections, the experts, mixed by the router's weights. The projector turns the
-ViT's features into tokens of LLaMA (paper, section 3.3).
+ViT's features into tokens of LLaMA.
 """
 
 import argparse
@@ -72,6 +72,7 @@ class Projector(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, features):
+        """(N, F, V) -> (N, F, C)."""
         return self.conv_B(F.silu(self.conv_A(features)))
 
 
@@ -125,12 +126,11 @@ def read(path):
         raise LavinError(f"{path}: not a LaVIN checkpoint: it has no \"model\"")
     state = {name.removeprefix("module."): t for name, t in tensors_of(checkpoint["model"], path).items()}
     try:
-        rank = state["layers.0.adapter_attn.conv_A.weight"].shape[0]
-        hidden = state["adapter_proj.conv_A.weight"].shape[0]
-    except KeyError as error:
-        raise LavinError(f"{path}: not a LaVIN checkpoint: it has no {error}") from error
-    args = vars(checkpoint.get("args") or argparse.Namespace())
-    config = AdapterConfig(rank, hidden, args.get("temperature", AdapterConfig.tau),
-                           args.get("adapter_scale", AdapterConfig.scale), args.get("dropout", AdapterConfig.dropout))
-    settings = {"max_seq_len": args.get("max_seq_len"), "format": args.get("prompt_format")}
-    return state, config, settings | checkpoint.get("config", {})
+        rank, hidden = (len(state[name]) for name in ("layers.0.adapter_attn.conv_A.weight", "adapter_proj.conv_A.weight"))
+        args = vars(checkpoint.get("args") or argparse.Namespace())
+        tau, scale, dropout = (float(args.get(name, default)) for name, default in (
+            ("temperature", AdapterConfig.tau), ("adapter_scale", AdapterConfig.scale), ("dropout", AdapterConfig.dropout)))
+        settings = {"max_seq_len": args.get("max_seq_len"), "format": args.get("prompt_format")}
+        return state, AdapterConfig(rank, hidden, tau, scale, dropout), settings | checkpoint.get("config", {})
+    except (KeyError, TypeError, ValueError) as error:
+        raise LavinError(f"{path}: not a LaVIN checkpoint ({error!r})") from error

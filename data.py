@@ -1,7 +1,7 @@
 """Samples and what becomes of them: prompts, tokens, pictures, batches; ScienceQA in its real layout.
 
 The way of the data: Sample (text and a picture's path) -> Encoded (tokens, made once) -> Batch (padded,
-with the pictures decoded by the DataLoader's workers) -> LaVIN.forward. The sequence (paper, section 3.3)
+with the pictures decoded by the DataLoader's workers) -> LaVIN.forward. The sequence
 
     [BOS] "Image: " [features] prompt answer [EOS]      or      [BOS] "Image: N/A" prompt answer [EOS]
 
@@ -69,8 +69,8 @@ class Sample:
 
 @dataclass
 class Encoded:
-    tokens: torch.Tensor        # (T,) int32
-    labels: torch.Tensor        # (T,) int32, the token itself where it belongs to the answer, else 0
+    tokens: np.ndarray          # (T,) int32; not torch's, of which thousands use up a worker's file descriptors
+    labels: np.ndarray          # (T,) int32, the token itself where it belongs to the answer, else 0
     image: str | Path | Image.Image | None
     id: str
 
@@ -86,7 +86,7 @@ class Batch:
     n_answer: int               # tokens that carry loss
 
     def to(self, device):
-        tensors = {name: t.to(device, non_blocking=True) for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
+        tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
         return Batch(**vars(self) | tensors)
 
 
@@ -134,7 +134,7 @@ def encode(sample, tokenizer, n_features, max_seq_len, prompt_only=False):
     if prompt_only and len(tokens) > max_seq_len - 2:       # the modality token and one new one
         raise LavinError(f"the prompt has {len(tokens)} tokens, picture counted, but a context of {max_seq_len} "
                          f"has room for {max_seq_len - 2}; shorten it or raise --max-seq-len")
-    tokens, labels = (torch.tensor(ids[:max_seq_len - 1], dtype=torch.int32) for ids in (tokens, labels))
+    tokens, labels = (np.array(ids[:max_seq_len - 1], dtype=np.int32) for ids in (tokens, labels))
     return Encoded(tokens, labels, sample.image, sample.id)
 
 
@@ -144,7 +144,7 @@ def collate(encoded, resolution):
     tokens, labels = torch.zeros(2, len(encoded), int(lengths.max()), dtype=torch.int64)
     pixels = []
     for row, e in enumerate(encoded):
-        tokens[row, :len(e.tokens)], labels[row, :len(e.labels)] = e.tokens, e.labels
+        tokens[row, :len(e.tokens)], labels[row, :len(e.labels)] = torch.from_numpy(e.tokens), torch.from_numpy(e.labels)
         if e.image is not None:
             try:
                 pixels.append(load_pixels(e.image, resolution))
@@ -159,8 +159,8 @@ def collate(encoded, resolution):
 
 
 def mixed_seed(seed, n):
-    """A seed for the n-th draw of a run. Not seed << 32: the CPU's generator looks at the low 32 bits alone."""
-    return seed * 1_000_003 + n
+    """A seed for the n-th draw of a run, of 32 bits: the CPU's generator looks at no more of them."""
+    return (seed * 1_000_003 + n) % 2**32
 
 
 def global_batch(step, lengths, batch_size, micro_batch, seed):
@@ -231,16 +231,15 @@ def sqa_prompt(problem, format="QCM-ALE", caption=""):
     check_format(format)
     ask, answer = format.split("-")
     lecture, solution = (problem[field].replace("\n", "\\n") for field in ("lecture", "solution"))
-    reasons = {"": "", "L": lecture, "E": solution, "LE": f"{lecture} {solution}", "EL": f"{solution} {lecture}"}
+    reasons = {"L": lecture, "E": solution, "LE": f"{lecture} {solution}", "EL": f"{solution} {lecture}", "": ""}
     options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"]))
     context = f"{problem['hint']} {caption}".strip() or "N/A"
     parts = {
         "Q": f"Question: {problem['question']}\n",
         "C": f"Context: {context}\n",
         "M": f"Options: {options}\n",
-    }
-    because = re.search("[LE]+|$", ask)[0]
-    prompt = "".join(f"BECAUSE: {reasons[part]}\n" if part == because else parts[part] for part in re.findall("[LE]+|.", ask))
+    } | {part: f"BECAUSE: {reason}\n" for part, reason in reasons.items()}
+    prompt = "".join(parts[part] for part in re.findall("[LE]+|.", ask))
     result = f"The answer is {LETTERS[problem['answer']]}."
     if answer.startswith("A"):
         reason = reasons[{"L": "E", "E": "L"}.get(answer[1:], answer[1:])]
@@ -310,6 +309,7 @@ def _check_problem(pid, problem):
         return f"has the subject {problem['subject']!r} and the grade {problem['grade']!r}, not ScienceQA's"
     if not isinstance(problem["image"], str | None):
         return f"has the image {problem['image']!r}, neither a file name nor null"
+    return None
 
 
 def load_sqa(root, split, format="QCM-ALE", use_captions=False):

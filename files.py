@@ -1,10 +1,11 @@
-"""Files that people hand us: found, opened safely, written atomically, and complained about in one line.
+"""Files and flags that people hand us: found, opened safely, written atomically, complained about in one line.
 
-Every other file reads and writes through this one, so that a wrong, truncated or hostile file ends in
-one sentence on stderr and exit code 2, never in a traceback, an executed pickle or a half-written result.
+Both scripts and all loaders read and write through this file, so that a wrong, truncated or hostile input ends
+in one sentence on stderr and exit code 2, never in a traceback, an executed pickle or a half-written result.
 """
 
 import argparse
+import errno
 import json
 import os
 import pickle
@@ -34,28 +35,13 @@ def run(main):
 # What both scripts take when no path is given, and where a person gets it.
 DEFAULTS = {"llama": "weights/7B", "vit": "weights/ViT-L-14.pt", "data_root": "data/scienceqa"}
 ORIGINS = {
+    "adapter": "LaVIN's adapters; made by python train.py --data sqa, or --adapter FILE",
     "llama": "LLaMA in Meta's layout, from https://llama.meta.com; --llama DIR",
     "tokenizer": "comes with LLaMA; in the folder of --llama or in its parent",
     "vit": "CLIP's image encoder ViT-L-14.pt, linked from https://github.com/openai/CLIP; --vit FILE",
     "data_root": "ScienceQA, from https://github.com/lupantech/ScienceQA; --data-root DIR",
 }
-
-
-def choose_paths(args, remembered):
-    """Set args.llama, .vit and .data_root: what was given, else what the checkpoint remembers, else the default."""
-    for name, default in DEFAULTS.items():
-        setattr(args, name, getattr(args, name) or remembered.get(name) or default)
-    print(f"LLaMA {args.llama} · CLIP {args.vit}" + (f" · data {args.data_root}" if args.data else ""))
-    check_inputs(args.llama, args.vit, args.data_root if args.data else None)
-
-
-def at_least(minimum):
-    """For argparse: a whole number that is not below `minimum`."""
-    def parse(text):
-        if not text.lstrip("-").isdigit() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
-        return int(text)
-    return parse
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def tokenizer_path(llama):
@@ -64,20 +50,50 @@ def tokenizer_path(llama):
     return beside if beside.exists() and not inside.exists() else inside
 
 
-def check_inputs(llama, vit, data_root=None):
-    """Raise one LavinError that lists every missing input file with where it comes from."""
-    wanted = [
-        (f"{llama}/params.json", Path(llama, "params.json").is_file(), "llama"),
-        (f"{llama}/consolidated.00.pth", Path(llama, "consolidated.00.pth").is_file(), "llama"),
-        (f"{llama}/tokenizer.model", tokenizer_path(llama).is_file(), "tokenizer"),
-        (f"{vit}", Path(vit).is_file(), "vit"),
-    ]
-    if data_root is not None:
-        names = ("problems.json", "pid_splits.json", "images")
-        wanted += [(f"{data_root}/{name}", Path(data_root, name).exists(), "data_root") for name in names]
-    missing = [f"{path} ({ORIGINS[origin]})" for path, exists, origin in wanted if not exists]
-    if missing:
-        raise LavinError("missing: " + "; ".join(missing))
+def choose_paths(args, remembered, adapter=None):
+    """Set args.llama, .vit and .data_root: what was given, else what the checkpoint remembers, else the default.
+
+    Says what it took, and raises one LavinError that lists everything missing with where it comes from.
+    """
+    for name, default in DEFAULTS.items():
+        setattr(args, name, getattr(args, name) or remembered.get(name) or default)
+    print(f"LLaMA {args.llama} · CLIP {args.vit}" + (f" · data {args.data_root}" if args.data else ""))
+    wanted = {
+        "adapter": [adapter] if adapter else [],
+        "llama": [f"{args.llama}/params.json", f"{args.llama}/consolidated.00.pth"],
+        "tokenizer": [tokenizer_path(args.llama)],
+        "vit": [args.vit],
+        "data_root": [f"{args.data_root}/{name}" for name in ("problems.json", "pid_splits.json", "images") if args.data],
+    }
+    missing = {origin: [str(path) for path in paths if not os.path.exists(path)] for origin, paths in wanted.items()}
+    if any(missing.values()):
+        parts = [f"{', '.join(paths)} ({ORIGINS[origin]})" for origin, paths in missing.items() if paths]
+        raise LavinError(f"missing: {'; '.join(parts)}")
+
+
+def pick_device(device, dtype):
+    """--device and --dtype, "auto" resolved -> (torch.device, key of DTYPES): a GPU, if any, in bf16 or, old, in fp16."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LavinError(f"--device {device}: not available here; cpu always is") from error
+    if dtype == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "fp32" if device.type == "cpu" else "bf16" if bf16 else "fp16"
+    return device, dtype
+
+
+def at_least(minimum):
+    """For argparse: a whole number that is not below `minimum`."""
+    def parse(text):
+        try:
+            if int(text) >= minimum:
+                return int(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+    return parse
 
 
 def read_json(path):
@@ -103,7 +119,7 @@ def read_checkpoint(path, mmap=False):
         raise LavinError(f"{path}: no such file") from error
     except pickle.UnpicklingError as error:
         raise LavinError(f"{path}: not a checkpoint of tensors, or one that would run code; not loaded") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:      # damaged bytes make the reader raise anything
         raise LavinError(f"{path}: not a readable torch file; truncated? fetch it again") from error
 
 
@@ -116,7 +132,8 @@ def tensors_of(state, path):
 
 def check_names(path, expected, found):
     """LavinError that names the first name that only one of the two holds."""
-    for name in sorted(set(expected) ^ set(found)):
+    if different := sorted(set(expected) ^ set(found)):
+        name = different[0]
         raise LavinError(f"{path}: {name} {'is missing' if name in expected else 'has no place in this model'}")
 
 
@@ -134,7 +151,7 @@ def fill(parameters, state, path):
 def write_atomically(path, write):
     """Call `write(temporary_path)`, then rename: readers see the old file or the new one, never a part."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -145,11 +162,14 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(directory):
-    """Make `directory`; LavinError now if nothing can be written there, not after an epoch."""
+def check_writable(path, flag):
+    """LavinError now if a file could not be written at `path`, not after hours of work; makes its directory."""
+    path = Path(path)
     try:
-        os.makedirs(directory, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise LavinError(f"{directory}: cannot be written to ({error.strerror}); choose another --out") from error
+        raise LavinError(f"{flag}: {path} cannot be written ({error.strerror}); choose another place") from error

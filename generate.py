@@ -8,6 +8,7 @@ What the training run was told (prompt format, context, paths) is in its checkpo
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from tqdm import tqdm
 
 import adapters
 import data
-from files import LavinError, at_least, check_writable, choose_paths, run, write_atomically
-from model import DTYPES, LaVIN, pick_device
+from files import DTYPES, LavinError, at_least, check_writable, choose_paths, pick_device, run, write_atomically
+from model import LaVIN
 
 
-def answer_all(lavin, samples, format, max_new_tokens=None, batch_size=32, workers=0):
-    """Answer every sample, greedily -> {id: text}; "" for a prompt that does not fit the context.
+def answer_all(lavin, samples, format, max_new_tokens=None, temperature=0.0, top_p=1.0, batch_size=32, workers=0):
+    """Answer every sample -> {id: text}; "" for a prompt that does not fit the context.
 
     Prompts of like length share a batch. A format that begins with the answer needs no reasons for the
     score: a sample ends as soon as its letter is out.
@@ -31,29 +32,32 @@ def answer_all(lavin, samples, format, max_new_tokens=None, batch_size=32, worke
     encoded, outputs = [], {}
     for sample in samples:
         try:
-            encoded.append(data.encode(sample, lavin.tokenizer, lavin.n_features, lavin.max_seq_len, prompt_only=True))
+            encoded.append(lavin.encode(sample, prompt_only=True))
         except LavinError:
             outputs[sample.id] = ""
     if outputs:
-        print(f"{len(outputs)} prompts do not fit the context of {lavin.max_seq_len} tokens and count as wrong (--max-seq-len)")
+        print(f"{len(outputs)} prompts do not fit the context of {lavin.max_seq_len} tokens and count as wrong; "
+              "--max-seq-len widens it")
 
     def letter_is_out(ids):
         return data.sqa_answer(lavin.tokenizer.decode(ids)) >= 0
 
+    done = letter_is_out if answer_first else None
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].tokens))
     plan = [[order[i:i + batch_size]] for i in range(0, len(order), batch_size)]
     with tqdm(total=len(encoded), desc="answering", unit=" problems", file=sys.stdout) as bar:
-        for (batch,) in data.ahead(data.Collated(encoded, plan.__getitem__, lavin.resolution), range(len(plan)), workers):
-            for new in lavin.decode(batch.to(lavin.device), max_new_tokens, done=letter_is_out if answer_first else None):
+        dataset = data.Collated(encoded, plan.__getitem__, lavin.resolution)
+        for (batch,) in data.ahead(dataset, range(len(plan)), workers):
+            for new in lavin.decode(batch.to(lavin.device), max_new_tokens, temperature, top_p, done):
                 pass
             outputs |= zip(batch.ids, map(lavin.tokenizer.decode, new))
             bar.update(len(new))
     return outputs
 
 
-def score(lavin, problems, samples, format, max_new_tokens=None, batch_size=32, workers=0):
-    """Answer and score ScienceQA problems, print the table -> (predictions {id: index, -1 unparsed}, {id: text})."""
-    outputs = answer_all(lavin, samples, format, max_new_tokens, batch_size, workers)
+def score(lavin, problems, samples, format, **how):
+    """Answer (see answer_all) and score ScienceQA problems, print the table -> ({id: index, -1 unparsed}, {id: text})."""
+    outputs = answer_all(lavin, samples, format, **how)
     predictions = {}
     for sample in samples:
         index = data.sqa_answer(outputs[sample.id])
@@ -68,9 +72,7 @@ def ask(lavin, prompt, image, args):
     """Answer one prompt, printing the text as it comes."""
     if "Response:" not in prompt:               # the form in which LaVIN learns to take instructions
         prompt = f"Instruction: {prompt.strip()}\nResponse:"
-    sample = data.Sample(prompt, image=image)
-    encoded = data.encode(sample, lavin.tokenizer, lavin.n_features, lavin.max_seq_len, prompt_only=True)
-    batch = data.collate([encoded], lavin.resolution).to(lavin.device)
+    batch = lavin.batch([data.Sample(prompt, image=image)], prompt_only=True)
     shown = text = ""
     for (ids,) in lavin.decode(batch, args.max_new_tokens or 256, args.temperature, args.top_p):
         text = lavin.tokenizer.decode(ids)
@@ -83,7 +85,7 @@ def ask(lavin, prompt, image, args):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     what = parser.add_argument_group("what to answer")
-    what.add_argument("--prompt", help='a question; wrapped as "Instruction: … Response:" unless it says "Response:" itself')
+    what.add_argument("--prompt", help='a question; put into "Instruction: … Response:" unless it says "Response:"')
     what.add_argument("--image", help="a picture that the prompt is about")
     what.add_argument("--data", choices=["sqa"], help="answer and score a data set instead")
     what.add_argument("--data-root", help="default: what the checkpoint was trained on, or data/scienceqa")
@@ -107,9 +109,9 @@ def parse_args():
     args = parser.parse_args()
     if (args.prompt is None) == (args.data is None):
         parser.error("give either --prompt or --data")
-    if args.data and args.image:
-        parser.error("--image goes with --prompt")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
+    if args.data and args.image or args.prompt is not None and (args.predictions or args.format):
+        parser.error("--image goes with --prompt, --predictions and --format with --data")
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         parser.error("--temperature is at least 0, --top-p above 0 and at most 1")
     return args
 
@@ -119,25 +121,24 @@ def main():
     if args.prompt is not None and not args.prompt.strip():
         raise LavinError("--prompt is empty")
     adapter = args.adapter or "out/checkpoint.pth"
-    if not Path(adapter).is_file():
-        raise LavinError(f"{adapter}: no such checkpoint; train one (python train.py --data sqa) or give --adapter FILE")
-    _, _, remembered = adapters.read(adapter)
-    choose_paths(args, remembered)
+    remembered = adapters.read(adapter)[2] if Path(adapter).is_file() else {}
+    choose_paths(args, remembered, adapter)
     format = args.format or remembered.get("format") or "QCM-ALE"
     if args.data:
         problems, samples = data.load_sqa(args.data_root, args.split, format, remembered.get("captions", False))
     elif args.image:
         data.load_pixels(args.image, 1)         # complain about the picture before loading 13 GB
     if args.predictions:
-        check_writable(Path(args.predictions).absolute().parent)
+        check_writable(args.predictions, "--predictions")
     device, dtype = pick_device(args.device, args.dtype)
     print(f"adapter {adapter} · {device} · {dtype}")
     lavin = LaVIN.load(args.llama, args.vit, adapter, device=device, dtype=DTYPES[dtype], max_seq_len=args.max_seq_len)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(data.mixed_seed(args.seed, 0))
     if args.prompt is not None:
         return ask(lavin, args.prompt, args.image, args)
     print(f"{len(samples)} problems of {args.data_root}, split {args.split}, format {format}")
-    predictions, outputs = score(lavin, problems, samples, format, args.max_new_tokens, args.batch_size, args.workers)
+    predictions, outputs = score(lavin, problems, samples, format, max_new_tokens=args.max_new_tokens, top_p=args.top_p,
+                                 temperature=args.temperature, batch_size=args.batch_size, workers=args.workers)
     if args.predictions:
         text = json.dumps({"results": predictions, "outputs": outputs}, indent=1, ensure_ascii=False)
         write_atomically(args.predictions, lambda path: path.write_text(text, encoding="utf-8"))

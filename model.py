@@ -60,8 +60,7 @@ class Cache:
 
     def append(self, k, v, positions):
         """Write k, v (B, T, K, D) at positions (B, T); return all keys and values (B, S, K, D)."""
-        self.k[self.rows, positions] = k.to(self.k.dtype)
-        self.v[self.rows, positions] = v.to(self.v.dtype)
+        self.k[self.rows, positions], self.v[self.rows, positions] = k, v
         return self.k, self.v
 
 
@@ -173,14 +172,19 @@ def read_params(directory, vocab_size):
     """params.json -> LLaMAConfig. vocab_size is the tokenizer's: Meta's file says -1."""
     path = Path(directory, "params.json")
     params = read_json(path)
-    known = {field.name for field in dataclasses.fields(LLaMAConfig)}
     try:
         if params.get("use_scaled_rope"):
             raise LavinError(f"{path}: scaled RoPE (LLaMA 3.1 and later) is not supported")
-        config = LLaMAConfig(**{name: params[name] for name in params.keys() & known} | {"vocab_size": vocab_size})
+        known = {f.name: params[f.name] for f in dataclasses.fields(LLaMAConfig) if params.get(f.name) is not None}
+        known["vocab_size"] = vocab_size
+        for name, value in known.items():
+            real = name in ("norm_eps", "ffn_dim_multiplier", "rope_theta")
+            if type(value) not in ((int, float) if real else (int,)) or value <= 0:
+                raise ValueError(f"{name} is {value!r}")
+        config = LLaMAConfig(**known)
         if config.dim % config.n_heads or config.n_heads % config.n_kv_heads:
-            raise ValueError(f"dim {config.dim}, n_heads {config.n_heads} and n_kv_heads {config.n_kv_heads} do not divide")
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"dim {config.dim}, n_heads {config.n_heads}, n_kv_heads {config.n_kv_heads} do not divide")
+    except (AttributeError, TypeError, ValueError) as error:
         raise LavinError(f"{path}: not LLaMA's parameters ({error})") from error
     return config
 
@@ -223,8 +227,8 @@ def load_llama(llama, directory):
         return [tensors_of(read_checkpoint(file, mmap=True), file) for file in files]
 
     shards = open_shards()
-    for file, shard in zip(files, shards):
-        check_names(file, parameters, shard.keys() - {"rope.freqs"})    # derived; we compute it
+    for file, names in zip(files, [list(shard) for shard in shards]):
+        check_names(file, parameters, [name for name in names if not name.endswith("rope.freqs")])   # we compute them
     budget, touched = max(t.nbytes for t in shards[0].values()), 0
     for name, parameter in parameters.items():
         if touched + shards[0][name].nbytes > budget:
@@ -307,9 +311,13 @@ class LaVIN(nn.Module):
         dtype = self.llama.norm.weight.dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
-    def batch(self, samples):
-        """[data.Sample] -> data.Batch on the model's device."""
-        encoded = [data.encode(s, self.tokenizer, self.n_features, self.max_seq_len) for s in samples]
+    def encode(self, sample, prompt_only=False):
+        """data.Sample -> data.Encoded, for this model's tokenizer, pictures and context."""
+        return data.encode(sample, self.tokenizer, self.n_features, self.max_seq_len, prompt_only)
+
+    def batch(self, samples, prompt_only=False):
+        """[data.Sample] -> data.Batch on the model's device, for training or, with prompt_only, to be continued."""
+        encoded = [self.encode(sample, prompt_only) for sample in samples]
         return data.collate(encoded, self.resolution).to(self.device)
 
     def image_features(self, pixels):
@@ -348,17 +356,10 @@ class LaVIN(nn.Module):
         with self.autocast():
             return self.llama.output(self.hidden(batch)).float()
 
-    def _next(self, x, w, caches, positions, last):
-        """Logits (B, vocabulary) after the tokens x (B, T, C) of which `last` (B,) is each row's last."""
-        with self.autocast():
-            x = self.llama(x, w, caches, positions)
-            return self.llama.output(x[torch.arange(len(x)), last]).float()
-
     @torch.inference_mode()
     def decode(self, batch, max_new_tokens, temperature=0.0, top_p=1.0, done=None):
-        """Continue the prompts of a Batch. Yields, after every new token, the new ids of all rows so far.
-
-        Greedy at temperature 0, else sampled from the smallest set of tokens that holds `top_p` of the
+        """Continue the prompts of a Batch. Yields, after every new token, the new ids of all rows so far (always the
+        same lists, which grow). Greedy at temperature 0, else sampled from the smallest set of tokens that holds `top_p` of the
         probability. A row ends at EOS (not kept), at the context's end, or when `done(its ids)` is true.
         """
         B, T = batch.tokens.shape
@@ -371,7 +372,10 @@ class LaVIN(nn.Module):
         lengths, last = batch.lengths, batch.lengths - 1
         new, open_rows = [[] for _ in range(B)], set(range(B))
         for _ in range(max_new_tokens):
-            ids = pick(self._next(x, w, caches, positions, last), temperature, top_p)       # (B,)
+            with self.autocast():                               # not around the yield: it would leak to the caller
+                x = self.llama(x, w, caches, positions)
+                logits = self.llama.output(x[torch.arange(B), last]).float()        # (B, vocabulary)
+            ids = pick(logits, temperature, top_p)              # (B,)
             full = (lengths + 1 >= S).tolist()
             for row, token in enumerate(ids.tolist()):
                 if row in open_rows:
@@ -388,34 +392,17 @@ class LaVIN(nn.Module):
 
     def generate(self, samples, max_new_tokens=64, temperature=0.0, top_p=1.0):
         """[data.Sample] -> the new text of each. Answers in the samples are ignored."""
-        encoded = [data.encode(s, self.tokenizer, self.n_features, self.max_seq_len, prompt_only=True) for s in samples]
-        batch = data.collate(encoded, self.resolution).to(self.device)
         new = [[] for _ in samples]
-        for new in self.decode(batch, max_new_tokens, temperature, top_p):
+        for new in self.decode(self.batch(samples, prompt_only=True), max_new_tokens, temperature, top_p):
             pass
         return [self.tokenizer.decode(ids) for ids in new]
 
 
 def pick(logits, temperature, top_p):
     """(B, vocabulary) -> (B,): the likeliest token, or one drawn from the nucleus of mass top_p."""
-    if temperature == 0:
+    if temperature < 1e-4:                                      # and where dividing by it would overflow
         return logits.argmax(-1)
     p, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
     p[p.cumsum(-1) - p >= top_p] = 0                            # those before a token already hold top_p
     p[:, 0] = p[:, 0].clamp(min=1e-30)                          # top_p = 0: the likeliest
     return order.gather(-1, torch.multinomial(p, 1))[:, 0]
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def pick_device(device, dtype):
-    """--device and --dtype, "auto" resolved -> (torch.device, key of DTYPES): a GPU if there is one, there bf16 or, old, fp16."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise LavinError(f"--device {device}: not available here; cpu always is") from error
-    if dtype == "auto":
-        dtype = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return device, dtype

@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 import adapters
 import data
-from files import LavinError, at_least, check_writable, choose_paths, read_checkpoint, run, write_atomically
+from files import (DTYPES, LavinError, at_least, check_writable, choose_paths, pick_device, read_checkpoint, run,
+                   write_atomically)
 from generate import score
-from model import DTYPES, LaVIN, pick_device
+from model import LaVIN
 
 # What makes a run what it is: --resume refuses to change these.
-FIXED = ("data", "format", "captions", "epochs", "batch_size", "lr", "tau", "dropout", "max_seq_len", "seed")
+FIXED = ("data", "format", "captions", "epochs", "batch_size", "lr", "tau", "dropout", "max_seq_len", "seed", "dtype")
 
 
 def learning_rate(step, steps_per_epoch, args):
@@ -43,10 +44,9 @@ def learning_rate(step, steps_per_epoch, args):
 def make_optimizer(lavin):
     """AdamW over what is trained; weight decay on matrices, none on biases."""
     trained = [(name, p) for name, p in lavin.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trained if p.dim() > 1 and not name.endswith("bias")]
-    others = [p for name, p in trained if p.dim() <= 1 or name.endswith("bias")]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}],
-                             lr=0.0, betas=(0.9, 0.95))
+    groups = [{"params": [p for name, p in trained if name.endswith("bias") != matrices], "weight_decay": decay}
+              for matrices, decay in ((True, 0.02), (False, 0.0))]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
 
 
 def train_step(lavin, optimizer, scaler, micro_batches):
@@ -63,7 +63,8 @@ def train_step(lavin, optimizer, scaler, micro_batches):
             raise LavinError(f"the loss is {value} on the samples {', '.join(batch.ids)}")
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in lavin.parameters() if p.grad is not None]).item()
-    if not math.isfinite(norm) and not scaler.is_enabled():      # fp16 skips such a step and lowers its scale
+    # fp16 skips such a step and halves its scale, which ends only where the gradient fits.
+    if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
         raise LavinError(f"the gradient is {norm} on the samples {', '.join(i for b in micro_batches for i in b.ids)}")
     scaler.step(optimizer)
     scaler.update()
@@ -89,7 +90,8 @@ def describe(lavin, args, n_steps, steps_per_epoch):
                       "modality embedding": lavin.modality_embedding.numel()}
         shown = " · ".join(f"{name} {count:,}" for name, count in counts.items() if count)
         print(f"{kind:8} {sum(counts.values()):,} parameters: {shown}")
-    print(f"batch    {args.batch_size} in micro-batches of {min(args.micro_batch, args.batch_size)} · context {args.max_seq_len}")
+    micro_batch = min(args.micro_batch, args.batch_size)
+    print(f"batch    {args.batch_size} in micro-batches of {micro_batch} · context {args.max_seq_len} tokens")
     print(f"steps    {n_steps} = {args.epochs} epochs × {steps_per_epoch} · peak learning rate {args.lr:.3g} · τ {args.tau:g}")
     print(f"device   {lavin.device} · {args.dtype} · compile {'on' if args.compile else 'off'}")
 
@@ -107,7 +109,7 @@ def parse_args():
     what.add_argument("--vit", help="CLIP's image encoder (default: weights/ViT-L-14.pt)")
     what.add_argument("--out", default="out", help="directory of checkpoint.pth and metrics.jsonl (default: out)")
     how = parser.add_argument_group("training")
-    how.add_argument("--epochs", type=at_least(1), default=20)
+    how.add_argument("--epochs", type=at_least(1), default=20, help="2 of 20 warm up, a tenth of fewer (default: 20)")
     how.add_argument("--batch-size", type=at_least(1), default=32, help="samples of one optimizer step (default: 32)")
     how.add_argument("--micro-batch", type=at_least(1), default=4, help="samples of one forward pass (default: 4)")
     how.add_argument("--lr", type=float, help="peak learning rate (default: 9e-3 · batch size / 256)")
@@ -115,9 +117,9 @@ def parse_args():
     how.add_argument("--dropout", type=float, default=0.1, help="in the adapters (default: 0.1)")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pth")
-    how.add_argument("--max-steps", type=at_least(1), help="stop after this many steps in all; the schedule stays that of --epochs")
+    how.add_argument("--max-steps", type=at_least(1), help="stop after so many steps in all; --epochs keeps the schedule")
     how.add_argument("--save-every", type=at_least(1), help="steps between checkpoints (default: one after each epoch)")
-    how.add_argument("--eval-limit", type=at_least(0), help="problems of the val split scored at the end, 0 for none (default: all)")
+    how.add_argument("--eval-limit", type=at_least(0), help="problems of val scored at the end, 0 for none (default: all)")
     speed = parser.add_argument_group("speed and memory")
     speed.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     speed.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="of the frozen weights")
@@ -130,26 +132,26 @@ def parse_args():
         if not path.is_file():
             raise LavinError(f"--resume: there is no {path} to go on from; leave --resume out to start")
         resumed = read_checkpoint(path)
-        if not isinstance(resumed, dict) or not {"config", "step", "optimizer"} <= resumed.keys():
+        if not isinstance(resumed, dict) or not {"config", "step", "optimizer", "scaler"} <= resumed.keys():
             raise LavinError(f"--resume: {path} was not written by train.py")
-        once = ("out", "resume", "max_steps", "device")
+        once = ("out", "resume", "max_steps", "device", "compile")
         parser.set_defaults(**{name: value for name, value in resumed["config"].items() if name not in once})
         args = parser.parse_args()
     if args.lr is None:
         args.lr = 9e-3 * args.batch_size / 256
+    if not 0 <= args.dropout < 1 or not 0 < args.tau < math.inf or not 0 < args.lr < math.inf:
+        parser.error("--dropout is at least 0 and below 1, --tau and --lr are above 0")
     for name in FIXED if resumed else ():
         before, now = resumed["config"].get(name), getattr(args, name)
         if before != now:
             raise LavinError(f"--resume: {path} was trained with {name} {before}, not {now}; leave the flag out or start anew")
-    if not 0 <= args.dropout < 1 or args.tau <= 0 or not args.lr > 0:
-        parser.error("--dropout is at least 0 and below 1, --tau and --lr are above 0")
     return args, resumed
 
 
 def load_samples(lavin, samples, args):
     """[Sample] -> [Encoded], tokenized once; those whose answer is cut off entirely are counted and left out."""
     encoded = [data.encode(s, lavin.tokenizer, lavin.n_features, args.max_seq_len) for s in samples]
-    kept = [e for e in encoded if e.labels.any()]
+    kept = [e for e in encoded if (e.labels != 0).any()]
     pictures = sum(e.image is not None for e in kept)
     print(f"data     {len(kept)} samples, {pictures} with a picture, {sum(len(e.tokens) for e in kept):,} tokens; "
           f"left out, their answer being cut off entirely: {len(encoded) - len(kept)}")
@@ -158,11 +160,20 @@ def load_samples(lavin, samples, args):
     return kept
 
 
-def start_metrics(path, start):
-    """Open OUT/metrics.jsonl for further lines, without those of steps that a resumed run will do again."""
-    lines = path.read_text().splitlines() if start and path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-    write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+def open_metrics(out, start):
+    """OUT/metrics.jsonl, for further lines: a resumed run's without the steps that it will do again.
+
+    A new run in the place of an older one renames what that left to *.old.
+    """
+    path, lines = Path(out, "metrics.jsonl"), []
+    if start and path.exists():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= start]
+    elif not start:
+        for old in (Path(out, "checkpoint.pth"), path):
+            if old.exists():
+                print(f"note     {old} of an earlier run is now {old}.old; --resume would have gone on with it")
+                old.replace(f"{old}.old")
+    write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in lines)))
     return open(path, "a", buffering=1)
 
 
@@ -178,10 +189,9 @@ def train(lavin, encoded, optimizer, scaler, start, n_steps, steps_per_epoch, ar
     plan = functools.partial(data.global_batch, lengths=[len(e.tokens) for e in encoded], batch_size=args.batch_size,
                              micro_batch=args.micro_batch, seed=args.seed)
     loader = data.ahead(data.Collated(encoded, plan, lavin.resolution), range(start, n_steps), args.workers)
-    metrics = start_metrics(Path(args.out, "metrics.jsonl"), start)
     lavin.train()
     began = time.perf_counter()
-    with tqdm(total=n_steps, initial=start, unit="step", file=sys.stdout) as bar, metrics:
+    with open_metrics(args.out, start) as metrics, tqdm(total=n_steps, initial=start, unit="step", file=sys.stdout) as bar:
         for step, micro_batches in enumerate(loader, start + 1):
             lr = learning_rate(step - 1, steps_per_epoch, args)
             for group in optimizer.param_groups:
@@ -190,38 +200,42 @@ def train(lavin, encoded, optimizer, scaler, start, n_steps, steps_per_epoch, ar
             try:
                 loss, norm = train_step(lavin, optimizer, scaler, micro_batches)
             except LavinError as error:
-                raise LavinError(f"step {step}: {error}; stopped, the last checkpoint is as it was; try a lower --lr") from error
+                raise LavinError(f"step {step}: {error}; stopped, no checkpoint written; try a lower --lr") from error
             seconds, began = time.perf_counter() - began, time.perf_counter()
             speed = sum(len(batch.ids) for batch in micro_batches) / seconds
             line = {"step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": lr, "samples_per_s": speed,
                     "grad_norm": norm if math.isfinite(norm) else None}
             metrics.write(json.dumps(line) + "\n")
-            memory = f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if lavin.device.type == "cuda" else ""
+            gpu = lavin.device.type == "cuda"
+            memory = f" {torch.cuda.max_memory_allocated(lavin.device) / 1e9:.1f} GB" if gpu else ""
             bar.set_description(f"epoch {(step - 1) // steps_per_epoch + 1}/{args.epochs}", refresh=False)
             bar.set_postfix_str(f"loss {loss:.3f} {speed:.1f} samples/s{memory}", refresh=False)
             bar.update()
-            if step % steps_per_epoch == 0 or step == n_steps or args.save_every and step % args.save_every == 0 or signals:
+            every = args.save_every or steps_per_epoch
+            if signals or step == n_steps or step % steps_per_epoch == 0 or step % every == 0:
                 save(lavin, optimizer, scaler, step, steps_per_epoch, args)
             if signals:
-                bar.close()
-                print(f"stopped after step {step}; saved. --resume goes on from here")
-                sys.exit(128 + signals[0])
+                break
     for number, handler in usual.items():
         signal.signal(number, handler)
+    if signals:
+        print(f"stopped after step {step}; saved. --resume goes on from here")
+        sys.exit(128 + signals[0])
 
 
 def main():
     args, resumed = parse_args()
     choose_paths(args, resumed["config"] if resumed else {})
     args.llama, args.vit, args.data_root = (os.path.abspath(path) for path in (args.llama, args.vit, args.data_root))
-    problems, samples = data.load_sqa(args.data_root, "train", args.format, args.captions)
+    _, samples = data.load_sqa(args.data_root, "train", args.format, args.captions)
     if args.eval_limit != 0:
         problems, val_samples = data.load_sqa(args.data_root, "val", args.format, args.captions)
-    check_writable(args.out)
+        val_samples = val_samples[:args.eval_limit]
     path = Path(args.out, "checkpoint.pth")
+    check_writable(path, "--out")
     device, args.dtype = pick_device(args.device, args.dtype)
     args.compile = device.type == "cuda" if args.compile is None else args.compile
-    torch.manual_seed(args.seed)
+    torch.manual_seed(data.mixed_seed(args.seed, 0))
     lavin = LaVIN.load(args.llama, args.vit, path if resumed else None, device=device, dtype=DTYPES[args.dtype],
                        max_seq_len=args.max_seq_len, tau=args.tau, dropout=args.dropout)
     encoded = load_samples(lavin, samples, args)
@@ -234,8 +248,6 @@ def main():
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
         start = resumed["step"]
-    elif path.exists():
-        print(f"note     {path} of an earlier run will be replaced; --resume would go on with it")
     steps_per_epoch = math.ceil(len(encoded) / args.batch_size)
     n_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     describe(lavin, args, args.epochs * steps_per_epoch, steps_per_epoch)
@@ -246,9 +258,9 @@ def main():
     train(lavin, encoded, optimizer, scaler, start, n_steps, steps_per_epoch, args)
     print(f"saved    {path}")
     if args.eval_limit != 0:
-        print(f"scoring  {len(val_samples[:args.eval_limit])} problems of the val split")
+        print(f"scoring  {len(val_samples)} problems of the val split")
         with torch.compiler.set_stance("force_eager"):
-            predictions, _ = score(lavin.eval(), problems, val_samples[:args.eval_limit], args.format, workers=args.workers)
+            predictions, _ = score(lavin.eval(), problems, val_samples, args.format, workers=args.workers)
         scores = {name: None if math.isnan(s) else s for name, s in data.sqa_scores(problems, predictions).items()}
         with open(Path(args.out, "metrics.jsonl"), "a") as metrics:
             metrics.write(json.dumps({"step": n_steps, "split": "val", **scores}) + "\n")

@@ -1,10 +1,11 @@
 """CLIP's image encoder with adapters, from OpenAI's archive (https://github.com/openai/CLIP, ViT-L-14.pt).
 
-LaVIN takes the class token after every fourth block as the picture's features (paper, section 3.3), and
-has no use for `ln_post`, `proj` and the text tower, which are dropped.
+LaVIN takes the class token after every fourth block as the picture's features, and has no use for `ln_post`,
+`proj` and the text tower, which are dropped.
 Shapes: B pictures, T tokens (class token + patches), C width, V in the rest of the project.
 """
 
+import contextlib
 import zipfile
 from dataclasses import dataclass
 
@@ -66,8 +67,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """CLIP's residual block with an adapter in front of the attention.
 
-    There is no modality token here: every patch routes itself. The weights therefore differ from token to
-    token, which is why these adapters, unlike LLaMA's, cannot be folded into the attention's matrices.
+    There is no modality token here: every token routes itself.
     """
 
     def __init__(self, width, adapter):
@@ -79,7 +79,7 @@ class Block(nn.Module):
         self.mlp = MLP(width)
 
     def forward(self, x):
-        y = self.ln_1(x)
+        y = self.ln_1(x)                                                # (B, T, C), as x
         x = x + self.attn(self.adapter(y, self.adapter.router(y)))
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -118,20 +118,24 @@ def read(path):
     Every size comes from the tensors. Raises LavinError if it is not a CLIP ViT.
     """
     try:
+        with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else contextlib.nullcontext() as archive:
+            scripted = archive is not None and any("/code/" in name for name in archive.namelist())
         # TorchScript has a reader of its own, which runs no pickled code.
-        scripted = zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist())
         state = torch.jit.load(path, map_location="cpu").state_dict() if scripted else read_checkpoint(path)
-    except (OSError, RuntimeError) as error:
+    except LavinError:
+        raise
+    except Exception as error:      # damaged bytes make the readers raise anything
         raise LavinError(f"{path}: not a readable CLIP archive; truncated? fetch it again") from error
     unused = ("visual.ln_post.", "visual.proj")
     state = {name.removeprefix("visual.").removeprefix("transformer."): tensor
              for name, tensor in tensors_of(state, path).items()
              if name.startswith("visual.") and not name.startswith(unused)}
-    if not {"class_embedding", "positional_embedding", "conv1.weight"} <= state.keys():
-        raise LavinError(f"{path}: not a CLIP ViT: it lacks visual.class_embedding and the like; take ViT-L-14.pt")
-    width, _, patch, _ = state["conv1.weight"].shape
+    try:
+        width, _, patch, _ = state["conv1.weight"].shape
+        side = round((len(state["positional_embedding"]) - 1) ** 0.5)
+    except (KeyError, TypeError, ValueError) as error:
+        raise LavinError(f"{path}: not a CLIP ViT ({error!r}); take ViT-L-14.pt") from error
     layers = len({name.split(".")[1] for name in state if name.startswith("resblocks.")})
-    side = round((len(state["positional_embedding"]) - 1) ** 0.5)
     if layers < 4 or width % 64:
         raise LavinError(f"{path}: {layers} blocks of width {width}; features need 4 blocks and heads a multiple of 64")
     return state, ViTConfig(width, layers, patch, side * patch)

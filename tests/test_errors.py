@@ -38,7 +38,7 @@ def test_everything_that_is_missing_is_listed_at_once(fails, tmp_path, monkeypat
     fails(train, "--data", "sqa", says=[
         "weights/7B/params.json", "weights/7B/consolidated.00.pth", "weights/7B/tokenizer.model", "weights/ViT-L-14.pt",
         "data/scienceqa/problems.json", "https://github.com/lupantech/ScienceQA", "https://github.com/openai/CLIP", "--llama DIR"])
-    fails(generate, "--prompt", "x", says=["out/checkpoint.pth", "python train.py", "--adapter FILE"])
+    fails(generate, "--prompt", "x", says=["out/checkpoint.pth", "python train.py", "--adapter FILE", "weights/ViT-L-14.pt"])
     fails(generate, *ask(llama=tmp_path, vit=tmp_path / "no.pt"), says=["params.json", "tokenizer.model", "no.pt"])
 
 

@@ -50,7 +50,7 @@ def test_a_sample_ends_as_soon_as_its_letter_is_out(sqa, monkeypatch):
     problems, samples = data.load_sqa(sqa, "test")
     text_only = [s for s in samples if s.image is None]
 
-    def decode(batch, max_new_tokens, done=None):
+    def decode(batch, max_new_tokens, temperature, top_p, done):
         ids = lavin.tokenizer.encode("The answer is B. BECAUSE: it is so.")
         new = [[] for _ in batch.ids]
         for token in ids[:max_new_tokens]:
@@ -72,7 +72,7 @@ def test_a_sample_ends_as_soon_as_its_letter_is_out(sqa, monkeypatch):
 def test_a_letter_that_is_no_choice_is_not_an_answer(sqa, monkeypatch, capsys):
     lavin = LaVIN.load(LLAMA, VIT, max_seq_len=300)
     problems, samples = data.load_sqa(sqa, "test")
-    monkeypatch.setattr(generate, "answer_all", lambda *_: {s.id: "The answer is E." for s in samples})
+    monkeypatch.setattr(generate, "answer_all", lambda *_, **how: {s.id: "The answer is E." for s in samples})
     predictions, _ = generate.score(lavin, problems, samples, "QCM-ALE")
     assert set(predictions.values()) == {-1} and "12 of 12" in capsys.readouterr().out
 

@@ -120,11 +120,10 @@ def test_a_ragged_batch_generates_what_each_sample_does_alone(lavin, samples):
 
 
 def test_generation_stops_at_the_context_and_at_done(lavin, samples):
-    encoded = [data.encode(s, lavin.tokenizer, lavin.n_features, 128, prompt_only=True) for s in samples]
-    batch = data.collate(encoded, lavin.resolution)
+    batch = lavin.batch(samples, prompt_only=True)
     *_, new = lavin.decode(batch, 1000)
-    assert all(len(e.tokens) + len(ids) <= 127 for e, ids in zip(encoded, new))     # and one for the modality token
-    assert max(len(e.tokens) + len(ids) for e, ids in zip(encoded, new)) == 127
+    lengths = [n + len(ids) for n, ids in zip(batch.lengths.tolist(), new)]
+    assert max(lengths) == 127                                              # and one for the modality token
     *_, short = lavin.decode(batch, 1000, done=lambda ids: len(ids) == 3)
     assert short == [ids[:3] for ids in new]
 

@@ -8,7 +8,6 @@ The prompts of all 23 formats are in test_data.py.
 import torch
 
 import adapters
-import data
 import train
 from conftest import difference
 
@@ -63,7 +62,6 @@ def test_five_steps_of_adamw(lavin, samples, expected):
 
 
 def test_greedy_tokens(lavin, samples, expected):
-    encoded = [data.encode(s, lavin.tokenizer, lavin.n_features, 128, prompt_only=True) for s in samples]
-    *_, new = lavin.decode(data.collate(encoded, lavin.resolution), 12)
+    *_, new = lavin.decode(lavin.batch(samples, prompt_only=True), 12)
     assert_close("greedy tokens", new, expected["greedy"], 0)
     assert lavin.generate(samples, 12) == [lavin.tokenizer.decode(ids) for ids in new]
