@@ -126,11 +126,14 @@ def read(path):
         raise LavinError(f"{path}: not a LaVIN checkpoint: it has no \"model\"")
     state = {name.removeprefix("module."): t for name, t in tensors_of(checkpoint["model"], path).items()}
     try:
-        rank, hidden = (len(state[name]) for name in ("layers.0.adapter_attn.conv_A.weight", "adapter_proj.conv_A.weight"))
         args = vars(checkpoint.get("args") or argparse.Namespace())
-        tau, scale, dropout = (float(args.get(name, default)) for name, default in (
-            ("temperature", AdapterConfig.tau), ("adapter_scale", AdapterConfig.scale), ("dropout", AdapterConfig.dropout)))
+        config = AdapterConfig(
+            rank=len(state["layers.0.adapter_attn.conv_A.weight"]),
+            hidden=len(state["adapter_proj.conv_A.weight"]),
+            tau=float(args.get("temperature", AdapterConfig.tau)),
+            scale=float(args.get("adapter_scale", AdapterConfig.scale)),
+            dropout=float(args.get("dropout", AdapterConfig.dropout)))
         settings = {"max_seq_len": args.get("max_seq_len"), "format": args.get("prompt_format")}
-        return state, AdapterConfig(rank, hidden, tau, scale, dropout), settings | checkpoint.get("config", {})
+        return state, config, settings | checkpoint.get("config", {})
     except (KeyError, TypeError, ValueError) as error:
         raise LavinError(f"{path}: not a LaVIN checkpoint ({error!r})") from error

@@ -144,7 +144,8 @@ def collate(encoded, resolution):
     tokens, labels = torch.zeros(2, len(encoded), int(lengths.max()), dtype=torch.int64)
     pixels = []
     for row, e in enumerate(encoded):
-        tokens[row, :len(e.tokens)], labels[row, :len(e.labels)] = torch.from_numpy(e.tokens), torch.from_numpy(e.labels)
+        tokens[row, :len(e.tokens)] = torch.from_numpy(e.tokens)
+        labels[row, :len(e.labels)] = torch.from_numpy(e.labels)
         if e.image is not None:
             try:
                 pixels.append(load_pixels(e.image, resolution))
@@ -210,8 +211,9 @@ def default_workers():
 
 
 # What is asked and what is answered: Question, Context (hint and caption), Multiple choices, Lecture, Explanation.
-FORMATS = tuple(f"{ask}-{answer}" for ask in ("CQM", "QCM") for answer in ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE")
-                ) + ("QCML-A", "QCME-A", "QCMLE-A", "QCLM-A", "QCEM-A", "QCLEM-A", "QCML-AE")
+ANSWERS = ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE")
+FORMATS = (*(f"CQM-{answer}" for answer in ANSWERS), *(f"QCM-{answer}" for answer in ANSWERS),
+           "QCML-A", "QCME-A", "QCMLE-A", "QCLM-A", "QCEM-A", "QCLEM-A", "QCML-AE")
 LETTERS = "ABCDE"
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "AVG")
 
@@ -272,7 +274,8 @@ def sqa_counts(problems, predictions):
     """{column: (problems answered rightly, problems)} over the problems predicted, {id: index of the choice}."""
     counts = {}
     for column in COLUMNS:
-        right = [predictions[pid] == problems[pid]["answer"] for pid in predictions if column in _columns(problems[pid])]
+        right = [predictions[pid] == problems[pid]["answer"]
+                 for pid in predictions if column in _columns(problems[pid])]
         counts[column] = (sum(right), len(right))
     return counts
 
@@ -286,7 +289,8 @@ def sqa_scores(problems, predictions):
 def sqa_table(problems, predictions):
     """The nine-column table as text: percent, and how many of how many."""
     counts, scores = sqa_counts(problems, predictions), sqa_scores(problems, predictions)
-    rows = [COLUMNS, [f"{scores[c]:.2f}" if counts[c][1] else "-" for c in COLUMNS], [f"{r}/{n}" for r, n in counts.values()]]
+    percent = [f"{scores[c]:.2f}" if counts[c][1] else "-" for c in COLUMNS]
+    rows = [COLUMNS, percent, [f"{right}/{total}" for right, total in counts.values()]]
     return "\n".join("".join(f"{cell:>11}" for cell in row) for row in rows)
 
 
@@ -301,7 +305,8 @@ def _check_problem(pid, problem):
         if field in texts and not isinstance(problem[field], str):
             return f"has a {field!r} that is not text"
     choices, answer = problem["choices"], problem["answer"]
-    if not isinstance(choices, list) or not 1 <= len(choices) <= len(LETTERS) or not all(isinstance(c, str) for c in choices):
+    texts_only = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+    if not texts_only or not 1 <= len(choices) <= len(LETTERS):
         return f"has choices other than 1 to {len(LETTERS)} texts"
     if type(answer) is not int or not 0 <= answer < len(choices):
         return f"has the answer {answer!r}, outside its {len(choices)} choices"
@@ -316,22 +321,23 @@ def load_sqa(root, split, format="QCM-ALE", use_captions=False):
     """One split of ScienceQA -> ({id: problem}, [Sample]). Raises LavinError naming file, problem and field."""
     check_format(format)
     root = Path(root)
-    problems, splits = read_json(root / "problems.json"), read_json(root / "pid_splits.json")
+    problems_path, splits_path, captions_path = root / "problems.json", root / "pid_splits.json", root / "captions.json"
+    problems, splits = read_json(problems_path), read_json(splits_path)
     if not isinstance(problems, dict) or not isinstance(splits, dict):
         raise LavinError(f"{root}: problems.json and pid_splits.json are not objects, as ScienceQA's are")
     for pid, problem in problems.items():
         if wrong := _check_problem(pid, problem):
-            raise LavinError(f"{root / 'problems.json'}: problem {pid} {wrong}")
+            raise LavinError(f"{problems_path}: problem {pid} {wrong}")
     for name, pids in splits.items():
         if not isinstance(pids, list):
-            raise LavinError(f"{root / 'pid_splits.json'}: split {name!r} is not a list of ids")
+            raise LavinError(f"{splits_path}: split {name!r} is not a list of ids")
         if unknown := [pid for pid in pids if str(pid) not in problems]:
-            raise LavinError(f"{root / 'pid_splits.json'}: split {name!r} names problem {unknown[0]}, which problems.json lacks")
+            raise LavinError(f"{splits_path}: split {name!r} names problem {unknown[0]}, which problems.json lacks")
     if split not in splits:
-        raise LavinError(f"{root / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
-    captions = read_json(root / "captions.json") if use_captions else {"captions": {}}
+        raise LavinError(f"{splits_path}: no split {split!r}; it has {', '.join(splits)}")
+    captions = read_json(captions_path) if use_captions else {"captions": {}}
     if not isinstance(captions, dict) or not isinstance(captions.get("captions"), dict):
-        raise LavinError(f"{root / 'captions.json'}: not an object with an object \"captions\" in it, as ScienceQA's is")
+        raise LavinError(f"{captions_path}: not an object with an object \"captions\" in it, as ScienceQA's is")
     chosen, samples = {str(pid): problems[str(pid)] for pid in splits[split]}, []
     for pid, problem in chosen.items():
         image = root / "images" / problem["split"] / pid / problem["image"] if problem["image"] else None
@@ -339,5 +345,5 @@ def load_sqa(root, split, format="QCM-ALE", use_captions=False):
             raise LavinError(f"problem {pid}: {image}: no such picture")
         samples.append(Sample(*sqa_prompt(problem, format, captions["captions"].get(pid, "")), image, pid))
     if not samples:
-        raise LavinError(f"{root / 'pid_splits.json'}: split {split!r} is empty")
+        raise LavinError(f"{splits_path}: split {split!r} is empty")
     return chosen, samples

@@ -41,6 +41,7 @@ ORIGINS = {
     "vit": "CLIP's image encoder ViT-L-14.pt, linked from https://github.com/openai/CLIP; --vit FILE",
     "data_root": "ScienceQA, from https://github.com/lupantech/ScienceQA; --data-root DIR",
 }
+SCIENCEQA = ("problems.json", "pid_splits.json", "images")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -63,7 +64,7 @@ def choose_paths(args, remembered, adapter=None):
         "llama": [f"{args.llama}/params.json", f"{args.llama}/consolidated.00.pth"],
         "tokenizer": [tokenizer_path(args.llama)],
         "vit": [args.vit],
-        "data_root": [f"{args.data_root}/{name}" for name in ("problems.json", "pid_splits.json", "images") if args.data],
+        "data_root": [f"{args.data_root}/{name}" for name in SCIENCEQA] if args.data else [],
     }
     missing = {origin: [str(path) for path in paths if not os.path.exists(path)] for origin, paths in wanted.items()}
     if any(missing.values()):
@@ -72,7 +73,7 @@ def choose_paths(args, remembered, adapter=None):
 
 
 def pick_device(device, dtype):
-    """--device and --dtype, "auto" resolved -> (torch.device, key of DTYPES): a GPU, if any, in bf16 or, old, in fp16."""
+    """--device and --dtype -> (torch.device, key of DTYPES). "auto": a GPU if there is one, in bf16 or, if old, fp16."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         torch.empty(1, device=device)

@@ -56,7 +56,7 @@ def answer_all(lavin, samples, format, max_new_tokens=None, temperature=0.0, top
 
 
 def score(lavin, problems, samples, format, **how):
-    """Answer (see answer_all) and score ScienceQA problems, print the table -> ({id: index, -1 unparsed}, {id: text})."""
+    """Answer ScienceQA problems (how: answer_all's), print the table -> ({id: index, -1 unparsed}, {id: text})."""
     outputs = answer_all(lavin, samples, format, **how)
     predictions = {}
     for sample in samples:
@@ -102,10 +102,10 @@ def parse_args():
     how.add_argument("--max-new-tokens", type=at_least(1), help="default: 64 where the answer comes first, else 256")
     how.add_argument("--max-seq-len", type=at_least(1), help="context in tokens (default: as trained)")
     how.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    how.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
+    how.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold so much")
     how.add_argument("--seed", type=int, default=0, help="of the sampling")
     how.add_argument("--batch-size", type=at_least(1), default=32, help="problems answered at a time (default: 32)")
-    how.add_argument("--workers", type=at_least(0), default=data.default_workers(), help="processes that decode pictures")
+    how.add_argument("--workers", type=at_least(0), default=data.default_workers(), help="that decode pictures")
     args = parser.parse_args()
     if (args.prompt is None) == (args.data is None):
         parser.error("give either --prompt or --data")

@@ -183,7 +183,7 @@ def read_params(directory, vocab_size):
                 raise ValueError(f"{name} is {value!r}")
         config = LLaMAConfig(**known)
         if config.dim % config.n_heads or config.n_heads % config.n_kv_heads:
-            raise ValueError(f"dim {config.dim}, n_heads {config.n_heads}, n_kv_heads {config.n_kv_heads} do not divide")
+            raise ValueError(f"dim {config.dim}, heads {config.n_heads}, key heads {config.n_kv_heads} do not divide")
     except (AttributeError, TypeError, ValueError) as error:
         raise LavinError(f"{path}: not LLaMA's parameters ({error})") from error
     return config
@@ -239,7 +239,7 @@ def load_llama(llama, directory):
         parts = places(parameter, slices)
         if parts is None:
             shapes = " + ".join(str(tuple(s.shape)) for s in slices)
-            raise LavinError(f"{directory}: {name} is {shapes} in {len(files)} shard(s), but params.json and the tokenizer "
+            raise LavinError(f"{directory}: {name} is {shapes} in {len(files)} shard(s), but params.json and tokenizer "
                              f"ask for {tuple(parameter.shape)}; is a consolidated.NN.pth missing?")
         for part, piece in zip(parts, slices):
             part.copy_(piece)
@@ -271,7 +271,7 @@ class LaVIN(nn.Module):
     @classmethod
     def load(cls, llama, vit, adapter=None, *, device="cpu", dtype=torch.float32, max_seq_len=None,
              tau=None, dropout=None):
-        """LLaMA's directory, CLIP's file and, unless it is to be trained afresh, a LaVIN checkpoint -> LaVIN in eval mode.
+        """LLaMA's directory, CLIP's file and, unless to be trained afresh, a LaVIN checkpoint -> LaVIN in eval mode.
 
         max_seq_len, tau and dropout: as given, else the checkpoint's, else 512, 10 and 0.1.
         Raises LavinError for a file that is missing, damaged or does not fit the others.
@@ -284,7 +284,7 @@ class LaVIN(nn.Module):
         vit_state, vit_config = clip.read(vit)
         longest_prefix = 2 + len(data.picture_prefix(tokenizer)) + vit_config.n_features
         if max_seq_len <= longest_prefix:
-            raise LavinError(f"--max-seq-len {max_seq_len} has no room for text: a picture alone takes {longest_prefix}")
+            raise LavinError(f"--max-seq-len {max_seq_len} has no room for text: a picture takes {longest_prefix}")
         with torch.device("meta"):                      # no memory before the dtype is known
             lavin = cls(read_params(llama, tokenizer.vocab_size()), vit_config, config, tokenizer, max_seq_len)
         allocate(lavin, device, dtype)
@@ -358,8 +358,10 @@ class LaVIN(nn.Module):
 
     @torch.inference_mode()
     def decode(self, batch, max_new_tokens, temperature=0.0, top_p=1.0, done=None):
-        """Continue the prompts of a Batch. Yields, after every new token, the new ids of all rows so far (always the
-        same lists, which grow). Greedy at temperature 0, else sampled from the smallest set of tokens that holds `top_p` of the
+        """Continue the prompts of a Batch. Yields, after every new token, the new ids of all rows so far: always the
+        same lists, which grow.
+
+        Greedy at temperature 0, else sampled from the smallest set of tokens that holds `top_p` of the
         probability. A row ends at EOS (not kept), at the context's end, or when `done(its ids)` is true.
         """
         B, T = batch.tokens.shape

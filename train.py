@@ -84,7 +84,8 @@ def describe(lavin, args, n_steps, steps_per_epoch):
     """Say once what follows from the settings."""
     parts = {"LLaMA": lavin.llama, "ViT": lavin.vit, "projector": lavin.projector}
     for kind, trained in (("trained", True), ("frozen", False)):
-        counts = {name: sum(p.numel() for p in m.parameters() if p.requires_grad == trained) for name, m in parts.items()}
+        counts = {name: sum(p.numel() for p in part.parameters() if p.requires_grad == trained)
+                  for name, part in parts.items()}
         if trained:
             counts = {"adapters and routers in LLaMA": counts.pop("LLaMA"), "in the ViT": counts.pop("ViT"), **counts,
                       "modality embedding": lavin.modality_embedding.numel()}
@@ -92,7 +93,7 @@ def describe(lavin, args, n_steps, steps_per_epoch):
         print(f"{kind:8} {sum(counts.values()):,} parameters: {shown}")
     micro_batch = min(args.micro_batch, args.batch_size)
     print(f"batch    {args.batch_size} in micro-batches of {micro_batch} · context {args.max_seq_len} tokens")
-    print(f"steps    {n_steps} = {args.epochs} epochs × {steps_per_epoch} · peak learning rate {args.lr:.3g} · τ {args.tau:g}")
+    print(f"steps    {n_steps} = {args.epochs} epochs × {steps_per_epoch} · peak lr {args.lr:.3g} · τ {args.tau:g}")
     print(f"device   {lavin.device} · {args.dtype} · compile {'on' if args.compile else 'off'}")
 
 
@@ -117,15 +118,15 @@ def parse_args():
     how.add_argument("--dropout", type=float, default=0.1, help="in the adapters (default: 0.1)")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pth")
-    how.add_argument("--max-steps", type=at_least(1), help="stop after so many steps in all; --epochs keeps the schedule")
+    how.add_argument("--max-steps", type=at_least(1), help="stop after so many steps; --epochs sets the schedule")
     how.add_argument("--save-every", type=at_least(1), help="steps between checkpoints (default: one after each epoch)")
-    how.add_argument("--eval-limit", type=at_least(0), help="problems of val scored at the end, 0 for none (default: all)")
+    how.add_argument("--eval-limit", type=at_least(0), help="problems of val scored at the end (default: all)")
     speed = parser.add_argument_group("speed and memory")
     speed.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     speed.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="of the frozen weights")
-    speed.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on a GPU)")
-    speed.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
-    speed.add_argument("--workers", type=at_least(0), default=data.default_workers(), help="processes that decode pictures")
+    speed.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the blocks (default: on a GPU)")
+    speed.add_argument("--checkpointing", action="store_true", help="recompute activations, to save memory")
+    speed.add_argument("--workers", type=at_least(0), default=data.default_workers(), help="that decode pictures")
     args, resumed = parser.parse_args(), None
     if args.resume:
         path = Path(args.out, "checkpoint.pth")
@@ -144,7 +145,7 @@ def parse_args():
     for name in FIXED if resumed else ():
         before, now = resumed["config"].get(name), getattr(args, name)
         if before != now:
-            raise LavinError(f"--resume: {path} was trained with {name} {before}, not {now}; leave the flag out or start anew")
+            raise LavinError(f"--resume: {path} was trained with {name} {before}, not {now}; leave the flag out")
     return args, resumed
 
 
@@ -167,7 +168,8 @@ def open_metrics(out, start):
     """
     path, lines = Path(out, "metrics.jsonl"), []
     if start and path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= start]
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        lines = [line for line in whole if json.loads(line)["step"] <= start]
     elif not start:
         for old in (Path(out, "checkpoint.pth"), path):
             if old.exists():
@@ -191,7 +193,8 @@ def train(lavin, encoded, optimizer, scaler, start, n_steps, steps_per_epoch, ar
     loader = data.ahead(data.Collated(encoded, plan, lavin.resolution), range(start, n_steps), args.workers)
     lavin.train()
     began = time.perf_counter()
-    with open_metrics(args.out, start) as metrics, tqdm(total=n_steps, initial=start, unit="step", file=sys.stdout) as bar:
+    bar = tqdm(total=n_steps, initial=start, unit="step", file=sys.stdout)
+    with open_metrics(args.out, start) as metrics, bar:
         for step, micro_batches in enumerate(loader, start + 1):
             lr = learning_rate(step - 1, steps_per_epoch, args)
             for group in optimizer.param_groups:
@@ -244,7 +247,7 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     if resumed:
         if resumed["config"]["n_samples"] != len(encoded):
-            raise LavinError(f"--resume: {path} was trained on {resumed['config']['n_samples']} samples, not {len(encoded)}")
+            raise LavinError(f"--resume: {path} knows {resumed['config']['n_samples']} samples, not {len(encoded)}")
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
         start = resumed["step"]

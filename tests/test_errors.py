@@ -1,5 +1,6 @@
 """Bad input: one line on stderr that says what, where and what to do; exit code 2; no traceback; nothing half-written."""
 
+import argparse
 import json
 import pickle
 import shutil
@@ -13,7 +14,9 @@ import torch
 import data
 import generate
 import train
+from adapters import AdapterConfig
 from conftest import ADAPTER, LLAMA, ROOT, VIT
+from model import LLaMA, read_params
 from test_train import flags
 
 
@@ -72,6 +75,8 @@ def test_params_that_are_not_llamas(fails, tmp_path):
     for params, said in [("{", "not JSON"), ("[]", "not LLaMA's parameters"), ('{"dim": 64, "n_heads": 0}', "not LLaMA's parameters"),
                          ('{"dim": 65, "n_layers": 4, "n_heads": 4}', "do not divide"), ('{"dim": "wide"}', "not LLaMA's parameters"),
                          ('{"dim": 64, "n_layers": 4, "n_heads": 4, "use_scaled_rope": true}', "scaled RoPE"),
+                         ('{"dim": 64, "n_layers": "4", "n_heads": 4}', "n_layers is '4'"), ('{"n_heads": -4}', "n_heads is -4"),
+                         ('{"dim": 64, "n_layers": 4.0}', "n_layers is 4.0"), ('{"norm_eps": true}', "norm_eps is True"),
                          ('{"dim": 64, "n_layers": 5, "n_heads": 4, "multiple_of": 32}', "layers.4"),
                          ('{"dim": 128, "n_layers": 4, "n_heads": 4, "multiple_of": 32}', "(512, 64) in 1 shard")]:
         (llama / "params.json").chmod(0o644)
@@ -112,6 +117,9 @@ def test_adapters_that_do_not_fit(fails, tmp_path):
                          ({name: "text"}, ["no named tensors"])]:
         torch.save(checkpoint | {"model": model | change}, tmp_path / "a.pth")
         fails(generate, *ask(adapter=tmp_path / "a.pth"), says=["a.pth", *says])
+    for args in ({"temperature": 10.0}, argparse.Namespace(temperature="hot"), [3]):
+        torch.save(checkpoint | {"args": args}, tmp_path / "a.pth")
+        fails(generate, *ask(adapter=tmp_path / "a.pth"), says=["a.pth: not a LaVIN checkpoint"])
     torch.save({"model": {n: t for n, t in model.items() if n != name}}, tmp_path / "a.pth")
     fails(generate, *ask(adapter=tmp_path / "a.pth"), says=["a.pth", f"{name} is missing"])
     for content in ({}, [1], {"model": {}}, {"model": 3}, torch.zeros(3)):
@@ -191,6 +199,7 @@ def test_places_that_cannot_be_written(fails, sqa, tmp_path):
     fails(train, *flags(sqa, tmp_path / "file" / "out"), says=["file/out", "--out"])
     fails(train, *flags(sqa, tmp_path / "file"), says=["file", "--out"])
     fails(generate, "--data", "sqa", "--data-root", sqa, "--predictions", tmp_path / "file" / "p.json", *ask()[2:], says=["file"])
+    fails(generate, "--data", "sqa", "--data-root", sqa, "--predictions", tmp_path, *ask()[2:], says=["--predictions", "directory"])
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -199,17 +208,28 @@ def test_resume(fails, call, sqa, tmp_path):
     out = tmp_path / "run"
     assert call(train, *flags(sqa, out, "--max-steps", 1))[0] == 0
     before = (out / "checkpoint.pth").read_bytes()
-    for flag, value in [("--batch-size", 4), ("--epochs", 5), ("--lr", 0.5), ("--format", "QCM-A"), ("--max-seq-len", 99), ("--tau", 5)]:
+    for flag, value in [("--batch-size", 4), ("--epochs", 5), ("--lr", 0.5), ("--format", "QCM-A"), ("--max-seq-len", 99), ("--tau", 5),
+                        ("--dtype", "bf16")]:
         fails(train, "--resume", "--out", out, flag, value, says=["--resume", flag[2:].replace("-", "_"), str(value)])
     edit(sqa / "pid_splits.json", lambda splits: splits["train"].pop())
-    fails(train, "--resume", "--out", out, says=["--resume", "24 samples, not 23"])
+    fails(train, "--resume", "--out", out, says=["--resume", "knows 24 samples, not 23"])
     assert (out / "checkpoint.pth").read_bytes() == before
+    (tmp_path / "other").mkdir()
+    params = json.loads((LLAMA / "params.json").read_text()) | {"dim": 32}
+    (tmp_path / "other" / "params.json").write_text(json.dumps(params))
+    whole = torch.load(LLAMA / "consolidated.00.pth", weights_only=True)
+    with torch.device("meta"):
+        small = LLaMA(read_params(tmp_path / "other", 512), AdapterConfig())
+    torch.save({n: whole[n][tuple(map(slice, p.shape))].clone() for n, p in small.named_parameters() if n in whole},
+               tmp_path / "other" / "consolidated.00.pth")
+    shutil.copy(LLAMA.parent / "tokenizer.model", tmp_path / "other")
+    fails(train, "--resume", "--out", out, "--llama", tmp_path / "other", says=["checkpoint.pth", "do not belong together"])
     shutil.copy(ADAPTER, out / "checkpoint.pth")
     fails(train, "--resume", "--out", out, says=["was not written by train.py"])
 
 
 @pytest.mark.parametrize("bad", [("--micro-batch", 0), ("--batch-size", -1), ("--epochs", 0), ("--epochs", 1.5), ("--workers", -1),
-                                 ("--eval-limit", -1), ("--dropout", 1), ("--tau", 0), ("--lr", 0), ("--lr", "nan"), ("--max-steps", 0)])
+                                 ("--eval-limit", -1), ("--dropout", 1), ("--tau", 0), ("--lr", 0), ("--lr", "nan"), ("--tau", "nan"), ("--max-steps", 0)])
 def test_numbers_that_make_no_sense(call, sqa, tmp_path, bad):
     code, _, stderr = call(train, *flags(sqa, tmp_path / "out", *bad))
     assert code == 2 and bad[0] in stderr and "Traceback" not in stderr

@@ -32,6 +32,16 @@ def test_seeded_sampling(call):
     assert answer(1) == answer(1) != answer(2)
 
 
+def test_seeded_sampling_of_a_data_set(call, sqa, tmp_path):
+    def outputs(seed):
+        path = tmp_path / f"{seed}.json"
+        assert call(generate, "--data", "sqa", "--data-root", sqa, *GOLDEN_FLAGS, "--temperature", 1, "--seed", seed,
+                    "--max-seq-len", 200, "--max-new-tokens", 4, "--predictions", path)[0] == 0
+        return json.loads(path.read_text())["outputs"]
+
+    assert outputs(1) == outputs(1) != outputs(2)
+
+
 def test_what_training_knew_need_not_be_said_again(call, sqa, tmp_path, monkeypatch):
     assert call(train, *flags(sqa, tmp_path / "out", "--format", "CQM-A", "--max-steps", 2, "--captions"))[0] == 0
     monkeypatch.chdir(tmp_path)                             # OUT is the default `out`, the paths are absolute

@@ -84,13 +84,21 @@ def test_a_run_from_start_to_table(call, sqa, tmp_path):
     code, stdout, stderr = call(train, *flags(sqa, out, "--epochs", 2, "--eval-limit", 5, "--lr", 0.01, "--workers", 1))
     assert (code, stderr) == (0, "")
     for said in ("trained  32,184 parameters", "frozen   692,544 parameters", "24 samples, 12 with a picture", "6 = 2 epochs × 3",
-                 "peak learning rate 0.01", "epoch 2/2", "samples/s", "scoring  5 problems", "NAT"):
+                 "peak lr 0.01", "epoch 2/2", "samples/s", "scoring  5 problems", "NAT"):
         assert said in stdout, said
     *steps, scores = read_metrics(out)
     assert [m["step"] for m in steps] == [1, 2, 3, 4, 5, 6] and steps[-1]["loss"] < steps[0]["loss"]
     assert scores["split"] == "val" and scores["step"] == 6 and "AVG" in scores
     config = torch.load(out / "checkpoint.pth", weights_only=False)["config"]
     assert config["llama"] == str(LLAMA) and config["dtype"] == "fp32" and config["lr"] == 0.01
+
+
+def test_a_new_run_keeps_what_an_older_one_left(call, sqa, tmp_path):
+    out = tmp_path / "out"
+    for _ in range(2):
+        code, stdout, _ = call(train, *flags(sqa, out, "--max-steps", 1))
+    assert code == 0 and "checkpoint.pth of an earlier run is now" in stdout
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pth", "checkpoint.pth.old", "metrics.jsonl", "metrics.jsonl.old"]
 
 
 @pytest.mark.parametrize("cut", [4, 3], ids=["within an epoch", "between epochs"])
