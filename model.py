@@ -370,13 +370,14 @@ class LaVIN(nn.Module):
         caches = [Cache(B, S, config, self.device, dtype) for _ in range(config.n_layers)]
         with self.autocast():
             w, x = self.route()[:, batch.modality], self.embed(batch)
+        rows = torch.arange(B, device=self.device)
         positions = torch.arange(T, device=self.device).expand(B, T)
         lengths, last = batch.lengths, batch.lengths - 1
         new, open_rows = [[] for _ in range(B)], set(range(B))
         for _ in range(max_new_tokens):
             with self.autocast():                               # not around the yield: it would leak to the caller
                 x = self.llama(x, w, caches, positions)
-                logits = self.llama.output(x[torch.arange(B), last]).float()        # (B, vocabulary)
+                logits = self.llama.output(x[rows, last]).float()                    # (B, vocabulary)
             ids = pick(logits, temperature, top_p)              # (B,)
             full = (lengths + 1 >= S).tolist()
             for row, token in enumerate(ids.tolist()):

@@ -1,13 +1,16 @@
 """What the tests share: the golden model and its numbers, a miniature data set, and the scripts called in-process."""
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
+os.environ["OMP_NUM_THREADS"] = "1"     # the models are tiny, and two threads that wait for each other cost minutes on a busy machine
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
