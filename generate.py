@@ -1,7 +1,7 @@
 """Ask LaVIN a question about a picture, or let it answer and score a whole data set.
 
     python generate.py --image x.png --prompt "What is in the picture?"
-    python generate.py --data sqa --split test --predictions predictions.json
+    python generate.py --data sqa --split test --predictions out/predictions.json
 
 What the training run was told (prompt format, context, paths) is in its checkpoint and need not be said again.
 """
