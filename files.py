@@ -23,6 +23,7 @@ class LavinError(Exception):
 
 def run(main):
     """Call a script's `main()`; a LavinError becomes one line on stderr and exit code 2."""
+    warnings.simplefilter("ignore")     # libraries advise their programmers; stderr is for errors
     try:
         main()
     except LavinError as error:
@@ -114,7 +115,7 @@ def read_checkpoint(path, mmap=False):
     missing, truncated, or holds anything else than data.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError as error:
         raise LavinError(f"{path}: no such file") from error

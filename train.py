@@ -133,7 +133,8 @@ def parse_args():
         if not path.is_file():
             raise LavinError(f"--resume: there is no {path} to go on from; leave --resume out to start")
         resumed = read_checkpoint(path)
-        if not isinstance(resumed, dict) or not {"config", "step", "optimizer", "scaler"} <= resumed.keys():
+        kinds = {"config": dict, "step": int, "optimizer": dict, "scaler": dict}
+        if not isinstance(resumed, dict) or not all(isinstance(resumed.get(name), kind) for name, kind in kinds.items()):
             raise LavinError(f"--resume: {path} was not written by train.py")
         once = ("out", "resume", "max_steps", "device", "compile")
         parser.set_defaults(**{name: value for name, value in resumed["config"].items() if name not in once})
@@ -166,10 +167,15 @@ def open_metrics(out, start):
 
     A new run in the place of an older one renames what that left to *.old.
     """
+    def is_done(line):
+        try:
+            return json.loads(line)["step"] <= start
+        except (ValueError, TypeError, KeyError):       # half a line: the machine went down
+            return False
+
     path, lines = Path(out, "metrics.jsonl"), []
-    if start and path.exists():
-        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        lines = [line for line in whole if json.loads(line)["step"] <= start]
+    if start and path.is_file():
+        lines = [line for line in path.read_text(errors="replace").splitlines() if is_done(line)]
     elif not start:
         for old in (Path(out, "checkpoint.pth"), path):
             if old.exists():
@@ -246,10 +252,13 @@ def main():
     optimizer, start = make_optimizer(lavin), 0
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     if resumed:
-        if resumed["config"]["n_samples"] != len(encoded):
-            raise LavinError(f"--resume: {path} knows {resumed['config']['n_samples']} samples, not {len(encoded)}")
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
+        if resumed["config"].get("n_samples") != len(encoded):
+            raise LavinError(f"--resume: {path} knows {resumed['config'].get('n_samples')} samples, not {len(encoded)}")
+        try:
+            optimizer.load_state_dict(resumed["optimizer"])
+            scaler.load_state_dict(resumed["scaler"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise LavinError(f"--resume: {path} holds no optimizer of this model ({error})") from error
         start = resumed["step"]
     steps_per_epoch = math.ceil(len(encoded) / args.batch_size)
     n_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)

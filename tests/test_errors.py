@@ -224,6 +224,13 @@ def test_resume(fails, call, sqa, tmp_path):
                tmp_path / "other" / "consolidated.00.pth")
     shutil.copy(LLAMA.parent / "tokenizer.model", tmp_path / "other")
     fails(train, "--resume", "--out", out, "--llama", tmp_path / "other", says=["checkpoint.pth", "do not belong together"])
+    edit(sqa / "pid_splits.json", lambda splits: splits["train"].append("23"))
+    (out / "checkpoint.pth").rename(out / "mine.pth")
+    checkpoint = torch.load(out / "mine.pth", weights_only=False)
+    for change, says in [({"optimizer": {}}, "no optimizer of this model"), ({"config": [1]}, "was not written by train.py"),
+                         ({"step": "x"}, "was not written by train.py")]:
+        torch.save(checkpoint | change, out / "checkpoint.pth")
+        fails(train, "--resume", "--out", out, says=["checkpoint.pth", says])
     shutil.copy(ADAPTER, out / "checkpoint.pth")
     fails(train, "--resume", "--out", out, says=["was not written by train.py"])
 

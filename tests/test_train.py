@@ -93,6 +93,15 @@ def test_a_run_from_start_to_table(call, sqa, tmp_path):
     assert config["llama"] == str(LLAMA) and config["dtype"] == "fp32" and config["lr"] == 0.01
 
 
+def test_damaged_metrics_do_not_stop_a_resumed_run(call, sqa, tmp_path):
+    out = tmp_path / "out"
+    assert call(train, *flags(sqa, out, "--max-steps", 2))[0] == 0
+    with open(out / "metrics.jsonl", "ab") as metrics:
+        metrics.write(b'{bad}\n[1]\n{"step": "x"}\n\xff}\n{"step": 3, "lo')
+    assert call(train, "--resume", "--out", out, "--max-steps", 3)[0] == 0
+    assert [m["step"] for m in read_metrics(out)] == [1, 2, 3]
+
+
 def test_a_new_run_keeps_what_an_older_one_left(call, sqa, tmp_path):
     out = tmp_path / "out"
     for _ in range(2):
