@@ -93,7 +93,8 @@ def describe(lavin, args, n_steps, steps_per_epoch):
         print(f"{kind:8} {sum(counts.values()):,} parameters: {shown}")
     micro_batch = min(args.micro_batch, args.batch_size)
     print(f"batch    {args.batch_size} in micro-batches of {micro_batch} · context {args.max_seq_len} tokens")
-    print(f"steps    {n_steps} = {args.epochs} epochs × {steps_per_epoch} · peak lr {args.lr:.3g} · τ {args.tau:g}")
+    print(f"steps    {n_steps} = {args.epochs} epochs × {steps_per_epoch} · peak lr {args.lr:.3g} · τ {args.tau:g}"
+          + (f" · stops after {args.max_steps}" if args.max_steps else ""))
     print(f"device   {lavin.device} · {args.dtype} · compile {'on' if args.compile else 'off'}")
 
 
