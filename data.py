@@ -95,7 +95,8 @@ def load_tokenizer(llama):
     path = tokenizer_path(llama)
     try:
         tokenizer = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
+        tokenizer.id_to_piece(list(range(tokenizer.vocab_size())))      # a damaged one may hold what is not text
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise LavinError(f"{path}: not a sentencepiece tokenizer") from error
     if tokenizer.bos_id() < 0 or tokenizer.eos_id() < 0:
         raise LavinError(f"{path}: has no BOS or EOS token; LLaMA's tokenizer.model is meant")

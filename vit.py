@@ -5,7 +5,6 @@ LaVIN takes the class token after every fourth block as the picture's features, 
 Shapes: B pictures, T tokens (class token + patches), C width, V in the rest of the project.
 """
 
-import contextlib
 import zipfile
 from dataclasses import dataclass
 
@@ -118,10 +117,14 @@ def read(path):
     Every size comes from the tensors. Raises LavinError if it is not a CLIP ViT.
     """
     try:
-        with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else contextlib.nullcontext() as archive:
-            scripted = archive is not None and any("/code/" in name for name in archive.namelist())
-        # TorchScript has a reader of its own, which runs no pickled code.
-        state = torch.jit.load(path, map_location="cpu").state_dict() if scripted else read_checkpoint(path)
+        code = b""
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                code = b"".join(archive.read(name) for name in archive.namelist() if "/code/" in name)
+        # TorchScript has a reader of its own. It runs code of the archive in one case, a class that restores itself.
+        if b"__setstate__" in code:
+            raise LavinError(f"{path}: would run code when read, which no CLIP archive does; not loaded")
+        state = torch.jit.load(path, map_location="cpu").state_dict() if code else read_checkpoint(path)
     except LavinError:
         raise
     except Exception as error:      # damaged bytes make the readers raise anything

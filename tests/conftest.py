@@ -25,7 +25,7 @@ LLAMA, VIT, ADAPTER = GOLDEN / "llama" / "tiny", GOLDEN / "ViT-tiny.pt", GOLDEN 
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.load` is deprecated")    # OpenAI's archive is TorchScript
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.*` is deprecated")       # OpenAI's archive is TorchScript
 
 
 @pytest.fixture(scope="session")

@@ -108,6 +108,30 @@ def test_a_pickle_is_never_executed(fails, tmp_path):
     assert Hostile.target.exists()                              # the trap works
 
 
+class Scripted(torch.nn.Module):
+    """Loaded by torch.jit.load, it would make the file `target`: TorchScript can write tensors."""
+    def __init__(self, target):
+        super().__init__()
+        self.weight, self.target = torch.nn.Parameter(torch.zeros(1)), target
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.weight, self.target, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, str, bool]):
+        self.weight, self.target, self.training = state
+        torch.save(self.weight, self.target)
+
+
+def test_torchscript_that_would_run_code_is_not_loaded(fails, tmp_path):
+    torch.jit.script(Scripted(str(tmp_path / "executed"))).save(tmp_path / "ViT.pt")
+    fails(generate, *ask(vit=tmp_path / "ViT.pt"), says=["ViT.pt: would run code"])
+    assert not (tmp_path / "executed").exists()
+    torch.jit.load(tmp_path / "ViT.pt")
+    assert (tmp_path / "executed").exists()                     # the trap works
+
+
 def test_adapters_that_do_not_fit(fails, tmp_path):
     checkpoint = torch.load(ADAPTER, weights_only=False)
     model = checkpoint["model"]
