@@ -192,7 +192,7 @@ class Collated(Dataset):
 
 def _leave_signals_to_the_main_process(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches the whole group, and the step is to be finished
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def ahead(dataset, items, workers):

@@ -117,14 +117,16 @@ def read(path):
     Every size comes from the tensors. Raises LavinError if it is not a CLIP ViT.
     """
     try:
-        code = b""
+        scripted = hostile = False
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                code = b"".join(archive.read(name) for name in archive.namelist() if "/code/" in name)
-        # TorchScript has a reader of its own. It runs code of the archive in one case, a class that restores itself.
-        if b"__setstate__" in code:
+                scripted = any("/code/" in name for name in archive.namelist())
+                # TorchScript's reader runs code in one case, a class that restores itself. It takes /CODE/ for
+                # /code/ and one of two entries of the same name, so every entry is searched.
+                hostile = scripted and any(b"__setstate__" in archive.read(entry) for entry in archive.infolist())
+        if hostile:
             raise LavinError(f"{path}: would run code when read, which no CLIP archive does; not loaded")
-        state = torch.jit.load(path, map_location="cpu").state_dict() if code else read_checkpoint(path)
+        state = torch.jit.load(path, map_location="cpu").state_dict() if scripted else read_checkpoint(path)
     except LavinError:
         raise
     except Exception as error:      # damaged bytes make the readers raise anything

@@ -118,7 +118,8 @@ def test_four_steps_and_four_more_are_eight(call, sqa, tmp_path, cut):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM],
+                         ids=["SIGKILL", "Ctrl-C", "SIGTERM"])
 def test_a_killed_run_resumes_as_if_nothing_had_happened(call, sqa, tmp_path, number):
     """In the middle of an epoch, with a worker, by a signal to the whole process group as a terminal sends it."""
     out = tmp_path / "killed"
@@ -132,8 +133,8 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(call, sqa, tmp_path, nu
     os.killpg(process.pid, number)
     stdout = process.communicate(timeout=30)[0]
     step = torch.load(out / "checkpoint.pth", weights_only=False)["step"]
-    if number == signal.SIGINT:
-        assert process.returncode == 130 and f"stopped after step {step}" in stdout and "Traceback" not in stdout
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number and f"stopped after step {step}" in stdout and "Traceback" not in stdout
     else:
         assert process.returncode == -signal.SIGKILL and (step % 2 == 0 or step % 3 == 0)
     assert call(train, "--resume", "--out", out, "--max-steps", step + 3)[0] == 0
