@@ -153,7 +153,7 @@ def parse_args():
 
 def load_samples(lavin, samples, args):
     """[Sample] -> [Encoded], tokenized once; those whose answer is cut off entirely are counted and left out."""
-    encoded = [data.encode(s, lavin.tokenizer, lavin.n_features, args.max_seq_len) for s in samples]
+    encoded = [lavin.encode(sample) for sample in samples]
     kept = [e for e in encoded if (e.labels != 0).any()]
     pictures = sum(e.image is not None for e in kept)
     print(f"data     {len(kept)} samples, {pictures} with a picture, {sum(len(e.tokens) for e in kept):,} tokens; "
