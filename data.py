@@ -125,6 +125,10 @@ def encode(sample, tokenizer, n_features, max_seq_len, prompt_only=False):
     being in it. With prompt_only, for generation, it ends with the prompt, and a prompt that leaves no
     room for an answer raises LavinError.
     """
+    try:
+        (sample.prompt + sample.answer).encode()
+    except UnicodeEncodeError as error:
+        raise LavinError(f"{f'problem {sample.id}' if sample.id else 'the prompt'}: not Unicode text ({error})") from error
     if prompt_only:
         tokens = [tokenizer.bos_id(), *tokenizer.encode(sample.prompt)]
         labels = [0] * len(tokens)
@@ -293,6 +297,15 @@ def sqa_table(problems, predictions):
     percent = [f"{scores[c]:.2f}" if counts[c][1] else "-" for c in COLUMNS]
     rows = [COLUMNS, percent, [f"{right}/{total}" for right, total in counts.values()]]
     return "\n".join("".join(f"{cell:>11}" for cell in row) for row in rows)
+
+
+def sqa_table_by(field, problems, predictions):
+    """A table with a row for each value of a problem's field (skill, topic, …): percent, how many of how many."""
+    right = {}
+    for pid, index in predictions.items():
+        right.setdefault(str(problems[pid].get(field)), []).append(index == problems[pid]["answer"])
+    return "\n".join(f"{value:40}{100 * sum(rs) / len(rs):>8.2f}{f'{sum(rs)}/{len(rs)}':>11}"
+                     for value, rs in sorted(right.items()))
 
 
 def _check_problem(pid, problem):

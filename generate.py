@@ -13,10 +13,13 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import adapters
 import data
+import plot
+import tiny
 from files import DTYPES, LavinError, at_least, check_writable, choose_paths, pick_device, run, write_atomically
 from model import LaVIN
 
@@ -55,14 +58,19 @@ def answer_all(lavin, samples, format, max_new_tokens=None, temperature=0.0, top
     return outputs
 
 
-def score(lavin, problems, samples, format, **how):
-    """Answer ScienceQA problems (how: answer_all's), print the table -> ({id: index, -1 unparsed}, {id: text})."""
+def score(lavin, problems, samples, format, by=None, **how):
+    """Answer ScienceQA problems (how: answer_all's), print the table -> ({id: index, -1 unparsed}, {id: text}).
+
+    by: a field of the problems, for a second table with a row for each of its values.
+    """
     outputs = answer_all(lavin, samples, format, **how)
     predictions = {}
     for sample in samples:
         index = data.sqa_answer(outputs[sample.id])
         predictions[sample.id] = index if index < len(problems[sample.id]["choices"]) else -1
     unparsed = sum(index < 0 for index in predictions.values())
+    if by:
+        print(data.sqa_table_by(by, problems, predictions))
     print(data.sqa_table(problems, predictions))
     print(f"{unparsed} of {len(predictions)} outputs name no valid choice; they count as wrong")
     return predictions, outputs
@@ -82,6 +90,21 @@ def ask(lavin, prompt, image, args):
     print(text[len(shown):])
 
 
+def show_routing(lavin, path):
+    """Print by which weights each layer mixes its two experts, beside an untrained router's, and draw it."""
+    weights = {"trained": lavin.route()}
+    lavin.init_trained()
+    weights["untrained"] = lavin.route()
+    columns = {f"{what}, {kind}": w[:, m].tolist() for kind, w in weights.items()
+               for m, what in enumerate(("text", "picture"))}
+    print("layer" + "".join(f"{name:>22}" for name in columns))
+    for i, row in enumerate(zip(*columns.values()), 1):
+        print(f"{i:5}" + "".join(f"{f'{first:.3f} {second:.3f}':>22}" for first, second in row))
+    plot.lines(path, "Weight of the first of the two experts", "layer", range(1, len(weights["trained"]) + 1),
+               {name: [first for first, _ in column] for name, column in columns.items()})
+    print(f"written: {path}")
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     what = parser.add_argument_group("what to answer")
@@ -92,8 +115,14 @@ def parse_args():
     what.add_argument("--split", default="test", help="of the data set (default: test)")
     what.add_argument("--format", help="of ScienceQA's prompts (default: as trained)")
     what.add_argument("--predictions", metavar="FILE", help="write {results: {id: index}, outputs: {id: text}} there")
+    what.add_argument("--by", metavar="FIELD", choices=["skill", "topic", "category", "subject", "grade", "task"],
+                      help="also print the accuracy for each value of this field of the problems")
+    what.add_argument("--blank-images", action="store_true", help="the control: white instead of every picture")
+    what.add_argument("--show-routing", nargs="?", const="out/routing.png", metavar="FILE",
+                      help="instead: how each layer mixes its experts, printed and drawn (default: out/routing.png)")
     weights = parser.add_argument_group("model")
-    weights.add_argument("--adapter", help="LaVIN checkpoint, ours or released (default: out/checkpoint.pth)")
+    weights.add_argument("--adapter", help="LaVIN checkpoint, ours or released; none: LLaMA as it is "
+                         "(default: out/checkpoint.pth)")
     weights.add_argument("--llama", help="directory of LLaMA (default: as trained, or weights/7B)")
     weights.add_argument("--vit", help="CLIP's image encoder (default: as trained, or weights/ViT-L-14.pt)")
     weights.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
@@ -107,10 +136,12 @@ def parse_args():
     how.add_argument("--batch-size", type=at_least(1), default=32, help="problems answered at a time (default: 32)")
     how.add_argument("--workers", type=at_least(0), default=data.default_workers(), help="that decode pictures")
     args = parser.parse_args()
-    if (args.prompt is None) == (args.data is None):
-        parser.error("give either --prompt or --data")
-    if args.data and args.image or args.prompt is not None and (args.predictions or args.format):
-        parser.error("--image goes with --prompt, --predictions and --format with --data")
+    if [args.prompt, args.data, args.show_routing].count(None) != 2:
+        parser.error("give one of --prompt, --data and --show-routing")
+    if args.prompt is None and args.image:
+        parser.error("--image goes with --prompt")
+    if not args.data and (args.predictions or args.format or args.by or args.blank_images):
+        parser.error("--predictions, --format, --by and --blank-images go with --data")
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         parser.error("--temperature is at least 0, --top-p above 0 and at most 1")
     return args
@@ -120,25 +151,33 @@ def main():
     args = parse_args()
     if args.prompt is not None and not args.prompt.strip():
         raise LavinError("--prompt is empty")
-    adapter = args.adapter or "out/checkpoint.pth"
-    remembered = adapters.read(adapter)[2] if Path(adapter).is_file() else {}
+    adapter = None if args.adapter == "none" else args.adapter or "out/checkpoint.pth"
+    remembered = adapters.read(adapter)[2] if adapter and Path(adapter).is_file() else {}
+    tiny.prepare(args, remembered)
     choose_paths(args, remembered, adapter)
     format = args.format or remembered.get("format") or "QCM-ALE"
     if args.data:
         problems, samples = data.load_sqa(args.data_root, args.split, format, remembered.get("captions", False))
+        for sample in samples:
+            if sample.image and args.blank_images:
+                sample.image = Image.new("RGB", (1, 1), "white")
     elif args.image:
         data.load_pixels(args.image, 1)         # complain about the picture before loading 13 GB
-    if args.predictions:
-        check_writable(args.predictions, "--predictions")
+    for flag, path in (("--predictions", args.predictions), ("--show-routing", args.show_routing)):
+        if path:
+            check_writable(path, flag)
     device, dtype = pick_device(args.device, args.dtype)
-    print(f"adapter {adapter} · {device} · {dtype}")
+    print(f"adapter {adapter or 'none'} · {device} · {dtype}")
     lavin = LaVIN.load(args.llama, args.vit, adapter, device=device, dtype=DTYPES[dtype], max_seq_len=args.max_seq_len)
     torch.manual_seed(data.mixed_seed(args.seed, 0))
     if args.prompt is not None:
         return ask(lavin, args.prompt, args.image, args)
+    if args.show_routing:
+        return show_routing(lavin, args.show_routing)
     print(f"{len(samples)} problems of {args.data_root}, split {args.split}, format {format}")
-    predictions, outputs = score(lavin, problems, samples, format, max_new_tokens=args.max_new_tokens, top_p=args.top_p,
-                                 temperature=args.temperature, batch_size=args.batch_size, workers=args.workers)
+    predictions, outputs = score(
+        lavin, problems, samples, format, args.by, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+        top_p=args.top_p, batch_size=args.batch_size, workers=args.workers)
     if args.predictions:
         text = json.dumps({"results": predictions, "outputs": outputs}, indent=1, ensure_ascii=False)
         write_atomically(args.predictions, lambda path: path.write_text(text, encoding="utf-8"))

@@ -24,13 +24,17 @@ from tqdm import tqdm
 
 import adapters
 import data
+import plot
+import tiny
 from files import (DTYPES, LavinError, at_least, check_writable, choose_paths, pick_device, read_checkpoint, run,
                    write_atomically)
 from generate import score
 from model import LaVIN
+from router import Router
 
 # What makes a run what it is: --resume refuses to change these.
-FIXED = ("data", "format", "captions", "epochs", "batch_size", "lr", "tau", "dropout", "max_seq_len", "seed", "dtype")
+FIXED = ("data", "format", "captions", "epochs", "batch_size", "lr", "tau", "dropout", "max_seq_len", "seed", "dtype",
+         "adapters", "routing")
 
 
 def learning_rate(step, steps_per_epoch, args):
@@ -47,6 +51,20 @@ def make_optimizer(lavin):
     groups = [{"params": [p for name, p in trained if name.endswith("bias") != matrices], "weight_decay": decay}
               for matrices, decay in ((True, 0.02), (False, 0.0))]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+
+
+def freeze(lavin, args):
+    """The paper's ablations: adapters left as the identity that they begin as, routers at ½ for both experts."""
+    left_out = {"all": [], "llama": lavin.vit.resblocks, "none": [*lavin.vit.resblocks, *lavin.llama.layers]}
+    for block in left_out[args.adapters]:
+        block.adapter.requires_grad_(False)
+    if not args.routing:
+        for module in lavin.modules():
+            if isinstance(module, Router):
+                module.requires_grad_(False).weight.zero_()
+                module.bias.zero_()
+    if not args.routing or args.adapters == "none":
+        lavin.modality_embedding.requires_grad_(False)
 
 
 def train_step(lavin, optimizer, scaler, micro_batches):
@@ -118,6 +136,9 @@ def parse_args():
     how.add_argument("--tau", type=float, default=10.0, help="temperature of the routers: 10 for 7B, 5 for 13B")
     how.add_argument("--dropout", type=float, default=0.1, help="in the adapters (default: 0.1)")
     how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--adapters", choices=["all", "llama", "none"], default="all",
+                     help="leave them out of the ViT, or everywhere: only the projector learns then")
+    how.add_argument("--no-routing", dest="routing", action="store_false", help="mix both experts half and half")
     how.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pth")
     how.add_argument("--max-steps", type=at_least(1), help="stop after so many steps; --epochs sets the schedule")
     how.add_argument("--save-every", type=at_least(1), help="steps between checkpoints (default: one after each epoch)")
@@ -140,12 +161,15 @@ def parse_args():
         once = ("out", "resume", "max_steps", "device", "compile")
         parser.set_defaults(**{name: value for name, value in resumed["config"].items() if name not in once})
         args = parser.parse_args()
+    elif tiny.is_meant(args):
+        parser.set_defaults(**tiny.DEFAULTS)
+        args = parser.parse_args()
     if args.lr is None:
         args.lr = 9e-3 * args.batch_size / 256
     if not 0 <= args.dropout < 1 or not 0 < args.tau < math.inf or not 0 < args.lr < math.inf:
         parser.error("--dropout is at least 0 and below 1, --tau and --lr are above 0")
     for name in FIXED if resumed else ():
-        before, now = resumed["config"].get(name), getattr(args, name)
+        before, now = resumed["config"].get(name, parser.get_default(name)), getattr(args, name)
         if before != now:
             raise LavinError(f"--resume: {path} was trained with {name} {before}, not {now}; leave the flag out")
     return args, resumed
@@ -161,6 +185,15 @@ def load_samples(lavin, samples, args):
     if not kept:
         raise LavinError(f"--max-seq-len {args.max_seq_len} cuts off the answer of every sample; raise it")
     return kept
+
+
+def draw_losses(out):
+    """OUT/loss.png from OUT/metrics.jsonl: the loss of every step, and its mean over a fiftieth of the run."""
+    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    steps, losses = zip(*[(line["step"], line["loss"]) for line in lines if "loss" in line])
+    n = max(1, len(losses) // 50)
+    means = [sum(losses[max(0, i - n):i + 1]) / len(losses[max(0, i - n):i + 1]) for i in range(len(losses))]
+    plot.lines(Path(out, "loss.png"), f"Loss of {out}", "step", steps, {"loss": losses, f"mean of {n + 1}": means})
 
 
 def open_metrics(out, start):
@@ -226,6 +259,7 @@ def train(lavin, encoded, optimizer, scaler, start, n_steps, steps_per_epoch, ar
                 save(lavin, optimizer, scaler, step, steps_per_epoch, args)
             if signals:
                 break
+    draw_losses(args.out)
     for number, handler in usual.items():
         signal.signal(number, handler)
     if signals:
@@ -235,7 +269,9 @@ def train(lavin, encoded, optimizer, scaler, start, n_steps, steps_per_epoch, ar
 
 def main():
     args, resumed = parse_args()
-    choose_paths(args, resumed["config"] if resumed else {})
+    remembered = resumed["config"] if resumed else {}
+    tiny.prepare(args, remembered)
+    choose_paths(args, remembered)
     args.llama, args.vit, args.data_root = (os.path.abspath(path) for path in (args.llama, args.vit, args.data_root))
     _, samples = data.load_sqa(args.data_root, "train", args.format, args.captions)
     if args.eval_limit != 0:
@@ -248,6 +284,7 @@ def main():
     torch.manual_seed(data.mixed_seed(args.seed, 0))
     lavin = LaVIN.load(args.llama, args.vit, path if resumed else None, device=device, dtype=DTYPES[args.dtype],
                        max_seq_len=args.max_seq_len, tau=args.tau, dropout=args.dropout)
+    freeze(lavin, args)
     encoded = load_samples(lavin, samples, args)
     args.n_samples = len(encoded)
     optimizer, start = make_optimizer(lavin), 0

@@ -138,6 +138,12 @@ def test_sqa_answer(text, index):
     assert data.sqa_answer(text) == index
 
 
+def test_the_table_by_a_field_counts_every_value():
+    problems = {str(i): {"skill": "count" if i < 3 else "map", "answer": 1} for i in range(5)}
+    table = data.sqa_table_by("skill", problems, {"0": 1, "1": 0, "2": 1, "3": -1})
+    assert [row.split() for row in table.split("\n")] == [["count", "66.67", "2/3"], ["map", "0.00", "0/1"]]
+
+
 def test_scores():
     def problem(subject, grade, hint, image, answer):
         return {"subject": f"{subject} science", "grade": f"grade{grade}", "hint": hint, "image": image, "answer": answer}

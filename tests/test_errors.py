@@ -38,6 +38,7 @@ def ask(*more, prompt="Name a metal.", adapter=ADAPTER, llama=LLAMA, vit=VIT):
 
 def test_everything_that_is_missing_is_listed_at_once(fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights/7B").mkdir(parents=True)           # with nothing there at all, the embedded default is taken
     fails(train, "--data", "sqa", says=[
         "weights/7B/params.json", "weights/7B/consolidated.00.pth", "weights/7B/tokenizer.model", "weights/ViT-L-14.pt",
         "data/scienceqa/problems.json", "https://github.com/lupantech/ScienceQA", "https://github.com/openai/CLIP", "--llama DIR"])
@@ -67,6 +68,14 @@ def test_truncated_weights(fails, tmp_path):
     fails(generate, *ask(llama=llama), says=["consolidated.00.pth", "truncated"])
     (llama / "tokenizer.model").write_bytes(b"not a tokenizer")
     fails(generate, *ask(llama=llama), says=["tokenizer.model", "not a sentencepiece tokenizer"])
+
+
+def test_text_that_is_not_unicode(fails, sqa, tmp_path):
+    fails(generate, *ask(prompt=b"caf\xe9".decode(errors="surrogateescape")), says=["the prompt", "not Unicode"])
+    problems = json.loads((sqa / "problems.json").read_text())
+    problems["3"]["question"] = "\ud800"
+    (sqa / "problems.json").write_text(json.dumps(problems))
+    fails(train, *flags(sqa, tmp_path / "out"), says=["problem 3", "not Unicode"])
 
 
 def test_params_that_are_not_llamas(fails, tmp_path):

@@ -107,7 +107,8 @@ def test_a_new_run_keeps_what_an_older_one_left(call, sqa, tmp_path):
     for _ in range(2):
         code, stdout, _ = call(train, *flags(sqa, out, "--max-steps", 1))
     assert code == 0 and "checkpoint.pth of an earlier run is now" in stdout
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pth", "checkpoint.pth.old", "metrics.jsonl", "metrics.jsonl.old"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoint.pth", "checkpoint.pth.old", "loss.png", "metrics.jsonl", "metrics.jsonl.old"]
 
 
 @pytest.mark.parametrize("cut", [4, 3], ids=["within an epoch", "between epochs"])
