@@ -765,7 +765,8 @@ def prepare(args, remembered={}):
         make_folder(PATHS["data_root"], write_world)
     for name, path, remedy in (("data_root", PATHS["data_root"] / "world.json", "python tiny.py makes it anew"),
                                ("llama", PATHS["llama"] / "params.json", "python tiny.py --pretrain makes it anew")):
-        if name in taken and path.exists() and read_json(path).get("version") != VERSION:
+        made = name in taken and path.parent.exists()
+        if made and not (path.exists() and read_json(path).get("version") == VERSION):
             raise LavinError(f"{path.parent}: made by another version of tiny.py than this, {VERSION}; {remedy}")
 
 
