@@ -41,7 +41,7 @@ VERSION = 1                             # of the world: raise it with any change
 ROOT = Path(__file__).absolute().parent / "tiny"
 PATHS = {"llama": ROOT / "llama", "vit": ROOT / "ViT-tiny.pt", "data_root": ROOT / "scienceqa"}
 # Of train.py, for models of this size and three minutes.
-DEFAULTS = {"epochs": 4, "lr": 6e-3, "dropout": 0.0, "micro_batch": 32, "max_seq_len": 128}
+DEFAULTS = {"epochs": 3, "lr": 6e-3, "dropout": 0.0, "micro_batch": 32, "max_seq_len": 128}
 SIZES = (6000, 300, 600)                # problems of the splits train, val and test
 TOKENIZER_DOCUMENTS = 20_000
 SIDE = 128                              # pixels of a picture; CLIP sees them at 64
