@@ -451,10 +451,13 @@ def write_world(root, seed=0, sizes=None):
 
 
 def make_folder(folder, write):
-    """write(temporary folder), then rename: the whole folder is there or none of it. Replaces an older one."""
-    folder, temporary = Path(folder), Path(f"{folder}.tmp")
+    """write(temporary folder), then rename: the whole folder is there or none of it. Replaces an older one.
+
+    Two that make the same folder at the same time do not meet: each has a temporary folder of its own.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
         shutil.rmtree(folder, ignore_errors=True)
