@@ -168,8 +168,8 @@ def main():
             check_writable(path, flag)
     device, dtype = pick_device(args.device, args.dtype)
     print(f"adapter {adapter or 'none'} · {device} · {dtype}")
-    lavin = LaVIN.load(args.llama, args.vit, adapter, device=device, dtype=DTYPES[dtype], max_seq_len=args.max_seq_len)
     torch.manual_seed(data.mixed_seed(args.seed, 0))
+    lavin = LaVIN.load(args.llama, args.vit, adapter, device=device, dtype=DTYPES[dtype], max_seq_len=args.max_seq_len)
     if args.prompt is not None:
         return ask(lavin, args.prompt, args.image, args)
     if args.show_routing:
