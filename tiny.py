@@ -31,10 +31,10 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
+import files
 import vit as clip
 from adapters import Adapter, AdapterConfig
-import files
-from files import LavinError, read_checkpoint, read_json, run, write_atomically
+from files import LavinError, read_json, run, write_atomically
 from model import LLaMA, LLaMAConfig
 
 VERSION = 1                             # of the world: raise it with any change to what follows

@@ -192,7 +192,7 @@ def draw_losses(out):
     lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
     steps, losses = zip(*[(line["step"], line["loss"]) for line in lines if "loss" in line])
     n = max(1, len(losses) // 50)
-    means = [sum(losses[max(0, i - n):i + 1]) / len(losses[max(0, i - n):i + 1]) for i in range(len(losses))]
+    means = [sum(last) / len(last) for last in (losses[max(0, i - n):i + 1] for i in range(len(losses)))]
     plot.lines(Path(out, "loss.png"), f"Loss of {out}", "step", steps, {"loss": losses, f"mean of {n + 1}": means})
 
 

@@ -79,7 +79,7 @@ def main():
         percent = {kind: [100 * sum(results["MMA", seed][kind][pid] == problems[pid]["answer"] for pid in pids) / len(pids)
                           for seed in range(args.seeds)] for kind in ("test", "blank")}
         blank = spread(percent["blank"]) if problems[pids[0]]["image"] else ""
-        print(f"| {skill} | {spread(percent['test'])} | {blank} |")
+        print(f"| {skill} ({len(pids)}) | {spread(percent['test'])} | {blank} |")
 
 
 if __name__ == "__main__":
