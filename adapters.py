@@ -3,16 +3,20 @@
 The paper's Mixture-of-Modality Adapter: a linear bottleneck in front of every attention, with one
 down-projection and two up-projections, the experts, mixed by the router's weights. The projector turns the
 ViT's features into tokens of LLaMA.
+
+    python adapters.py FILE         what is in a checkpoint, ours or released
 """
 
 import argparse
+import os
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from files import LavinError, read_checkpoint, tensors_of
+from files import LavinError, read_checkpoint, run, tensors_of
 from router import Router
 
 
@@ -104,13 +108,13 @@ def to_official(lavin, grad=False):
     return _official(lavin, lambda p: p.detach())
 
 
-def official_checkpoint(lavin, format):
+def official_checkpoint(lavin, format, bits=16):
     """{"model", "args"} as the reference writes and reads them: trained tensors on the CPU, argparse.Namespace."""
     c = lavin.config
     args = argparse.Namespace(
         adapter_type="attn", visual_adapter_type="router", adapter_dim=c.rank, adapter_scale=c.scale,
         temperature=c.tau, hidden_proj=c.hidden, dropout=c.dropout, n_prompt=lavin.n_features,
-        max_seq_len=lavin.max_seq_len, prompt_format=format, bits="16bit")
+        max_seq_len=lavin.max_seq_len, prompt_format=format, bits=f"{bits}bit")
     return {"model": {name: t.cpu().clone() for name, t in to_official(lavin).items()}, "args": args}
 
 
@@ -133,7 +137,49 @@ def read(path):
             tau=float(args.get("temperature", AdapterConfig.tau)),
             scale=float(args.get("adapter_scale", AdapterConfig.scale)),
             dropout=float(args.get("dropout", AdapterConfig.dropout)))
-        settings = {"max_seq_len": args.get("max_seq_len"), "format": args.get("prompt_format")}
+        settings = {"max_seq_len": args.get("max_seq_len"), "format": args.get("prompt_format"),
+                    "step": checkpoint.get("step"), "epoch": checkpoint.get("epoch")}
         return state, config, settings | checkpoint.get("config", {})
     except (KeyError, TypeError, ValueError) as error:
         raise LavinError(f"{path}: not a LaVIN checkpoint ({error!r})") from error
+
+
+def describe(path):
+    """Print what a checkpoint is -> its settings."""
+    state, config, settings = read(path)
+    parts = {"layers": "LLaMA", "backbone": "ViT", "adapter_proj": "projector", "adapter_modality_embedding": "modality embedding"}
+    counts, blocks = Counter(), {}
+    for name, tensor in state.items():
+        part, *rest = name.split(".")
+        counts[parts.get(part, part)] += tensor.numel()
+        if name.endswith("adapter_attn.conv_A.weight"):
+            blocks.setdefault(parts[part], []).append(tensor.shape[1])
+    print(f"{path}: {sum(counts.values()):,} trained parameters: "
+          + " · ".join(f"{part} {count:,}" for part, count in counts.items()))
+    print(" · ".join(f"{part} of {len(widths)} blocks, {widths[0]} wide" for part, widths in blocks.items()))
+    print(f"rank {config.rank} · projector's hidden size {config.hidden} · τ {config.tau:g} · scale {config.scale:g} · "
+          f"dropout {config.dropout:g}")
+    names = ("step", "epoch", "data", "format", "epochs", "batch_size", "lr", "max_seq_len", "seed", "bits", "adapters", "routing")
+    known = {name: value for name in names if (value := settings.get(name)) is not None}
+    print(" · ".join(f"{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in known.items()))
+    return settings
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Say what is in a LaVIN checkpoint, ours or released.")
+    parser.add_argument("file")
+    parser.add_argument("--llama", help="the model that it belongs to, for the routing weights (default: as remembered)")
+    parser.add_argument("--vit", help="its CLIP (default: as remembered)")
+    args = parser.parse_args()
+    settings = describe(args.file)
+    llama, vit = args.llama or settings.get("llama"), args.vit or settings.get("vit")
+    if not llama or not vit or not os.path.exists(llama) or not os.path.exists(vit):
+        return print("routing  depends on LLaMA as well: --llama DIR --vit FILE shows it")
+    from model import LaVIN     # which imports this file
+
+    for i, (text, picture) in enumerate(LaVIN.load(llama, vit, args.file).route().tolist(), 1):
+        print(f"layer {i:3}   text {text[0]:.3f} {text[1]:.3f}   picture {picture[0]:.3f} {picture[1]:.3f}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -9,9 +9,12 @@ is spliced here for training and generation alike. Token 0 (LLaMA's <unk>, which
 holds the place of features, and as a label means "no loss".
 """
 
+import hashlib
+import json
 import os
 import re
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +23,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from sentencepiece import SentencePieceProcessor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from files import LavinError, read_json, tokenizer_path
+from files import LavinError, read_json, run, tokenizer_path, write_atomically
 
 # Pictures
 
@@ -65,6 +69,7 @@ class Sample:
     answer: str = ""
     image: str | Path | Image.Image | None = None
     id: str = ""                # named in messages
+    history: tuple = ()         # the turns before: ((prompt, answer), …), whose answers carry loss as well
 
 
 @dataclass
@@ -81,6 +86,9 @@ class Batch:
     labels: torch.Tensor        # (B, T) int64
     lengths: torch.Tensor       # (B,) int64
     modality: torch.Tensor      # (B,) int64: 0 text only, 1 with a picture
+    # What a GPU could tell only by making the CPU wait:
+    pictured: torch.Tensor      # (N,) int64, the rows of modality 1
+    answers: torch.Tensor       # (n_answer,) int64, where labels.flatten() is not 0
     pixels: torch.Tensor        # (N, 3, R, R) fp32, of the rows of modality 1, in their order
     ids: list[str]
     n_answer: int               # tokens that carry loss
@@ -109,13 +117,16 @@ def picture_prefix(tokenizer):
 
 
 def tokenize(sample, tokenizer, max_seq_len):
-    """(tokens, labels) of BOS + prompt + answer + EOS, cut to max_seq_len, no picture yet.
+    """(tokens, labels) of BOS and, for each turn, prompt + answer + EOS, cut to max_seq_len, no picture yet.
 
     Prompt and answer are tokenized as one string; the answer begins where the prompt alone would end.
     """
-    n_prompt = 1 + len(tokenizer.encode(sample.prompt))
-    tokens = [tokenizer.bos_id(), *tokenizer.encode(sample.prompt + sample.answer), tokenizer.eos_id()][:max_seq_len]
-    return tokens, [0] * min(n_prompt, len(tokens)) + tokens[n_prompt:]
+    tokens, labels = [tokenizer.bos_id()], [0]
+    for prompt, answer in (*sample.history, (sample.prompt, sample.answer)):
+        turn, n_prompt = [*tokenizer.encode(prompt + answer), tokenizer.eos_id()], len(tokenizer.encode(prompt))
+        tokens += turn
+        labels += [0] * min(n_prompt, len(turn)) + turn[n_prompt:]
+    return tokens[:max_seq_len], labels[:max_seq_len]
 
 
 def encode(sample, tokenizer, n_features, max_seq_len, prompt_only=False):
@@ -126,11 +137,12 @@ def encode(sample, tokenizer, n_features, max_seq_len, prompt_only=False):
     room for an answer raises LavinError.
     """
     try:
-        (sample.prompt + sample.answer).encode()
+        "".join([*map("".join, sample.history), sample.prompt, sample.answer]).encode()
     except UnicodeEncodeError as error:
         raise LavinError(f"{f'problem {sample.id}' if sample.id else 'the prompt'}: not Unicode text ({error})") from error
     if prompt_only:
-        tokens = [tokenizer.bos_id(), *tokenizer.encode(sample.prompt)]
+        tokens, _ = tokenize(Sample(sample.prompt, history=sample.history), tokenizer, 10**9)
+        tokens = tokens[:-1]                                            # no EOS
         labels = [0] * len(tokens)
     else:
         tokens, labels = tokenize(sample, tokenizer, max_seq_len)
@@ -141,6 +153,37 @@ def encode(sample, tokenizer, n_features, max_seq_len, prompt_only=False):
                          f"has room for {max_seq_len - 2}; shorten it or raise --max-seq-len")
     tokens, labels = (np.array(ids[:max_seq_len - 1], dtype=np.int32) for ids in (tokens, labels))
     return Encoded(tokens, labels, sample.image, sample.id)
+
+
+MANY = 20_000           # samples: fewer take seconds
+
+
+def encode_all(samples, tokenizer, n_features, max_seq_len, folder):
+    """[Sample] -> [Encoded]. Of many, which takes minutes, the tokens are kept in folder/tokens-KEY.npy and mapped from
+    there the next time; KEY is a hash of all that they depend on, so that nothing else is ever taken for them.
+    folder None: nothing is written."""
+    if len(samples) < MANY or folder is None:
+        return [encode(sample, tokenizer, n_features, max_seq_len) for sample in samples]
+    key = hashlib.sha256(tokenizer.serialized_model_proto() + f"{n_features} {max_seq_len} 1".encode())     # 1: of this code
+    for s in samples:
+        key.update(json.dumps([s.prompt, s.answer, s.history, s.image is None]).encode())
+    path = Path(folder, f"tokens-{key.hexdigest()[:16]}.npy")
+    if not path.exists():
+        encoded = [encode(s, tokenizer, n_features, max_seq_len) for s in tqdm(samples, desc="tokenizing", file=sys.stdout)]
+        flat = np.concatenate([np.array([len(e.tokens) for e in encoded], dtype=np.int32),
+                               *(e.tokens for e in encoded), *(e.labels for e in encoded)])
+        del encoded
+
+        def write(temporary):
+            with open(temporary, "wb") as file:         # np.save would add .npy to a name
+                np.save(file, flat)
+
+        write_atomically(path, write)
+    flat = np.load(path, mmap_mode="c").view(np.ndarray)
+    lengths, (tokens, labels) = flat[:len(samples)], flat[len(samples):].reshape(2, -1)
+    ends = np.cumsum(lengths).tolist()
+    return [Encoded(tokens[start:end], labels[start:end], sample.image, sample.id)
+            for sample, start, end in zip(samples, [0, *ends], ends)]
 
 
 def collate(encoded, resolution):
@@ -156,9 +199,11 @@ def collate(encoded, resolution):
                 pixels.append(load_pixels(e.image, resolution))
             except LavinError as error:
                 raise LavinError(f"problem {e.id}: {error}" if e.id else str(error)) from error
-    return Batch(tokens, labels, lengths, torch.tensor([int(e.image is not None) for e in encoded]),
+    modality = torch.tensor([int(e.image is not None) for e in encoded])
+    answers = labels.flatten().nonzero()[:, 0]
+    return Batch(tokens, labels, lengths, modality, modality.nonzero()[:, 0], answers,
                  torch.stack(pixels) if pixels else torch.zeros(0, 3, resolution, resolution),
-                 [e.id for e in encoded], int((labels != 0).sum()))
+                 [e.id for e in encoded], len(answers))
 
 
 # Batches ahead of the step
@@ -169,27 +214,53 @@ def mixed_seed(seed, n):
     return (seed * 1_000_003 + n) % 2**32
 
 
-def global_batch(step, lengths, batch_size, micro_batch, seed):
+def mixture(sizes, weights, generator):
+    """An epoch in which sources of these sizes, one behind the other, have their weights' shares: indices in order.
+
+    A source that comes off short begins again, one that has too much goes on in another epoch's draw.
+    """
+    ends = [round(sum(sizes) * sum(weights[:i]) / sum(weights)) for i in range(len(weights) + 1)]
+    start, chosen = 0, []
+    for size, share in zip(sizes, np.diff(ends).tolist()):
+        rounds = [start + torch.randperm(size, generator=generator) for _ in range(-(-share // size))]
+        chosen.append(torch.cat([*rounds, torch.zeros(0, dtype=torch.int64)])[:share])
+        start += size
+    chosen = torch.cat(chosen)
+    return chosen[torch.randperm(len(chosen), generator=generator)].tolist()
+
+
+def global_batch(step, lengths, batch_size, micro_batch, seed, sizes=None, weights=None):
     """Which samples step `step` trains on: a list of micro-batches (lists of indices), samples of like length together.
 
-    Every epoch is a permutation of its own, drawn from (seed, epoch) alone: the same whatever the number
-    of workers or the step at which a run was resumed. The last batch of an epoch may be smaller.
+    Every epoch is a permutation of its own, or with weights a mixture, drawn from (seed, epoch) alone: the same whatever
+    the number of workers or the step at which a run was resumed. The last batch of an epoch may be smaller.
     """
     epoch, place = divmod(step, -(-len(lengths) // batch_size))
-    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(mixed_seed(seed, epoch))).tolist()
+    generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
+    if weights:
+        order = mixture(sizes, weights, generator)
+    else:
+        order = torch.randperm(len(lengths), generator=generator).tolist()
     chosen = sorted(order[place * batch_size:(place + 1) * batch_size], key=lambda i: -lengths[i])
     return [chosen[i:i + micro_batch] for i in range(0, len(chosen), micro_batch)]
 
 
 class Collated(Dataset):
-    """Item i: the batches that plan(i), a list of lists of indices, asks for. Runs in the workers."""
+    """Item i: the batches that plan(i), a list of lists of indices, asks for. Runs in the workers.
 
-    def __init__(self, encoded, plan, resolution):
-        self.encoded, self.plan, self.resolution = encoded, plan, resolution
+    Of several ranks each gets its share, all equally many: who comes off short gets one that has no answer.
+    """
+
+    def __init__(self, encoded, plan, resolution, rank=0, n_ranks=1):
+        self.encoded, self.plan, self.resolution, self.rank, self.n_ranks = encoded, plan, resolution, rank, n_ranks
 
     def __getitem__(self, i):
+        chosen = [[self.encoded[j] for j in indices] for indices in self.plan(i)]
+        first = chosen[0][0]
+        idle = Encoded(first.tokens[:2], np.zeros_like(first.labels[:2]), None, "")
+        chosen += [[idle]] * (-len(chosen) % self.n_ranks)
         try:
-            return [collate([self.encoded[j] for j in indices], self.resolution) for indices in self.plan(i)]
+            return [collate(encoded, self.resolution) for encoded in chosen[self.rank::self.n_ranks]]
         except LavinError as error:
             return error                # raised by `ahead`: from here, a traceback of the worker would come along
 
@@ -361,3 +432,9 @@ def load_sqa(root, split, format="QCM-ALE", use_captions=False):
     if not samples:
         raise LavinError(f"{splits_path}: split {split!r} is empty")
     return chosen, samples
+
+
+if __name__ == "__main__":
+    import instructions     # which imports this file, by its name
+
+    run(instructions.main)

@@ -27,7 +27,8 @@ def run(main):
     try:
         main()
     except LavinError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""           # under torchrun
+        print(f"{rank}error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -37,7 +38,7 @@ def run(main):
 DEFAULTS = {"llama": "weights/7B", "vit": "weights/ViT-L-14.pt", "data_root": "data/scienceqa"}
 ORIGINS = {
     "adapter": "LaVIN's adapters; made by python train.py --data sqa, or --adapter FILE",
-    "llama": "LLaMA in Meta's layout, from https://llama.meta.com; --llama DIR",
+    "llama": "LLaMA in Meta's layout, from https://llama.meta.com, or in Hugging Face's with config.json; --llama DIR",
     "tokenizer": "comes with LLaMA; in the folder of --llama or in its parent",
     "vit": "CLIP's image encoder ViT-L-14.pt, linked from https://github.com/openai/CLIP; --vit FILE",
     "data_root": "ScienceQA, from https://github.com/lupantech/ScienceQA; --data-root DIR",
@@ -52,20 +53,31 @@ def tokenizer_path(llama):
     return beside if beside.exists() and not inside.exists() else inside
 
 
+def is_hf_folder(path):
+    """A LLaMA of Hugging Face's, not one of Meta's?"""
+    return Path(path, "config.json").is_file() and not Path(path, "params.json").exists()
+
+
+def asks_sqa(args):
+    """Is ScienceQA among --data? train.py has a list there, generate.py one or None."""
+    return "sqa" in (args.data if isinstance(args.data, list) else [args.data])
+
+
 def choose_paths(args, remembered, adapter=None):
     """Set args.llama, .vit and .data_root: what was given, else what the checkpoint remembers, else the default.
 
     Says what it took, and raises one LavinError that lists everything missing with where it comes from.
     """
+    has_sqa = asks_sqa(args)
     for name, default in DEFAULTS.items():
         setattr(args, name, getattr(args, name) or remembered.get(name) or default)
-    print(f"LLaMA {args.llama} · CLIP {args.vit}" + (f" · data {args.data_root}" if args.data else ""))
+    print(f"LLaMA {args.llama} · CLIP {args.vit}" + (f" · data {args.data_root}" if has_sqa else ""))
     wanted = {
         "adapter": [adapter] if adapter else [],
-        "llama": [f"{args.llama}/params.json", f"{args.llama}/consolidated.00.pth"],
+        "llama": [f"{args.llama}/params.json", f"{args.llama}/consolidated.00.pth"] if not is_hf_folder(args.llama) else [],
         "tokenizer": [tokenizer_path(args.llama)],
         "vit": [args.vit],
-        "data_root": [f"{args.data_root}/{name}" for name in SCIENCEQA] if args.data else [],
+        "data_root": [f"{args.data_root}/{name}" for name in SCIENCEQA] if has_sqa else [],
     }
     missing = {origin: [str(path) for path in paths if not os.path.exists(path)] for origin, paths in wanted.items()}
     if any(missing.values()):
@@ -76,7 +88,9 @@ def choose_paths(args, remembered, adapter=None):
 def pick_device(device, dtype):
     """--device and --dtype -> (torch.device, key of DTYPES). "auto": a GPU if there is one, in bf16 or, if old, fp16."""
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise LavinError(f"--device {device}: not available here; cpu always is") from error

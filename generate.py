@@ -2,6 +2,8 @@
 
     python generate.py --image x.png --prompt "What is in the picture?"
     python generate.py --data sqa --split test --predictions out/predictions.json
+    python generate.py --data mme:MME_Benchmark
+    python generate.py --data caption:captions_val2014.json:val2014 --prompt "Describe the picture." --predictions x.json
 
 What the training run was told (prompt format, context, paths) is in its checkpoint and need not be said again.
 """
@@ -17,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import adapters
+import benchmarks
 import data
 import plot
 import tiny
@@ -110,7 +113,8 @@ def parse_args():
     what = parser.add_argument_group("what to answer")
     what.add_argument("--prompt", help='a question; put into "Instruction: … Response:" unless it says "Response:"')
     what.add_argument("--image", help="a picture that the prompt is about")
-    what.add_argument("--data", choices=["sqa"], help="answer and score a data set instead")
+    what.add_argument("--data", metavar="SOURCE", help="answer a data set instead: sqa, mme:FOLDER, or with --prompt "
+                      "caption:FILE[:IMAGES], the images that COCO's annotations list")
     what.add_argument("--data-root", help="default: what the checkpoint was trained on, or data/scienceqa")
     what.add_argument("--split", default="test", help="of the data set (default: test)")
     what.add_argument("--format", help="of ScienceQA's prompts (default: as trained)")
@@ -124,9 +128,12 @@ def parse_args():
     weights.add_argument("--adapter", help="LaVIN checkpoint, ours or released; none: LLaMA as it is "
                          "(default: out/checkpoint.pth)")
     weights.add_argument("--llama", help="directory of LLaMA (default: as trained, or weights/7B)")
+    weights.add_argument("--delta", help="folder of Hugging Face's that is added to LLaMA: Vicuna's (default: as trained)")
     weights.add_argument("--vit", help="CLIP's image encoder (default: as trained, or weights/ViT-L-14.pt)")
     weights.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     weights.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    weights.add_argument("--bits", type=int, choices=[16, 8, 4], help="that hold a number of LLaMA's matrices "
+                         "(default: as trained, or 16)")
     how = parser.add_argument_group("how to answer")
     how.add_argument("--max-new-tokens", type=at_least(1), help="default: 64 where the answer comes first, else 256")
     how.add_argument("--max-seq-len", type=at_least(1), help="context in tokens (default: as trained)")
@@ -136,15 +143,60 @@ def parse_args():
     how.add_argument("--batch-size", type=at_least(1), default=32, help="problems answered at a time (default: 32)")
     how.add_argument("--workers", type=at_least(0), default=data.default_workers(), help="that decode pictures")
     args = parser.parse_args()
-    if [args.prompt, args.data, args.show_routing].count(None) != 2:
+    kind, _, rest = (args.data or "").partition(":")
+    if args.data and args.data != "sqa" and (kind not in ("mme", "caption") or not rest):
+        parser.error(f"--data {args.data}: give sqa, mme:FOLDER or caption:FILE")
+    captions = kind == "caption"
+    if captions and not (args.prompt and args.predictions):
+        parser.error("--data caption:… needs --prompt and --predictions")
+    if [None if captions else args.prompt, args.data, args.show_routing].count(None) != 2:
         parser.error("give one of --prompt, --data and --show-routing")
-    if args.prompt is None and args.image:
+    if args.image and (args.prompt is None or captions):
         parser.error("--image goes with --prompt")
     if not args.data and (args.predictions or args.format or args.by or args.blank_images):
         parser.error("--predictions, --format, --by and --blank-images go with --data")
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         parser.error("--temperature is at least 0, --top-p above 0 and at most 1")
     return args
+
+
+def load(args, remembered, format):
+    """What --data names -> (problems or truths or None, [Sample])."""
+    kind, _, rest = args.data.partition(":")
+    if kind == "mme":
+        samples, truths = benchmarks.load_mme(rest)
+    elif kind == "caption":
+        samples, truths = benchmarks.load_captions(rest, args.prompt), None
+    else:
+        truths, samples = data.load_sqa(args.data_root, args.split, format, remembered.get("captions", False))
+    for sample in samples:
+        if sample.image and args.blank_images:
+            sample.image = Image.new("RGB", (1, 1), "white")
+    return truths, samples
+
+
+def answer_data(lavin, truths, samples, format, args):
+    """Answer what --data names, print its table, write --predictions."""
+    kind = args.data.partition(":")[0]
+    how = {"temperature": args.temperature, "top_p": args.top_p, "batch_size": args.batch_size, "workers": args.workers}
+    if kind == "sqa":
+        print(f"{len(samples)} problems of {args.data_root}, split {args.split}, format {format}")
+        predictions, outputs = score(lavin, truths, samples, format, args.by, max_new_tokens=args.max_new_tokens, **how)
+        written = {"results": predictions, "outputs": outputs}
+    else:
+        outputs = answer_all(lavin, samples, "-", args.max_new_tokens or (16 if kind == "mme" else 64), **how)
+        if kind == "mme":
+            scores = benchmarks.mme_scores(outputs, truths)
+            print(benchmarks.mme_table(scores))
+            print(f"{sum(benchmarks.yes_or_no(text) is None for text in outputs.values())} of {len(outputs)} answers begin with "
+                  "neither yes nor no; they count as wrong")
+            written = {"scores": scores, "outputs": outputs}
+        else:
+            written = [{"image_id": identity, "caption": text.strip()} for identity, text in outputs.items()]
+    if args.predictions:
+        text = json.dumps(written, indent=1, ensure_ascii=False)
+        write_atomically(args.predictions, lambda path: path.write_text(text, encoding="utf-8"))
+        print(f"written: {args.predictions}")
 
 
 def main():
@@ -157,10 +209,7 @@ def main():
     choose_paths(args, remembered, adapter)
     format = args.format or remembered.get("format") or "QCM-ALE"
     if args.data:
-        problems, samples = data.load_sqa(args.data_root, args.split, format, remembered.get("captions", False))
-        for sample in samples:
-            if sample.image and args.blank_images:
-                sample.image = Image.new("RGB", (1, 1), "white")
+        truths, samples = load(args, remembered, format)
     elif args.image:
         data.load_pixels(args.image, 1)         # complain about the picture before loading 13 GB
     for flag, path in (("--predictions", args.predictions), ("--show-routing", args.show_routing)):
@@ -169,19 +218,14 @@ def main():
     device, dtype = pick_device(args.device, args.dtype)
     print(f"adapter {adapter or 'none'} · {device} · {dtype}")
     torch.manual_seed(data.mixed_seed(args.seed, 0))
-    lavin = LaVIN.load(args.llama, args.vit, adapter, device=device, dtype=DTYPES[dtype], max_seq_len=args.max_seq_len)
-    if args.prompt is not None:
-        return ask(lavin, args.prompt, args.image, args)
+    lavin = LaVIN.load(args.llama, args.vit, adapter, device=device, dtype=DTYPES[dtype], max_seq_len=args.max_seq_len,
+                       bits=args.bits or remembered.get("bits") or 16, delta=args.delta or remembered.get("delta"))
     if args.show_routing:
-        return show_routing(lavin, args.show_routing)
-    print(f"{len(samples)} problems of {args.data_root}, split {args.split}, format {format}")
-    predictions, outputs = score(
-        lavin, problems, samples, format, args.by, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-        top_p=args.top_p, batch_size=args.batch_size, workers=args.workers)
-    if args.predictions:
-        text = json.dumps({"results": predictions, "outputs": outputs}, indent=1, ensure_ascii=False)
-        write_atomically(args.predictions, lambda path: path.write_text(text, encoding="utf-8"))
-        print(f"written: {args.predictions}")
+        show_routing(lavin, args.show_routing)
+    elif args.data:
+        answer_data(lavin, truths, samples, format, args)
+    else:
+        ask(lavin, args.prompt, args.image, args)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 import adapters
 import data
+import hf
+import quantize
+import ranks
 import vit as clip
 from adapters import Adapter, AdapterConfig, Projector
-from files import LavinError, check_names, fill, read_checkpoint, read_json, tensors_of
+from files import LavinError, check_names, fill, is_hf_folder, read_checkpoint, read_json, tensors_of
 from router import route
 
 
@@ -41,9 +44,13 @@ def rotate(x, rope):
 
     Meta's checkpoints pair channels 2i and 2i + 1; Hugging Face's pair i and i + D/2.
     """
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                  # (B, T, H, D/2) each
-    cos, sin = rope
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+    pairs, (cos, sin) = x.float().unflatten(-1, (-1, 2)), rope          # (B, T, H, D/2, 2)
+    if torch.compiler.is_compiling():                                   # which fuses this, and knows no complex numbers
+        a, b = pairs.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:                                                               # one pass instead of seven
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.flatten(-2).type_as(x)
 
 
 class Cache:
@@ -126,6 +133,7 @@ class LLaMAConfig:
     n_kv_heads: int | None = None               # fewer than n_heads: grouped-query attention
     ffn_dim_multiplier: float | None = None
     rope_theta: float = 10000.0
+    hidden_dim: int | None = None               # of the feed-forward; Meta's files leave it to be computed
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -133,7 +141,7 @@ class LLaMAConfig:
         hidden = int(2 * 4 * self.dim / 3)
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
-        self.hidden_dim = self.multiple_of * math.ceil(hidden / self.multiple_of)
+        self.hidden_dim = self.hidden_dim or self.multiple_of * math.ceil(hidden / self.multiple_of)
 
 
 class LLaMA(nn.Module):
@@ -169,9 +177,14 @@ class LLaMA(nn.Module):
 
 
 def read_params(directory, vocab_size):
-    """params.json -> LLaMAConfig. vocab_size is the tokenizer's: Meta's file says -1."""
-    path = Path(directory, "params.json")
-    params = read_json(path)
+    """params.json, or Hugging Face's config.json -> LLaMAConfig. vocab_size is the tokenizer's: Meta's file says -1."""
+    path, params = Path(directory, "params.json"), None
+    if is_hf_folder(directory):
+        path, params = Path(directory, "config.json"), hf.read_config(directory)
+        if vocab_size > params["vocab_size"]:
+            raise LavinError(f"{path}: {params['vocab_size']} tokens, but tokenizer.model has {vocab_size}")
+        vocab_size = params["vocab_size"]
+    params = params or read_json(path)
     try:
         if params.get("use_scaled_rope"):
             raise LavinError(f"{path}: scaled RoPE (LLaMA 3.1 and later) is not supported")
@@ -189,9 +202,9 @@ def read_params(directory, vocab_size):
     return config
 
 
-def allocate(module, device, dtype):
-    """Give a module made on the meta device memory, still unset: frozen parameters in dtype, trained ones in fp32."""
-    for child in module.modules():
+def allocate(modules, device, dtype):
+    """Give modules made on the meta device memory, still unset: frozen parameters in dtype, trained ones in fp32."""
+    for child in modules:
         for name, p in list(child.named_parameters(recurse=False)):
             empty = torch.empty(p.shape, device=device, dtype=torch.float32 if p.requires_grad else dtype)
             setattr(child, name, nn.Parameter(empty, requires_grad=p.requires_grad))
@@ -214,35 +227,59 @@ def places(whole, slices):
 
 
 @torch.no_grad()
-def load_llama(llama, directory):
-    """Copy consolidated.00.pth, .01.pth, … into the frozen weights of `llama`, tensor by tensor.
+def load_llama(llama, directory, device, dtype, delta=None):
+    """Copy consolidated.00.pth, .01.pth, … or Hugging Face's files into the frozen weights of `llama`, tensor by tensor.
 
+    delta: a folder of Hugging Face's whose tensors are added, as Vicuna's are.
+
+    The blocks are still on the meta device: each is given memory when its turn comes and yielded when it is full,
+    to be made smaller before the next one comes.
     The files are mapped, not read. The pages of a map that have been touched count as memory until it is
     dropped, so the maps are renewed before more than the largest tensor of each shard has been touched.
     """
-    files = sorted(Path(directory).glob("consolidated.*.pth"))
-    parameters = {name: p for name, p in llama.named_parameters() if not p.requires_grad}
+    theirs, config = is_hf_folder(directory), llama.config
+    files = [directory] if theirs else sorted(Path(directory).glob("consolidated.*.pth"))
+    names = [name for name, p in llama.named_parameters() if not p.requires_grad]
 
     def open_shards():
+        if theirs:
+            return [hf.read_llama(directory)]
         return [tensors_of(read_checkpoint(file, mmap=True), file) for file in files]
 
     shards = open_shards()
-    for file, names in zip(files, [list(shard) for shard in shards]):
-        check_names(file, parameters, [name for name in names if not name.endswith("rope.freqs")])   # we compute them
+    for file, found in zip(files, [list(shard) for shard in shards]):
+        check_names(file, names, [name for name in found if not name.endswith("rope.freqs")])   # we compute them
+    added = hf.read_llama(delta) if delta else {}
+    for name in names if delta else ():
+        if name not in added or added[name].shape != llama.get_parameter(name).shape:
+            raise LavinError(f"{delta}: {name} is missing or of another shape than in {directory}; this delta is of another model")
     budget, touched = max(t.nbytes for t in shards[0].values()), 0
-    for name, parameter in parameters.items():
-        if touched + shards[0][name].nbytes > budget:
-            shards = slices = piece = None                              # unmap before mapping anew
-            shards, touched = open_shards(), 0
-        touched += shards[0][name].nbytes
-        slices = [shard[name] for shard in shards]
-        parts = places(parameter, slices)
-        if parts is None:
-            shapes = " + ".join(str(tuple(s.shape)) for s in slices)
-            raise LavinError(f"{directory}: {name} is {shapes} in {len(files)} shard(s), but params.json and tokenizer "
-                             f"ask for {tuple(parameter.shape)}; is a consolidated.NN.pth missing?")
-        for part, piece in zip(parts, slices):
-            part.copy_(piece)
+    for i in range(-1, len(llama.layers)):                              # -1: what is outside the blocks
+        if i >= 0:
+            allocate(llama.layers[i].modules(), device, dtype)
+        for name in names:
+            if i != (int(name.split(".")[1]) if name.startswith("layers.") else -1):
+                continue
+            parameter = llama.get_parameter(name)
+            if touched + shards[0][name].nbytes > budget:
+                shards = slices = piece = None                          # unmap before mapping anew
+                shards, touched = open_shards(), 0
+            touched += shards[0][name].nbytes
+            slices = [shard[name] for shard in shards]
+            if theirs:
+                slices = [hf.to_meta(name, slices[0], config)]
+            target = torch.empty_like(parameter, dtype=torch.float32) if delta else parameter
+            parts = places(target, slices)
+            if parts is None:
+                shapes = " + ".join(str(tuple(s.shape)) for s in slices)
+                raise LavinError(f"{directory}: {name} is {shapes} in {len(files)} shard(s), but params.json and tokenizer "
+                                 f"ask for {tuple(parameter.shape)}; is a consolidated.NN.pth missing?")
+            for part, piece in zip(parts, slices):
+                part.copy_(piece)
+            if delta:
+                parameter.copy_(target.add_(hf.to_meta(name, added[name], config)))
+        if i >= 0:
+            yield llama.layers[i]
 
 
 class LaVIN(nn.Module):
@@ -270,10 +307,12 @@ class LaVIN(nn.Module):
 
     @classmethod
     def load(cls, llama, vit, adapter=None, *, device="cpu", dtype=torch.float32, max_seq_len=None,
-             tau=None, dropout=None):
+             tau=None, dropout=None, bits=16, fsdp=False, delta=None):
         """LLaMA's directory, CLIP's file and, unless to be trained afresh, a LaVIN checkpoint -> LaVIN in eval mode.
 
-        max_seq_len, tau and dropout: as given, else the checkpoint's, else 512, 10 and 0.1.
+        max_seq_len, tau and dropout: as given, else the checkpoint's, else 512, 10 and 0.1. bits: 8 or 4 pack LLaMA's
+        matrices (quantize.py), and fsdp cuts them into parts (ranks.py), each block as soon as it is read. delta: a
+        folder of Hugging Face's that is added to LLaMA, as Vicuna's are.
         Raises LavinError for a file that is missing, damaged or does not fit the others.
         """
         state, config, settings = adapters.read(adapter) if adapter else ({}, AdapterConfig(), {})
@@ -287,10 +326,14 @@ class LaVIN(nn.Module):
             raise LavinError(f"--max-seq-len {max_seq_len} has no room for text: a picture takes {longest_prefix}")
         with torch.device("meta"):                      # no memory before the dtype is known
             lavin = cls(read_params(llama, tokenizer.vocab_size()), vit_config, config, tokenizer, max_seq_len)
-        allocate(lavin, device, dtype)
+        allocate([m for name, m in lavin.named_modules() if not name.startswith("llama.layers.")], device, dtype)
         fill({name: p for name, p in lavin.vit.named_parameters() if not p.requires_grad}, vit_state, vit)
         del vit_state                                   # 0.6 GB that need not be held while LLaMA is read
-        load_llama(lavin.llama, llama)
+        for block in load_llama(lavin.llama, llama, device, dtype, delta):
+            if bits < 16:
+                quantize.pack(block, bits)
+            if fsdp:
+                ranks.shard(block, torch.device(device))
         lavin.init_trained()
         if adapter:
             fill(adapters.to_official(lavin), state, adapter)
@@ -336,20 +379,20 @@ class LaVIN(nn.Module):
         if len(batch.pixels):
             start = 1 + len(data.picture_prefix(self.tokenizer))        # BOS, "Image: ", features
             tokens = self.projector(self.image_features(batch.pixels))  # (N, F, C)
-            x[batch.modality == 1, start:start + self.n_features] = tokens.type_as(x)
+            x[batch.pictured, start:start + self.n_features] = tokens.type_as(x)
         return x
 
-    def hidden(self, batch):
-        """The last hidden state of the whole sequence, (B, T, C)."""
-        return self.llama(self.embed(batch), self.route()[:, batch.modality])
+    def hidden(self, batch, weights=None):
+        """The last hidden state of the whole sequence, (B, T, C). weights: what route() gave, if it was asked before."""
+        weights = self.route() if weights is None else weights
+        return self.llama(self.embed(batch), weights[:, batch.modality])
 
-    def forward(self, batch):
+    def forward(self, batch, weights=None):
         """Mean cross-entropy over the batch's answer tokens, fp32. Logits are made for these alone."""
         with self.autocast():
-            targets = batch.labels[:, 1:]
-            x = self.hidden(batch)[:, :-1][targets != 0]                # (answer tokens, C)
+            x = self.hidden(batch, weights).flatten(0, 1).index_select(0, batch.answers - 1)    # (answer tokens, C)
             logits = self.llama.output(x).float()
-        return F.cross_entropy(logits, targets[targets != 0], reduction="sum") / max(batch.n_answer, 1)
+        return F.cross_entropy(logits, batch.labels.flatten()[batch.answers], reduction="sum") / max(batch.n_answer, 1)
 
     def logits(self, batch):
         """(B, T, vocabulary), fp32, of every position; the modality token is not among them."""

@@ -40,8 +40,8 @@ from model import LLaMA, LLaMAConfig
 VERSION = 1                             # of the world: raise it with any change to what follows
 ROOT = Path(__file__).absolute().parent / "tiny"
 PATHS = {"llama": ROOT / "llama", "vit": ROOT / "ViT-tiny.pt", "data_root": ROOT / "scienceqa"}
-# Of train.py, for models of this size and three minutes.
-DEFAULTS = {"epochs": 3, "lr": 6e-3, "dropout": 0.0, "micro_batch": 32, "max_seq_len": 128}
+# Of train.py, for models of this size and three minutes. Pictures this small are decoded sooner than handed over.
+DEFAULTS = {"epochs": 3, "lr": 6e-3, "dropout": 0.0, "micro_batch": 32, "max_seq_len": 128, "workers": 0}
 SIZES = (6000, 300, 600)                # problems of the splits train, val and test
 TOKENIZER_DOCUMENTS = 20_000
 SIDE = 128                              # pixels of a picture; CLIP sees them at 64
@@ -96,7 +96,7 @@ def blob(d, shape, x, y, r, fill):
 
 
 def is_new(shape, colour):
-    """Is this pair kept for the test split? Neither LLaMA, CLIP nor the training split ever meet it."""
+    """Is this pair kept for the test split? LLaMA has read of it, but no picture of it is shown in training."""
     return list(COLOURS).index(colour) == SHAPES.index(shape)
 
 
@@ -472,11 +472,13 @@ def make_folder(folder, write):
 
 
 # To choose a letter is by far the hardest thing to learn here, and everything rests on it; it is taught in stages.
-# (until step, share of registers, their links, share of drills among the rest)
+# (until step, share of registers, their links, share of drills among the rest, of TAUGHT among what then remains, of
+# the kept pairs among scenes)
 LINKS = (" is ", "? The answer is ", ". The answer is ")
 CURRICULUM = ((360, 1, (" ",), 0), (560, 1, (" ", *LINKS), 0), (800, 0.3, LINKS, 1), (1400, 0.1, LINKS, 0.4),
-              (math.inf, 0.03, LINKS, 1 / 7))
-LLAMA_STEPS, CLIP_STEPS = 4000, 1600
+              (math.inf, 0.03, LINKS, 1 / 7, 0.2, 1 / 6))
+TAUGHT = (opposites, past_tense, kinds, kinds)          # whose facts are many
+LLAMA_STEPS, CLIP_STEPS = 5000, 1600
 WORDS = [*COLOURS, *SHAPES, *COUNTS, *PLACES, *DIRECTIONS, *NAMES, *GOODS, *OBJECTS, *MATERIALS, *KINDS,
          *[word for pair in OPPOSITES + PAST for word in pair], *[capital for _, capital in CAPITALS]]
 
@@ -495,7 +497,7 @@ def drill(rng):
     return Item("drill", LANGUAGE, f"Which option says {words[0]}?", words, "", f"The option says {words[0]}.")
 
 
-def document(rng, registers, links, drills):
+def document(rng, registers, links, drills, taught=0, new=0):
     """A text of the world -> (words in the picture's place or None, Sample).
 
     A scene is described, never shown, by remarks in any order: a picture has none.
@@ -504,8 +506,10 @@ def document(rng, registers, links, drills):
         return None, register(rng, links)
     if rng.random() < drills:
         item = drill(rng)
+    elif taught and rng.random() < taught:
+        item = rng.choice(TAUGHT)(rng)
     else:
-        item = seen(rng) if rng.random() < 0.6 else rng.choice(TEXT_SKILLS)(rng)
+        item = seen(rng, new and rng.random() < new) if rng.random() < 0.6 else rng.choice(TEXT_SKILLS)(rng)
     form = rng.choices(["QCM-ALE", "QCM-A", "QCM-EA", "Instruction"], [8, 3, 2, 2])[0]
     words = ", ".join(rng.sample(item.caption.split(", "), item.caption.count(", ") + 1)) or None
     if form == "Instruction":
@@ -763,7 +767,7 @@ def prepare(args, remembered={}):
             setattr(args, name, getattr(args, name) or remembered.get(name) or os.path.relpath(PATHS[name]))
     taken = {name for name, path in PATHS.items()
              if os.path.abspath(getattr(args, name) or remembered.get(name) or "") == str(path)}
-    if "data_root" in taken and args.data and not PATHS["data_root"].exists():
+    if "data_root" in taken and files.asks_sqa(args) and not PATHS["data_root"].exists():
         print(f"making {os.path.relpath(PATHS['data_root'])}, once")
         make_folder(PATHS["data_root"], write_world)
     for name, path, remedy in (("data_root", PATHS["data_root"] / "world.json", "python tiny.py makes it anew"),

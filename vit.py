@@ -7,12 +7,14 @@ Shapes: B pictures, T tokens (class token + patches), C width, V in the rest of 
 
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import hf
 from adapters import Adapter
 from files import LavinError, read_checkpoint, tensors_of
 
@@ -112,7 +114,8 @@ class VisionTransformer(nn.Module):
 
 
 def read(path):
-    """OpenAI's TorchScript archive, or a plain state dict of the same names -> ({our name: tensor}, ViTConfig).
+    """OpenAI's TorchScript archive, a plain state dict of the same names, or a folder of Hugging Face's -> ({our name:
+    tensor}, ViTConfig).
 
     Every size comes from the tensors. Raises LavinError if it is not a CLIP ViT.
     """
@@ -126,7 +129,10 @@ def read(path):
                 hostile = scripted and any(b"__setstate__" in archive.read(entry) for entry in archive.infolist())
         if hostile:
             raise LavinError(f"{path}: would run code when read, which no CLIP archive does; not loaded")
-        state = torch.jit.load(path, map_location="cpu").state_dict() if scripted else read_checkpoint(path)
+        if Path(path).is_dir():
+            state = hf.read_clip(path)
+        else:
+            state = torch.jit.load(path, map_location="cpu").state_dict() if scripted else read_checkpoint(path)
     except LavinError:
         raise
     except Exception as error:      # damaged bytes make the readers raise anything

@@ -38,6 +38,23 @@ def test_tokens_and_labels(lavin, samples, expected):
         assert encoded.labels.tolist() == labels[:1] + [0] * len(prefix) + labels[1:]
 
 
+def test_tokens_of_many_samples_are_kept_and_never_taken_for_others(lavin, samples, tmp_path, monkeypatch):
+    def read(samples, length=128):
+        return [(e.tokens.tolist(), e.labels.tolist(), e.image, e.id)
+                for e in data.encode_all(samples, lavin.tokenizer, 2, length, tmp_path)]
+
+    expected = read(samples)
+    assert not list(tmp_path.iterdir())                                     # few: nothing is kept
+    monkeypatch.setattr(data, "MANY", 4)
+    assert read(samples) == expected
+    monkeypatch.setattr(data, "encode", None)
+    assert read(samples) == expected                                        # not tokenized again
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "MANY", 4)
+    assert read(samples, 100) != expected and read([*samples[:3], Sample("New", "text")])[3] != expected[3]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_truncation(lavin, samples):
     """Cut to the context as one string, then again with prefix and features in it, one place kept for the modality token."""
     whole = data.encode(samples[0], lavin.tokenizer, 2, 128)

@@ -102,7 +102,7 @@ def test_rank_and_tau_come_from_the_file(tmp_path):
 
 def test_a_file_that_train_wrote_is_one_the_reference_reads(tmp_path, lavin):
     """Official names and shapes, args in a Namespace, and nothing that a plain weights_only load refuses."""
-    config = argparse.Namespace(format="QCM-ALE", out=str(tmp_path), lr=1e-3)
+    config = argparse.Namespace(format="QCM-ALE", bits=16, out=str(tmp_path), lr=1e-3)
     optimizer = train.make_optimizer(lavin)
     train.save(lavin, optimizer, torch.amp.GradScaler("cpu", enabled=False), 7, 3, config)
     with torch.serialization.safe_globals([argparse.Namespace]):

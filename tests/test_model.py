@@ -10,8 +10,17 @@ import adapters
 import data
 from adapters import AdapterConfig
 from conftest import ADAPTER, LLAMA, VIT, difference
-from model import Cache, LaVIN, LLaMA, LLaMAConfig, allocate, read_params, rotate
+from model import Cache, LaVIN, LLaMA, LLaMAConfig, RMSNorm, allocate, read_params, rotate
 from vit import ViTConfig
+
+
+def test_norms_are_computed_in_fp32_whatever_the_products_are():
+    """Autocast computes some sums in bf16 (linalg.vecdot's, for one); a norm's must not be."""
+    norm, x = RMSNorm(128, 1e-5), torch.randn(7, 128) * 3
+    norm.weight.data.fill_(1.0)
+    expected = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert difference(norm(x), expected) < 1e-5
 
 
 # Sizes
@@ -44,7 +53,7 @@ def test_params_json(tmp_path, params, hidden, kv):
 def random_llama(config, seed=0):
     torch.manual_seed(seed)
     llama = LLaMA(config, AdapterConfig()).eval()
-    allocate(llama, "cpu", torch.float32)
+    allocate(llama.modules(), "cpu", torch.float32)
     for p in llama.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return llama

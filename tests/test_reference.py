@@ -57,7 +57,8 @@ def test_five_steps_of_adamw(lavin, samples, expected):
     optimizer, scaler, batch = train.make_optimizer(lavin), torch.amp.GradScaler("cpu", enabled=False), lavin.batch(samples)
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
-    losses = [train.train_step(lavin, optimizer, scaler, [batch])[0] for _ in range(5)]
+    gradients = train.gradient_buffer(lavin)
+    losses = [train.train_step(lavin, optimizer, scaler, gradients, [batch])[0] for _ in range(5)]
     assert_close("losses of five AdamW steps", [*losses, lavin(batch).item()], expected["adamw_losses"], 1e-4)
 
 

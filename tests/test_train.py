@@ -46,16 +46,14 @@ def test_micro_batches_do_not_change_the_gradient(sqa):
     _, samples = data.load_sqa(sqa, "train")
     lavin = LaVIN.load(LLAMA, VIT, ADAPTER, max_seq_len=160)
     encoded = [lavin.encode(s) for s in samples]
-    gradients, losses = [], []
-    keep_gradients = SimpleNamespace(step=lambda: None, zero_grad=lambda: None, param_groups=[])
+    gradients, losses, buffer = [], [], train.gradient_buffer(lavin)
     scaler = SimpleNamespace(scale=lambda loss: loss, unscale_=lambda o: None, is_enabled=lambda: False,
                              step=lambda o: None, update=lambda: None)
     for micro_batch in (1, 4, 32):
         plan = data.global_batch(0, [len(e.tokens) for e in encoded], 32, micro_batch, seed=0)
         batches = [data.collate([encoded[i] for i in indices], lavin.resolution) for indices in plan]
-        losses.append(train.train_step(lavin, keep_gradients, scaler, batches)[0])
+        losses.append(train.train_step(lavin, None, scaler, buffer, batches)[0])
         gradients.append({name: g.clone() for name, g in adapters.to_official(lavin, grad=True).items()})
-        lavin.zero_grad()
     for other in gradients[1:]:
         for name, gradient in gradients[0].items():
             assert difference(gradient, other[name]) < 1e-5 * max(1, gradient.abs().max()), name
@@ -64,7 +62,7 @@ def test_micro_batches_do_not_change_the_gradient(sqa):
 
 def test_schedule():
     """The reference's: linear from 0 over 2 of 20 epochs, then half a cosine to 0, per step."""
-    args = SimpleNamespace(epochs=20, lr=1.0)
+    args = SimpleNamespace(epochs=20, lr=1.0, warmup=2)
     rates = [train.learning_rate(step, 10, args) for step in range(201)]
     assert rates[0] == 0 and math.isclose(rates[7], 0.7 / 2) and math.isclose(rates[20], 1)
     assert math.isclose(rates[110], 0.5) and abs(rates[200]) < 1e-12 and rates[21:] == sorted(rates[21:], reverse=True)
@@ -162,9 +160,39 @@ def test_compiled_blocks_train_the_same(call, sqa, tmp_path):
     splits = json.loads((sqa / "pid_splits.json").read_text())
     (sqa / "pid_splits.json").write_text(json.dumps({"train": splits["train"][1::2]}))
     for flag in ("--compile", "--no-compile"):
-        assert call(train, *flags(sqa, tmp_path / flag, "--max-steps", 3, "--dropout", 0, flag))[0] == 0
+        code, stdout, _ = call(train, *flags(sqa, tmp_path / flag, "--max-steps", 3, "--dropout", 0, flag))
+        assert code == 0
+        if flag == "--compile":                         # the blocks of LLaMA, for a sequence and for a lone token
+            assert int(stdout.partition("compile  ")[2].partition(" graphs")[0]) <= 4, stdout
     compiled, eager = (read_metrics(tmp_path / flag) for flag in ("--compile", "--no-compile"))
     assert difference([m["loss"] for m in compiled], [m["loss"] for m in eager]) < 1e-5
+
+
+def test_a_dry_run_tells_memory_and_time_and_writes_nothing(call, sqa, tmp_path):
+    code, stdout, _ = call(train, *flags(sqa, tmp_path / "out", "--dry-run"))
+    assert code == 0 and "peak memory" in stdout and "12 steps of about" in stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more, helps", [
+    ([], "--micro-batch 2, --checkpointing, --bits 8, --bits 4, a lower --max-seq-len"),
+    (["--micro-batch", 1, "--checkpointing", "--bits", 4], "a lower --max-seq-len")])
+def test_too_little_memory_names_what_would_help(call, sqa, tmp_path, monkeypatch, more, helps):
+    def forward(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LaVIN, "forward", forward)
+    code, _, stderr = call(train, *flags(sqa, tmp_path / "out", *more))
+    assert code == 2 and stderr == f"error: cpu has too little memory for this; what would help: {helps}\n"
+    assert not (tmp_path / "out" / "checkpoint.pth").exists()
+
+
+def test_a_finished_run_whose_log_was_deleted_resumes(call, sqa, tmp_path):
+    out = tmp_path / "out"
+    assert call(train, *flags(sqa, out, "--max-steps", 1))[0] == 0
+    (out / "metrics.jsonl").unlink()
+    code, stdout, _ = call(train, "--resume", "--out", out, "--max-steps", 1)
+    assert code == 0 and "saved" in stdout
 
 
 def test_samples_without_an_answer_left_are_counted_and_left_out(call, sqa, tmp_path):
