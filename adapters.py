@@ -4,7 +4,7 @@ The paper's Mixture-of-Modality Adapter: a linear bottleneck in front of every a
 down-projection and two up-projections, the experts, mixed by the router's weights. The projector turns the
 ViT's features into tokens of LLaMA.
 
-    python adapters.py FILE         what is in a checkpoint, ours or released
+    python adapters.py FILE [--fold DIR]        what is in a checkpoint, ours or released; merged into LLaMA
 """
 
 import argparse
@@ -59,6 +59,40 @@ class Adapter(nn.Module):
         up = torch.cat([torch.block_diag(*expert.chunk(2)) for expert in self.up], dim=1)     # (C, 2r)
         mixed = F.linear(torch.cat([w[..., :1] * h, w[..., 1:] * h], dim=-1), up) + w @ self.up_bias
         return y + self.scale * mixed.type_as(y)
+
+
+class Folded(nn.Module):
+    """What stands in an adapter's place once its modality, and with it w, is settled: nothing, or U (D y + d) + u."""
+
+    def __init__(self, *matrices):
+        super().__init__()
+        self.matrices = nn.ParameterList(nn.Parameter(m, requires_grad=False) for m in matrices)
+
+    def forward(self, y, w):
+        """As Adapter's; w is not looked at."""
+        if not len(self.matrices):
+            return y
+        down, up, bias = self.matrices
+        return y + F.linear(F.linear(y, down), up, bias)
+
+
+@torch.no_grad()
+def fold(adapter, w, attention, dtype):
+    """Settle the experts' weights w (2,): changes the matrices of `attention`, returns what the adapter leaves behind.
+
+    A(y; w) = y + U (D y + d) + u is linear, so each matrix W behind it does the adapter's work exactly:
+    W A(y) = (W + W U D) y + W (U d + u). A packed matrix would have to be rounded once more to take it up, so before
+    packed ones U and D remain: one expert instead of two and a router.
+    """
+    up = adapter.scale * sum(w_e * torch.block_diag(*expert.chunk(2)) for w_e, expert in zip(w, adapter.up))        # (C, r)
+    bias = adapter.scale * (w @ adapter.up_bias) + up @ adapter.down.bias
+    if not isinstance(attention.wq, nn.Linear):
+        return Folded(*(t.to(dtype) for t in (adapter.down.weight, up, bias)))
+    for linear in (attention.wq, attention.wk, attention.wv):
+        W = linear.weight.float()
+        linear.bias = nn.Parameter((W @ bias).to(dtype), requires_grad=False)
+        linear.weight = nn.Parameter(torch.addmm(W, W @ up, adapter.down.weight).to(dtype), requires_grad=False)
+    return Folded()
 
 
 class Projector(nn.Module):
@@ -170,15 +204,23 @@ def main():
     parser.add_argument("file")
     parser.add_argument("--llama", help="the model that it belongs to, for the routing weights (default: as remembered)")
     parser.add_argument("--vit", help="its CLIP (default: as remembered)")
+    parser.add_argument("--fold", metavar="DIR", help="write there LLaMA with the adapters merged into it, for text only: "
+                        "Meta's layout, fp16, wq, wk and wv with biases")
     args = parser.parse_args()
     settings = describe(args.file)
     llama, vit = args.llama or settings.get("llama"), args.vit or settings.get("vit")
     if not llama or not vit or not os.path.exists(llama) or not os.path.exists(vit):
+        if args.fold:
+            raise LavinError("--fold needs the LLaMA that the adapters belong to: --llama DIR --vit FILE")
         return print("routing  depends on LLaMA as well: --llama DIR --vit FILE shows it")
-    from model import LaVIN     # which imports this file
+    from model import LaVIN, save_folded        # which imports this file
 
-    for i, (text, picture) in enumerate(LaVIN.load(llama, vit, args.file).route().tolist(), 1):
+    lavin = LaVIN.load(llama, vit, args.file, delta=settings.get("delta"))
+    for i, (text, picture) in enumerate(lavin.route().tolist(), 1):
         print(f"layer {i:3}   text {text[0]:.3f} {text[1]:.3f}   picture {picture[0]:.3f} {picture[1]:.3f}")
+    if args.fold:
+        save_folded(lavin.fold(0), args.fold)
+        print(f"written: {args.fold}, to be asked without an adapter: python generate.py --llama {args.fold} --adapter none --prompt …")
 
 
 if __name__ == "__main__":

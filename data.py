@@ -15,7 +15,7 @@ import os
 import re
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +76,7 @@ class Sample:
 class Encoded:
     tokens: np.ndarray          # (T,) int32; not torch's, of which thousands use up a worker's file descriptors
     labels: np.ndarray          # (T,) int32, the token itself where it belongs to the answer, else 0
-    image: str | Path | Image.Image | None
+    image: str | Path | Image.Image | torch.Tensor | None       # torch's: pixels, as load_pixels makes them
     id: str
 
 
@@ -186,6 +186,16 @@ def encode_all(samples, tokenizer, n_features, max_seq_len, folder):
             for sample, start, end in zip(samples, [0, *ends], ends)]
 
 
+def decoded(encoded, resolution):
+    """The same with its picture as pixels (3, R, R). LavinError names the sample."""
+    if encoded.image is None or isinstance(encoded.image, torch.Tensor):
+        return encoded
+    try:
+        return replace(encoded, image=load_pixels(encoded.image, resolution))
+    except LavinError as error:
+        raise LavinError(f"problem {encoded.id}: {error}" if encoded.id else str(error)) from error
+
+
 def collate(encoded, resolution):
     """Encoded samples -> one Batch on the CPU, padded to its longest, its pictures decoded."""
     lengths = torch.tensor([len(e.tokens) for e in encoded])
@@ -195,10 +205,7 @@ def collate(encoded, resolution):
         tokens[row, :len(e.tokens)] = torch.from_numpy(e.tokens)
         labels[row, :len(e.labels)] = torch.from_numpy(e.labels)
         if e.image is not None:
-            try:
-                pixels.append(load_pixels(e.image, resolution))
-            except LavinError as error:
-                raise LavinError(f"problem {e.id}: {error}" if e.id else str(error)) from error
+            pixels.append(decoded(e, resolution).image)
     modality = torch.tensor([int(e.image is not None) for e in encoded])
     answers = labels.flatten().nonzero()[:, 0]
     return Batch(tokens, labels, lengths, modality, modality.nonzero()[:, 0], answers,
@@ -265,18 +272,31 @@ class Collated(Dataset):
             return error                # raised by `ahead`: from here, a traceback of the worker would come along
 
 
+class Decoded(Dataset):
+    """Item i: sample i, its picture decoded. Runs in the workers."""
+
+    def __init__(self, encoded, resolution):
+        self.encoded, self.resolution = encoded, resolution
+
+    def __getitem__(self, i):
+        try:
+            return decoded(self.encoded[i], self.resolution)
+        except LavinError as error:
+            return error
+
+
 def _leave_signals_to_the_main_process(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches the whole group, and the step is to be finished
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def ahead(dataset, items, workers):
-    """Yield dataset[i] for i in items, prepared by `workers` processes ahead of their use (0: in this one)."""
-    for batches in DataLoader(dataset, batch_size=None, sampler=items, num_workers=workers,
-                              worker_init_fn=_leave_signals_to_the_main_process):
-        if isinstance(batches, LavinError):
-            raise batches
-        yield batches
+def ahead(dataset, items, workers, each=2):
+    """Yield dataset[i] for i in items, prepared by `workers` processes, `each` ahead of their use (0: in this one)."""
+    for item in DataLoader(dataset, batch_size=None, sampler=items, num_workers=workers, prefetch_factor=each if workers else None,
+                           worker_init_fn=_leave_signals_to_the_main_process):
+        if isinstance(item, LavinError):
+            raise item
+        yield item
 
 
 def default_workers():

@@ -2,6 +2,7 @@
 
     python generate.py --image x.png --prompt "What is in the picture?"
     python generate.py --data sqa --split test --predictions out/predictions.json
+    python generate.py --chat --image x.png
     python generate.py --data mme:MME_Benchmark
     python generate.py --data caption:captions_val2014.json:val2014 --prompt "Describe the picture." --predictions x.json
 
@@ -9,64 +10,111 @@ What the training run was told (prompt format, context, paths) is in its checkpo
 """
 
 import argparse
+import functools
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 import adapters
 import benchmarks
+import chat
 import data
 import plot
 import tiny
+from decode import Decoder, continued
 from files import DTYPES, LavinError, at_least, check_writable, choose_paths, pick_device, run, write_atomically
 from model import LaVIN
 
 
-def answer_all(lavin, samples, format, max_new_tokens=None, temperature=0.0, top_p=1.0, batch_size=32, workers=0):
-    """Answer every sample -> {id: text}; "" for a prompt that does not fit the context.
-
-    Prompts of like length share a batch. A format that begins with the answer needs no reasons for the
-    score: a sample ends as soon as its letter is out.
-    """
-    answer_first = format.split("-")[1].startswith("A")
-    max_new_tokens = max_new_tokens or (64 if answer_first else 256)
-    encoded, outputs = [], {}
+def encode_all(lavin, samples, encode):
+    """[Sample] -> ([Encoded] without, [Encoded] with a picture), the longest first; and {id: ""} of those that do not fit."""
+    groups, outputs = ([], []), {}
     for sample in samples:
         try:
-            encoded.append(lavin.encode(sample, prompt_only=True))
+            groups[sample.image is not None].append(encode(sample))
         except LavinError:
             outputs[sample.id] = ""
     if outputs:
         print(f"{len(outputs)} prompts do not fit the context of {lavin.max_seq_len} tokens and count as wrong; "
               "--max-seq-len widens it")
+    for group in groups:
+        group.sort(key=lambda encoded: -len(encoded.tokens))
+    return groups, outputs
+
+
+def answer_all(lavin, samples, format, max_new_tokens=None, temperature=0.0, top_p=1.0, batch_size=32, workers=0, compiled=False):
+    """Answer every sample -> {id: text}; "" for a prompt that does not fit the context.
+
+    One modality after the other, each by a model that is folded for it. A format that begins with the answer needs no
+    reasons for the score: a sample ends as soon as its letter is out.
+    """
+    answer_first = format.split("-")[1].startswith("A")
+    max_new_tokens = max_new_tokens or (64 if answer_first else 256)
 
     def letter_is_out(ids):
         return data.sqa_answer(lavin.tokenizer.decode(ids)) >= 0
 
     done = letter_is_out if answer_first else None
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].tokens))
-    plan = [[order[i:i + batch_size]] for i in range(0, len(order), batch_size)]
-    with tqdm(total=len(encoded), desc="answering", unit=" problems", file=sys.stdout) as bar:
-        dataset = data.Collated(encoded, plan.__getitem__, lavin.resolution)
-        for (batch,) in data.ahead(dataset, range(len(plan)), workers):
-            for new in lavin.decode(batch.to(lavin.device), max_new_tokens, temperature, top_p, done):
-                pass
-            outputs |= zip(batch.ids, map(lavin.tokenizer.decode, new))
-            bar.update(len(new))
+    groups, outputs = encode_all(lavin, samples, functools.partial(lavin.encode, prompt_only=True))
+    with tqdm(total=sum(map(len, groups)), desc="answering", unit=" problems", file=sys.stdout) as bar:
+        for modality, encoded in enumerate(groups):
+            if not encoded:
+                continue
+            dataset, rows = data.Decoded(encoded, lavin.resolution), min(batch_size, len(encoded))
+            prompts = data.ahead(dataset, range(len(encoded)), workers * modality, each=rows)
+            for number, ids in continued(lavin.fold(modality), prompts, rows, max_new_tokens, temperature, top_p, done, compiled,
+                                         longest=len(encoded[0].tokens)):
+                outputs[encoded[number].id] = lavin.tokenizer.decode(ids)
+                bar.update()
     return outputs
 
 
-def score(lavin, problems, samples, format, by=None, **how):
+def choose_all(lavin, samples, problems, batch_size=32, workers=0):
+    """The likeliest of each problem's letters behind "The answer is": one pass, nothing is generated -> {id: text}."""
+    letters = {}
+
+    def encode(sample):
+        """The prompt up to the token that names the choice; which that is tell the tokens of all choices."""
+        choices = data.LETTERS[:max(2, len(problems[sample.id]["choices"]))]
+        variants = [lavin.encode(replace(sample, prompt=f"{sample.prompt}The answer is {letter}."), True) for letter in choices]
+        tokens = np.stack([v.tokens[:min(len(v.tokens) for v in variants)] for v in variants])      # (choices, T)
+        place = int((tokens != tokens[0]).any(0).argmax())
+        letters[sample.id] = tokens[:len(problems[sample.id]["choices"]), place].tolist()
+        return replace(variants[0], tokens=tokens[0, :place], labels=variants[0].labels[:place])
+
+    groups, outputs = encode_all(lavin, samples, encode)
+    with tqdm(total=sum(map(len, groups)), desc="choosing", unit=" problems", file=sys.stdout) as bar:
+        for modality, encoded in enumerate(groups):
+            if not encoded:
+                continue
+            decoder = Decoder(lavin.fold(modality), batch_size, len(encoded[0].tokens))
+            plan = [[range(i, min(i + batch_size, len(encoded)))] for i in range(0, len(encoded), batch_size)]
+            dataset = data.Collated(encoded, plan.__getitem__, lavin.resolution)
+            for (batch,) in data.ahead(dataset, range(len(plan)), workers * modality):
+                for identity, logits in zip(batch.ids, decoder.read(batch)):
+                    best = int(logits[letters[identity]].argmax())
+                    outputs[identity] = f"The answer is {data.LETTERS[best]}."
+                decoder.lengths.clear()
+                bar.update(len(batch.ids))
+    return outputs
+
+
+def score(lavin, problems, samples, format, by=None, letters=False, **how):
     """Answer ScienceQA problems (how: answer_all's), print the table -> ({id: index, -1 unparsed}, {id: text}).
 
-    by: a field of the problems, for a second table with a row for each of its values.
+    by: a field of the problems, for a second table with a row for each of its values. letters: choose, do not generate.
     """
-    outputs = answer_all(lavin, samples, format, **how)
+    if letters:
+        outputs = choose_all(lavin, samples, problems, how["batch_size"], how["workers"])
+    else:
+        outputs = answer_all(lavin, samples, format, **how)
     predictions = {}
     for sample in samples:
         index = data.sqa_answer(outputs[sample.id])
@@ -77,20 +125,6 @@ def score(lavin, problems, samples, format, by=None, **how):
     print(data.sqa_table(problems, predictions))
     print(f"{unparsed} of {len(predictions)} outputs name no valid choice; they count as wrong")
     return predictions, outputs
-
-
-def ask(lavin, prompt, image, args):
-    """Answer one prompt, printing the text as it comes."""
-    if "Response:" not in prompt:               # the form in which LaVIN learns to take instructions
-        prompt = f"Instruction: {prompt.strip()}\nResponse:"
-    batch = lavin.batch([data.Sample(prompt, image=image)], prompt_only=True)
-    shown = text = ""
-    for (ids,) in lavin.decode(batch, args.max_new_tokens or 256, args.temperature, args.top_p):
-        text = lavin.tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):         # half of a character of several bytes: wait for the rest
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-    print(text[len(shown):])
 
 
 def show_routing(lavin, path):
@@ -113,6 +147,7 @@ def parse_args():
     what = parser.add_argument_group("what to answer")
     what.add_argument("--prompt", help='a question; put into "Instruction: … Response:" unless it says "Response:"')
     what.add_argument("--image", help="a picture that the prompt is about")
+    what.add_argument("--chat", action="store_true", help="a conversation in the terminal, about --image if there is one")
     what.add_argument("--data", metavar="SOURCE", help="answer a data set instead: sqa, mme:FOLDER, or with --prompt "
                       "caption:FILE[:IMAGES], the images that COCO's annotations list")
     what.add_argument("--data-root", help="default: what the checkpoint was trained on, or data/scienceqa")
@@ -137,6 +172,9 @@ def parse_args():
     how = parser.add_argument_group("how to answer")
     how.add_argument("--max-new-tokens", type=at_least(1), help="default: 64 where the answer comes first, else 256")
     how.add_argument("--max-seq-len", type=at_least(1), help="context in tokens (default: as trained)")
+    how.add_argument("--score", choices=["letters"], help="of ScienceQA's problems, by which letter is likeliest behind "
+                     "\"The answer is\": one pass, nothing is generated")
+    how.add_argument("--compile", action="store_true", help="the steps of decoding: worth its half minute in long ones")
     how.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     how.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold so much")
     how.add_argument("--seed", type=int, default=0, help="of the sampling")
@@ -149,10 +187,12 @@ def parse_args():
     captions = kind == "caption"
     if captions and not (args.prompt and args.predictions):
         parser.error("--data caption:… needs --prompt and --predictions")
-    if [None if captions else args.prompt, args.data, args.show_routing].count(None) != 2:
-        parser.error("give one of --prompt, --data and --show-routing")
-    if args.image and (args.prompt is None or captions):
-        parser.error("--image goes with --prompt")
+    if [None if captions else args.prompt, args.data, args.show_routing, args.chat or None].count(None) != 3:
+        parser.error("give one of --prompt, --chat, --data and --show-routing")
+    if args.image and (args.prompt is None and not args.chat or captions):
+        parser.error("--image goes with --prompt or --chat")
+    if args.score and args.data != "sqa":
+        parser.error("--score letters goes with --data sqa")
     if not args.data and (args.predictions or args.format or args.by or args.blank_images):
         parser.error("--predictions, --format, --by and --blank-images go with --data")
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
@@ -178,10 +218,12 @@ def load(args, remembered, format):
 def answer_data(lavin, truths, samples, format, args):
     """Answer what --data names, print its table, write --predictions."""
     kind = args.data.partition(":")[0]
-    how = {"temperature": args.temperature, "top_p": args.top_p, "batch_size": args.batch_size, "workers": args.workers}
+    how = {"temperature": args.temperature, "top_p": args.top_p, "batch_size": args.batch_size, "workers": args.workers,
+           "compiled": args.compile}
     if kind == "sqa":
         print(f"{len(samples)} problems of {args.data_root}, split {args.split}, format {format}")
-        predictions, outputs = score(lavin, truths, samples, format, args.by, max_new_tokens=args.max_new_tokens, **how)
+        predictions, outputs = score(lavin, truths, samples, format, args.by, args.score == "letters",
+                                     max_new_tokens=args.max_new_tokens, **how)
         written = {"results": predictions, "outputs": outputs}
     else:
         outputs = answer_all(lavin, samples, "-", args.max_new_tokens or (16 if kind == "mme" else 64), **how)
@@ -220,12 +262,17 @@ def main():
     torch.manual_seed(data.mixed_seed(args.seed, 0))
     lavin = LaVIN.load(args.llama, args.vit, adapter, device=device, dtype=DTYPES[dtype], max_seq_len=args.max_seq_len,
                        bits=args.bits or remembered.get("bits") or 16, delta=args.delta or remembered.get("delta"))
+    how = {"max_new_tokens": args.max_new_tokens or 256, "temperature": args.temperature, "top_p": args.top_p}
     if args.show_routing:
         show_routing(lavin, args.show_routing)
     elif args.data:
         answer_data(lavin, truths, samples, format, args)
+    elif args.chat:
+        chat.talk(lavin, args.image, how, args.compile)
     else:
-        ask(lavin, args.prompt, args.image, args)
+        for text in chat.Conversation(lavin, args.image, args.compile).say(args.prompt, **how):
+            print(text, end="", flush=True)
+        print()
 
 
 if __name__ == "__main__":

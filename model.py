@@ -1,12 +1,14 @@
 """LLaMA in Meta's layout, and LaVIN: LLaMA and CLIP's ViT joined by Mixture-of-Modality Adaptation.
 
-In the order of reading: norm, RoPE, cache, attention, feed-forward, block, LLaMA, its loading, LaVIN.
+In the order of reading: norm, RoPE, attention, feed-forward, block, LLaMA, its loading, LaVIN.
 Module names are those of Meta's checkpoint, so that a parameter's name is its name in the file.
-Shapes: B samples, T tokens, C width, H heads, K key/value heads, D = C / H, L layers, S cached tokens;
+Shapes: B samples, T tokens, C width, H heads, K key/value heads, D = C / H, L layers;
 N pictures of R × R pixels, F features of V channels each.
 """
 
+import copy
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,9 @@ import hf
 import quantize
 import ranks
 import vit as clip
-from adapters import Adapter, AdapterConfig, Projector
-from files import LavinError, check_names, fill, is_hf_folder, read_checkpoint, read_json, tensors_of
+from adapters import Adapter, AdapterConfig, Projector, fold
+from decode import attend, continued, is_one_token, one_product
+from files import LavinError, check_names, fill, is_hf_folder, read_checkpoint, read_json, tensors_of, write_atomically
 from router import route
 
 
@@ -53,53 +56,43 @@ def rotate(x, rope):
     return turned.flatten(-2).type_as(x)
 
 
-class Cache:
-    """One layer's keys and values, of B rows with room for S tokens each.
+class Linear(nn.Linear):
+    """nn.Linear, at the speed of memory where a single token is decoded."""
 
-    Rows may be of different lengths: a row's tokens fill it from the left, and what padding wrote behind
-    them is never looked at and is overwritten by the tokens to come.
-    """
-
-    def __init__(self, B, S, config, device, dtype):
-        shape = (B, S, config.n_kv_heads, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.rows = torch.arange(B, device=device)[:, None]
-
-    def append(self, k, v, positions):
-        """Write k, v (B, T, K, D) at positions (B, T); return all keys and values (B, S, K, D)."""
-        self.k[self.rows, positions], self.v[self.rows, positions] = k, v
-        return self.k, self.v
+    def forward(self, x):
+        if is_one_token(x):
+            return one_product(self.weight, x) + (0 if self.bias is None else self.bias)
+        return super().forward(x)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.head_dim = config.dim, config.head_dim
-        self.wq = nn.Linear(C, C, bias=False)
-        self.wk = nn.Linear(C, config.n_kv_heads * self.head_dim, bias=False)
-        self.wv = nn.Linear(C, config.n_kv_heads * self.head_dim, bias=False)
-        self.wo = nn.Linear(C, C, bias=False)
+        self.wq = Linear(C, C, bias=config.attention_bias)
+        self.wk = Linear(C, config.n_kv_heads * self.head_dim, bias=config.attention_bias)
+        self.wv = Linear(C, config.n_kv_heads * self.head_dim, bias=config.attention_bias)
+        self.wo = Linear(C, C, bias=False)
         self.grouped = config.n_kv_heads != config.n_heads
 
-    def forward(self, x, rope, cache=None, positions=None):
-        """Causal self-attention. With a cache, over what it holds up to each token's own position."""
+    def forward(self, x, rope, cache=None, where=None):
+        """Causal self-attention; with a layer's cache over what it holds as well: see decode.attend."""
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.wq, self.wk, self.wv))
         q, k = rotate(q, rope), rotate(k, rope)                         # (B, T, H, D), (B, T, K, D)
-        mask = None
-        if cache is not None:
-            k, v = cache.append(k, v, positions)                        # (B, S, K, D)
-            mask = torch.arange(k.shape[1], device=k.device) <= positions[:, None, :, None]     # (B, 1, T, S)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                # (B, H, T, D), (B, K, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                # (B, H, T, D), (B, K, T, D)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        else:
+            y = attend(q, k, v, *cache, where)
         return self.wo(y.transpose(1, 2).flatten(2))                    # (B, T, C)
 
 
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w1 = Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = Linear(config.dim, config.hidden_dim, bias=False)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))                 # SwiGLU
@@ -114,9 +107,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x, w, rope, cache=None, positions=None):
-        """x (B, T, C); w (B, 1, 2), the weights of the two adapter experts for each sample."""
-        x = x + self.attention(self.adapter(self.attention_norm(x), w), rope, cache, positions)
+    def forward(self, x, w, rope, cache=None, where=None):
+        """x (B, T, C); w (B, T or 1, 2), the weights of the two adapter experts for each token or sample."""
+        x = x + self.attention(self.adapter(self.attention_norm(x), w), rope, cache, where)
         x = x + self.feed_forward(self.ffn_norm(x))
         return x
 
@@ -134,6 +127,7 @@ class LLaMAConfig:
     ffn_dim_multiplier: float | None = None
     rope_theta: float = 10000.0
     hidden_dim: int | None = None               # of the feed-forward; Meta's files leave it to be computed
+    attention_bias: bool = False                # of wq, wk and wv: adapters were folded into them
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -152,7 +146,7 @@ class LLaMA(nn.Module):
         self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim))
         self.layers = nn.ModuleList(Block(config, adapter) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size, bias=False)
         self.checkpointing = False
 
     def rope(self, positions):
@@ -162,17 +156,18 @@ class LLaMA(nn.Module):
         angles = (positions[..., None].float() * frequencies).unsqueeze(-2)
         return angles.cos(), angles.sin()
 
-    def forward(self, x, w, caches=None, positions=None):
-        """x (B, T, C), w (L, B, 2) -> the last hidden state, normed, (B, T, C); `output` makes logits of it.
+    def forward(self, x, w, caches=None, positions=None, where=None):
+        """x (B, T, C), w (L, B, T or 1, 2) -> the last hidden state, normed, (B, T, C); `output` makes logits of it.
 
-        With caches (one a layer), positions (B, T) say where in them the tokens of x belong.
+        w is None in a folded model. positions (B, T), if not 0, 1, 2, …; caches and where: see decode.py.
         """
         rope = self.rope(torch.arange(x.shape[1], device=x.device) if positions is None else positions)
         for i, layer in enumerate(self.layers):
+            w_i = None if w is None else w[i]
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, w[i, :, None], rope, use_reentrant=False)
+                x = checkpoint(layer, x, w_i, rope, use_reentrant=False)
             else:
-                x = layer(x, w[i, :, None], rope, caches and caches[i], positions)
+                x = layer(x, w_i, rope, caches and caches[i], where)
         return self.norm(x)
 
 
@@ -192,7 +187,8 @@ def read_params(directory, vocab_size):
         known["vocab_size"] = vocab_size
         for name, value in known.items():
             real = name in ("norm_eps", "ffn_dim_multiplier", "rope_theta")
-            if type(value) not in ((int, float) if real else (int,)) or value <= 0:
+            kinds = (int, float) if real else (bool,) if name == "attention_bias" else (int,)
+            if type(value) not in kinds or value <= 0 and value is not False:
                 raise ValueError(f"{name} is {value!r}")
         config = LLaMAConfig(**known)
         if config.dim % config.n_heads or config.n_heads % config.n_kv_heads:
@@ -282,6 +278,23 @@ def load_llama(llama, directory, device, dtype, delta=None):
             yield llama.layers[i]
 
 
+def save_folded(lavin, directory):
+    """LLaMA of a LaVIN folded for text, in Meta's layout: params.json states its biases ("attention_bias": true), so that
+    a reader which knows none refuses it instead of leaving them out. LavinError for what that layout cannot hold."""
+    if lavin.modality != 0:
+        raise ValueError("fold(0) first: for pictures, Meta's layout has no place for the ViT and the projector")
+    if quantize.packed(lavin.llama):
+        raise LavinError("--fold: packed matrices have no place in Meta's layout; leave --bits out")
+    directory = Path(directory)
+    if any(directory.glob("consolidated.*.pth")):
+        raise LavinError(f"--fold {directory}: holds a model already; choose another folder")
+    params = {name: value for name, value in vars(lavin.llama.config).items() if value is not None and name != "head_dim"}
+    write_atomically(directory / "tokenizer.model", lambda path: path.write_bytes(lavin.tokenizer.serialized_model_proto()))
+    write_atomically(directory / "params.json", lambda path: path.write_text(json.dumps(params)))
+    state = {name: p.to(torch.float16) if p.dtype == torch.float32 else p for name, p in lavin.llama.state_dict().items()}
+    write_atomically(directory / "consolidated.00.pth", lambda path: torch.save(state, path))
+
+
 class LaVIN(nn.Module):
     """LLaMA and CLIP, frozen, with what joins them: adapters, routers, projector and the modality embedding.
 
@@ -304,6 +317,7 @@ class LaVIN(nn.Module):
             if isinstance(module, (Adapter, Projector)):
                 module.requires_grad_(True)
         self.modality_embedding.requires_grad_(True)
+        self.modality = None                            # the one that it is folded for
 
     @classmethod
     def load(cls, llama, vit, adapter=None, *, device="cpu", dtype=torch.float32, max_seq_len=None,
@@ -324,8 +338,11 @@ class LaVIN(nn.Module):
         longest_prefix = 2 + len(data.picture_prefix(tokenizer)) + vit_config.n_features
         if max_seq_len <= longest_prefix:
             raise LavinError(f"--max-seq-len {max_seq_len} has no room for text: a picture takes {longest_prefix}")
+        params = read_params(llama, tokenizer.vocab_size())
+        if adapter and params.attention_bias:
+            raise LavinError(f"{llama}: adapters are folded into it already; take the LLaMA they were trained with, or --adapter none")
         with torch.device("meta"):                      # no memory before the dtype is known
-            lavin = cls(read_params(llama, tokenizer.vocab_size()), vit_config, config, tokenizer, max_seq_len)
+            lavin = cls(params, vit_config, config, tokenizer, max_seq_len)
         allocate([m for name, m in lavin.named_modules() if not name.startswith("llama.layers.")], device, dtype)
         fill({name: p for name, p in lavin.vit.named_parameters() if not p.requires_grad}, vit_state, vit)
         del vit_state                                   # 0.6 GB that need not be held while LLaMA is read
@@ -382,15 +399,21 @@ class LaVIN(nn.Module):
             x[batch.pictured, start:start + self.n_features] = tokens.type_as(x)
         return x
 
-    def hidden(self, batch, weights=None):
-        """The last hidden state of the whole sequence, (B, T, C). weights: what route() gave, if it was asked before."""
-        weights = self.route() if weights is None else weights
-        return self.llama(self.embed(batch), weights[:, batch.modality])
+    def weights(self, batch, routed=None):
+        """The experts' weights for each sample, (L, B, 1, 2); None if folded. routed: what route() gave, if asked before."""
+        if self.modality is None:
+            return (self.route() if routed is None else routed)[:, batch.modality, None]
+        if len(batch.pictured) != self.modality * len(batch.tokens):
+            raise ValueError(f"folded for modality {self.modality}, but the batch has {len(batch.pictured)} pictures")
 
-    def forward(self, batch, weights=None):
+    def hidden(self, batch, routed=None):
+        """The last hidden state of the whole sequence, (B, T, C)."""
+        return self.llama(self.embed(batch), self.weights(batch, routed))
+
+    def forward(self, batch, routed=None):
         """Mean cross-entropy over the batch's answer tokens, fp32. Logits are made for these alone."""
         with self.autocast():
-            x = self.hidden(batch, weights).flatten(0, 1).index_select(0, batch.answers - 1)    # (answer tokens, C)
+            x = self.hidden(batch, routed).flatten(0, 1).index_select(0, batch.answers - 1)    # (answer tokens, C)
             logits = self.llama.output(x).float()
         return F.cross_entropy(logits, batch.labels.flatten()[batch.answers], reduction="sum") / max(batch.n_answer, 1)
 
@@ -399,56 +422,23 @@ class LaVIN(nn.Module):
         with self.autocast():
             return self.llama.output(self.hidden(batch)).float()
 
-    @torch.inference_mode()
-    def decode(self, batch, max_new_tokens, temperature=0.0, top_p=1.0, done=None):
-        """Continue the prompts of a Batch. Yields, after every new token, the new ids of all rows so far: always the
-        same lists, which grow.
+    @torch.no_grad()
+    def fold(self, modality):
+        """-> a LaVIN for one modality (0 text only, 1 with a picture) whose LLaMA has no adapters: plain LLaMA's cost.
 
-        Greedy at temperature 0, else sampled from the smallest set of tokens that holds `top_p` of the
-        probability. A row ends at EOS (not kept), at the context's end, or when `done(its ids)` is true.
+        They are merged into wq, wk and wv (adapters.fold), which alone are copied; all else is shared. The ViT keeps
+        its adapters: there every token of every picture has weights of its own, so there is no one matrix to merge into.
         """
-        B, T = batch.tokens.shape
-        S = min(T + max_new_tokens, self.max_seq_len - 1)       # the modality token has one place
-        config, dtype = self.llama.config, self.llama.norm.weight.dtype
-        caches = [Cache(B, S, config, self.device, dtype) for _ in range(config.n_layers)]
-        with self.autocast():
-            w, x = self.route()[:, batch.modality], self.embed(batch)
-        rows = torch.arange(B, device=self.device)
-        positions = torch.arange(T, device=self.device).expand(B, T)
-        lengths, last = batch.lengths, batch.lengths - 1
-        new, open_rows = [[] for _ in range(B)], set(range(B))
-        for _ in range(max_new_tokens):
-            with self.autocast():                               # not around the yield: it would leak to the caller
-                x = self.llama(x, w, caches, positions)
-                logits = self.llama.output(x[rows, last]).float()                    # (B, vocabulary)
-            ids = pick(logits, temperature, top_p)              # (B,)
-            full = (lengths + 1 >= S).tolist()
-            for row, token in enumerate(ids.tolist()):
-                if row in open_rows:
-                    if token != self.tokenizer.eos_id():
-                        new[row].append(token)
-                    if token == self.tokenizer.eos_id() or full[row] or done and done(new[row]):
-                        open_rows.discard(row)
-            yield new
-            if not open_rows:
-                return
-            x = self.llama.tok_embeddings(ids[:, None])         # (B, 1, C)
-            positions = lengths.clamp(max=S - 1)[:, None]       # of rows that have ended, anywhere
-            lengths, last = lengths + 1, torch.zeros_like(last)
+        shared = {id(it): it for it in [*self.parameters(), *self.buffers(), self.tokenizer]}
+        folded = copy.deepcopy(self, shared)
+        for block, w in zip(folded.llama.layers, self.route()[:, modality]):
+            block.adapter = fold(block.adapter, w, block.attention, self.llama.norm.weight.dtype)
+        folded.modality = modality
+        folded.llama.config = dataclasses.replace(self.llama.config, attention_bias=True)
+        return folded
 
     def generate(self, samples, max_new_tokens=64, temperature=0.0, top_p=1.0):
         """[data.Sample] -> the new text of each. Answers in the samples are ignored."""
-        new = [[] for _ in samples]
-        for new in self.decode(self.batch(samples, prompt_only=True), max_new_tokens, temperature, top_p):
-            pass
-        return [self.tokenizer.decode(ids) for ids in new]
-
-
-def pick(logits, temperature, top_p):
-    """(B, vocabulary) -> (B,): the likeliest token, or one drawn from the nucleus of mass top_p."""
-    if temperature < 1e-4:                                      # and where dividing by it would overflow
-        return logits.argmax(-1)
-    p, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
-    p[p.cumsum(-1) - p >= top_p] = 0                            # those before a token already hold top_p
-    p[:, 0] = p[:, 0].clamp(min=1e-30)                          # top_p = 0: the likeliest
-    return order.gather(-1, torch.multinomial(p, 1))[:, 0]
+        encoded = [self.encode(sample, prompt_only=True) for sample in samples]
+        new = dict(continued(self, encoded, len(encoded), max_new_tokens, temperature, top_p))
+        return [self.tokenizer.decode(new[i]) for i in range(len(encoded))]

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from decode import is_one_token, one_product
 from files import LavinError
 
 BLOCK = 64              # numbers that share a scale
@@ -75,11 +76,11 @@ class Product(torch.autograd.Function):
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear without bias, its frozen weight packed in 8 or 4 bits."""
+    """nn.Linear, its frozen weight packed in 8 or 4 bits; its bias, if any, as it is."""
 
-    def __init__(self, weight, bits):
+    def __init__(self, weight, bits, bias=None):
         super().__init__()
-        self.out_features, self.in_features = weight.shape
+        (self.out_features, self.in_features), self.bias = weight.shape, bias
         for i, tensor in enumerate({8: pack8, 4: pack4}[bits](weight)):
             self.register_buffer(f"packed{i}", tensor, persistent=False)
         step = max(1, TILE // self.in_features // BLOCK) * BLOCK        # whole blocks
@@ -87,14 +88,18 @@ class PackedLinear(nn.Module):
         self.tiles = [slice(start, min(start + step, self.out_features)) for start in starts]
 
     def forward(self, x):
-        return Product.apply(x, self.tiles, *self.buffers())
+        if is_one_token(x):
+            y = one_product(unpack(slice(0, self.out_features), self.in_features, *self.buffers()), x)
+        else:
+            y = Product.apply(x, self.tiles, *self.buffers())
+        return y if self.bias is None else y + self.bias
 
 
 def pack(block, bits):
     """Replace the matrices of one of LLaMA's blocks, all seven."""
     for module in (block.attention, block.feed_forward):
         for name, linear in list(module.named_children()):
-            setattr(module, name, PackedLinear(linear.weight.detach(), bits))
+            setattr(module, name, PackedLinear(linear.weight.detach(), bits, linear.bias))
 
 
 def packed(module):

@@ -418,6 +418,8 @@ def build(args, resumed, device):
     lavin = LaVIN.load(args.llama, args.vit, path if resumed else args.adapter, device=device, dtype=DTYPES[args.dtype],
                        max_seq_len=args.max_seq_len, tau=args.tau, dropout=args.dropout, bits=args.bits, fsdp=args.fsdp,
                        delta=args.delta)
+    if lavin.llama.config.attention_bias:
+        raise LavinError(f"{args.llama}: adapters are folded into it; train on the LLaMA that it was made from")
     freeze(lavin, args)
     optimizer, scaler = make_optimizer(lavin), torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     if resumed:

@@ -2,10 +2,14 @@
 
 import json
 
+import torch
+import torch.nn.functional as F
+
 import data
 import generate
 import train
 from conftest import ADAPTER, LLAMA, VIT
+from decode import Decoder
 from model import LaVIN
 from test_train import flags
 
@@ -59,22 +63,30 @@ def test_a_sample_ends_as_soon_as_its_letter_is_out(sqa, monkeypatch):
     lavin = LaVIN.load(LLAMA, VIT, max_seq_len=300)
     problems, samples = data.load_sqa(sqa, "test")
     text_only = [s for s in samples if s.image is None]
+    said = lavin.tokenizer.encode("The answer is B. BECAUSE: it is so.")
 
-    def decode(batch, max_new_tokens, temperature, top_p, done):
-        ids = lavin.tokenizer.encode("The answer is B. BECAUSE: it is so.")
-        new = [[] for _ in batch.ids]
-        for token in ids[:max_new_tokens]:
-            if done and done(new[0]):
-                return
-            for row in new:
-                row.append(token)
-            yield new
+    def logits(decoder):
+        """Of the next token of every row, as many as it has gone beyond its prompt."""
+        return torch.stack([F.one_hot(torch.tensor([*said, 2])[n - start], 512).float() for n, start in zip(decoder.lengths, decoder.starts)])
 
-    monkeypatch.setattr(lavin, "decode", decode)
-    outputs = generate.answer_all(lavin, text_only, "QCM-ALE")
-    assert set(outputs.values()) == {"The answer is B"}
-    outputs = generate.answer_all(lavin, text_only, "QCM-LEA")
-    assert set(outputs.values()) == {"The answer is B. BECAUSE: it is so."}
+    def read(decoder, batch):
+        decoder.starts, first = decoder.starts[:len(decoder.lengths)] + batch.lengths.tolist(), len(decoder.lengths)
+        decoder.lengths += batch.lengths.tolist()
+        return logits(decoder)[first:]
+
+    def step(decoder, ids):
+        decoder.lengths = [length + 1 for length in decoder.lengths]
+        return logits(decoder)
+
+    def retire(decoder, row):
+        for numbers in (decoder.lengths, decoder.starts):
+            numbers[row] = numbers[-1]
+            numbers.pop()
+
+    for name, method in {"starts": [], "read": read, "step": step, "retire": retire}.items():
+        monkeypatch.setattr(Decoder, name, method, raising=False)
+    assert set(generate.answer_all(lavin, text_only, "QCM-ALE").values()) == {"The answer is B"}
+    assert set(generate.answer_all(lavin, text_only, "QCM-LEA").values()) == {"The answer is B. BECAUSE: it is so."}
     predictions, _ = generate.score(lavin, problems, text_only, "QCM-ALE")
     assert set(predictions.values()) == {1}
 

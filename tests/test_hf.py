@@ -51,7 +51,7 @@ def test_llama_gives_the_same_logits(llama_folder, stored):
         assert len(list(folder.glob("model-*.safetensors"))) > 1
     ours = LaVIN.load(folder, VIT)
     tokens = torch.randint(3, 500, (2, 17))
-    w = torch.full((3, 2, 2), 0.5)                              # fresh adapters are the identity
+    w = torch.full((3, 2, 1, 2), 0.5)                              # fresh adapters are the identity
     logits = ours.llama.output(ours.llama(ours.llama.tok_embeddings(tokens), w))
     assert difference(logits, theirs(tokens).logits) < 1e-5
 

@@ -10,7 +10,7 @@ import adapters
 import data
 from adapters import AdapterConfig
 from conftest import ADAPTER, LLAMA, VIT, difference
-from model import Cache, LaVIN, LLaMA, LLaMAConfig, RMSNorm, allocate, read_params, rotate
+from model import LaVIN, LLaMA, LLaMAConfig, RMSNorm, allocate, read_params, rotate
 from vit import ViTConfig
 
 
@@ -70,13 +70,13 @@ def test_grouped_query_attention_is_attention_with_repeated_keys():
         if ".wk." in name or ".wv." in name:
             state[name] = state[name].unflatten(0, (2, 16)).repeat_interleave(2, dim=0).flatten(0, 1)
     full.load_state_dict(state)
-    x, w = torch.randn(2, 5, 64), torch.full((2, 2, 2), 0.5)
+    x, w = torch.randn(2, 5, 64), torch.full((2, 2, 1, 2), 0.5)
     assert difference(grouped(x, w), full(x, w)) < 1e-5
 
 
 def test_rope_theta_is_honoured_and_only_differences_of_positions_matter():
     llama, other = random_llama(SMALL), random_llama(dataclasses.replace(SMALL, rope_theta=500000.0))
-    x, w = torch.randn(1, 40, 64), torch.full((2, 1, 2), 0.5)
+    x, w = torch.randn(1, 40, 64), torch.full((2, 1, 1, 2), 0.5)
     assert difference(llama(x, w), other(x, w)) > 1e-2
     assert difference(llama(x, w), llama(x, w, positions=torch.arange(7, 47)[None])) < 1e-5
     assert difference(llama.rope(torch.tensor(3))[0], torch.cos(3 / 10000 ** (torch.arange(0, 16, 2) / 16))) < 1e-6
@@ -104,45 +104,7 @@ def test_the_modality_token_may_be_left_out_of_the_sequence(lavin, samples):
         y = layer.attention_norm(x)
         x = x + attend(layer.attention, layer.adapter(y, layer.adapter.router(y[:, :1])))
         x = x + layer.feed_forward(layer.ffn_norm(x))
-    assert difference(lavin.llama.output(lavin.llama.norm(x))[:, 1:], lavin.logits(batch).detach()) < 1e-5
-
-
-def test_cached_decoding_is_recomputation(lavin, samples):
-    """Ragged rows, one token at a time through the cache: the logits of the whole sequence at once."""
-    batch = lavin.batch(samples)
-    whole = lavin.logits(batch).detach()
-    x, w, (B, T) = lavin.embed(batch), lavin.route()[:, batch.modality], batch.tokens.shape
-    caches = [Cache(B, T, lavin.llama.config, "cpu", torch.float32) for _ in lavin.llama.layers]
-    prompt = (batch.lengths // 2).tolist()
-    start = torch.arange(max(prompt)).expand(B, -1)
-    parts = [lavin.llama.output(lavin.llama(x[:, :max(prompt)], w, caches, start))]
-    for row, length in enumerate(prompt):
-        assert difference(parts[0][row, :length], whole[row, :length]) < 1e-4
-    for i in range(min(int(n) - p for n, p in zip(batch.lengths, prompt))):
-        positions = torch.tensor(prompt)[:, None] + i                       # every row goes on where its own prompt ended
-        logits = lavin.llama.output(lavin.llama(x[torch.arange(B)[:, None], positions], w, caches, positions))
-        assert difference(logits[:, 0], whole[torch.arange(B), positions[:, 0]]) < 1e-4
-
-
-def test_a_ragged_batch_generates_what_each_sample_does_alone(lavin, samples):
-    assert lavin.generate(samples, 20) == [lavin.generate([s], 20)[0] for s in samples]
-
-
-def test_generation_stops_at_the_context_and_at_done(lavin, samples):
-    batch = lavin.batch(samples, prompt_only=True)
-    *_, new = lavin.decode(batch, 1000)
-    lengths = [n + len(ids) for n, ids in zip(batch.lengths.tolist(), new)]
-    assert max(lengths) == 127                                              # and one for the modality token
-    *_, short = lavin.decode(batch, 1000, done=lambda ids: len(ids) == 3)
-    assert short == [ids[:3] for ids in new]
-
-
-def test_sampling(lavin, samples):
-    torch.manual_seed(0)
-    first = lavin.generate(samples[:1], 12, temperature=1.0, top_p=0.9)
-    torch.manual_seed(0)
-    assert lavin.generate(samples[:1], 12, temperature=1.0, top_p=0.9) == first
-    assert lavin.generate(samples[:1], 12, temperature=1.0, top_p=1e-9) == lavin.generate(samples[:1], 12)
+    assert difference(lavin.llama.output(lavin.llama.norm(x))[:, 1:], lavin.logits(batch).detach()) < 2e-5
 
 
 def test_a_picture_has_the_same_features_in_any_company(lavin, samples):
