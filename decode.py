@@ -37,10 +37,15 @@ def attend(q, k, v, cached_k, cached_v, where):
     if isinstance(where, tuple):
         positions, S = where
         rows = torch.arange(len(positions), device=q.device)
-        cached_k[rows, :, positions], cached_v[rows, :, positions] = k[:, :, 0], v[:, :, 0]
+        for cached, new in ((cached_k, k), (cached_v, v)):
+            cached[rows, :, positions] = new[:, :, 0].type_as(cached)
         mask = torch.arange(S, device=q.device) <= positions[:, None, None, None]           # (n, 1, 1, S)
         k, v = cached_k[:len(positions), :, :S], cached_v[:len(positions), :, :S]
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
+        if not torch.compiler.is_compiling():
+            return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
+        q, k, v = q.unflatten(1, (k.shape[1], -1)).float(), k[:, :, None].float(), v[:, :, None].float()    # (n, K, H/K, …, D)
+        p = ((q * k).sum(-1) / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1)               # (n, K, H/K, S)
+        return (p[..., None] * v).sum(-2).flatten(1, 2)[:, :, None]                                         # (n, H, 1, D)
     parts, lengths = [], [T for _, _, T in where]
     for (row, start, T), q, k, v in zip(where, *(t.split(lengths, dim=2) for t in (q, k, v))):
         cached_k[row, :, start:start + T], cached_v[row, :, start:start + T] = k[0], v[0]
@@ -105,13 +110,16 @@ class Decoder:
         self.lengths = [length + 1 for length in self.lengths]
         if self.lavin.device.type == "cuda" and self.w is None:
             return self.replayed(ids, positions)
-        S = self.S if self.compiled else max(self.lengths)                  # one shape for the compiler
+        S = max(self.lengths)
+        S = min(self.S, -(-S // 64) * 64) if self.compiled else S          # few shapes for the compiler
         return self.one_step(ids.to(self.lavin.device), positions.to(self.lavin.device), S)
 
     def one_step(self, ids, positions, S):
         w = None if self.w is None else self.w[:, :len(ids)]
         with self.lavin.autocast():
             x = self.lavin.llama.tok_embeddings(ids[:, None])               # (n, 1, C)
+            if self.compiled and len(ids) == 1:
+                x = x.float()                                               # see one_product
             x = self.lavin.llama(x, w, self.caches, positions[:, None], (positions, S))
             return self.lavin.llama.output(x)[:, 0].float()
 

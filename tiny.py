@@ -617,7 +617,7 @@ def letter_scores(llama, tokenizer, n):
 
 def halves(llama, n):
     """Routing weights for adapters that do nothing."""
-    return torch.full((len(llama.layers), n, 2), 0.5)
+    return torch.full((len(llama.layers), n, 1, 2), 0.5)
 
 
 def pretrain_llama(folder, steps, seed=0, batch_size=32, lr=1e-3, n_scored=100):

@@ -1,11 +1,14 @@
-"""How fast a training step is, and what it takes. Random weights of a named shape, lengths as ScienceQA's.
+"""How fast training and generation are, and what they take. Random weights of a named shape, lengths as ScienceQA's.
 
     python tests/bench.py train                     every row of README's table that this machine can measure
     python tests/bench.py train --shape 7B --bits 4 --checkpointing --micro-batch 4          one row
+    python tests/bench.py generate                  the same for generation
 
-Prints samples and tokens a second, the share of the machine's own matrix rate that the model's arithmetic reached
+train prints samples and tokens a second, the share of the machine's own matrix rate that the model's arithmetic reached
 (counted from shapes, real tokens alone; the rate measured in the same run), peak memory, the hours of 20 epochs of
 ScienceQA, the share of the step that the adapters take, and with --pictures what decoding real files costs.
+generate prints tokens a second at batch 1, and the share of what the memory allows, each token taking all weights once;
+the time to the first token, folded against plain LLaMA, ScienceQA's test split (--sqa) and Hugging Face's generate (--hf).
 """
 
 import argparse
@@ -29,6 +32,7 @@ import data  # noqa: E402
 import quantize  # noqa: E402
 import train  # noqa: E402
 from adapters import AdapterConfig  # noqa: E402
+from decode import Decoder, continued, pick  # noqa: E402
 from files import DTYPES, pick_device, run  # noqa: E402
 from model import LaVIN, LLaMAConfig, allocate  # noqa: E402
 from vit import ViTConfig  # noqa: E402
@@ -45,14 +49,19 @@ PROBLEMS = [
     (112, 259, 1), (62, 322, 1), (124, 280, 1), (79, 340, 0), (61, 372, 0), (82, 368, 0), (107, 355, 0), (187, 290, 0),
     (262, 232, 1), (75, 437, 0), (127, 404, 0), (69, 501, 0), (82, 525, 0)]
 STEPS_OF_A_RUN, BATCH = 20 * 398, 32        # 20 epochs of 12,726 samples
-ROWS = {"cuda": [["--shape", "7B", "--micro-batch", "8", "--pictures", "--share"],
+ROWS = {"train": {"cuda": [["--shape", "7B", "--micro-batch", "8", "--pictures", "--share"],
                  ["--shape", "7B", "--micro-batch", "4"],
                  ["--shape", "7B", "--micro-batch", "32", "--checkpointing"],
                  ["--shape", "13B", "--micro-batch", "8"],
                  ["--shape", "7B", "--micro-batch", "4", "--checkpointing", "--bits", "4"],
                  ["--shape", "13B", "--micro-batch", "4", "--checkpointing", "--bits", "4"]],
         "cpu": [["--shape", "mid", "--dtype", "fp32", "--micro-batch", "4", "--steps", "3", "--share"],
-                ["--shape", "mid", "--dtype", "bf16", "--micro-batch", "4", "--steps", "3"]]}
+                ["--shape", "mid", "--dtype", "bf16", "--micro-batch", "4", "--steps", "3"]]},
+        "generate": {
+        "cuda": [["--shape", "7B", "--compile", "--sqa"], ["--shape", "7B", "--compile", "--bits", "8"],
+                 ["--shape", "7B", "--compile", "--bits", "4"]],
+        "cpu": [["--shape", "mid", "--dtype", "fp32", "--compile", "--hf"],
+                ["--shape", "mid", "--dtype", "bf16", "--compile", "--hf"]]}}
 
 
 class Tokenizer:
@@ -60,6 +69,9 @@ class Tokenizer:
 
     def encode(self, text):
         return [1, 2, 3]
+
+    def eos_id(self):
+        return -1
 
 
 def build(shape, device, dtype, bits):
@@ -189,9 +201,121 @@ def measure(args):
         print(f"  adapters' share {100 * (step / identity - 1):.1f} % over {identity:.3f} s with the identity in their place")
 
 
+def memory_rate(device):
+    """Bytes a second that memory gives: the best of copying (read and written) and of summing."""
+    a = torch.randn(2**28 if device.type == "cuda" else 2**26, device=device)
+    b, best = torch.ones_like(a), 0.0
+    for _ in range(8):
+        for work, size in ((lambda: b.copy_(a), 2 * a.nbytes), (a.sum, a.nbytes)):
+            synchronize(device)
+            began = time.perf_counter()
+            work()
+            synchronize(device)
+            best = max(best, size / (time.perf_counter() - began))
+    return best
+
+
+def prompt(lavin, n, pictured):
+    """An Encoded of n tokens in all."""
+    tokens = np.random.default_rng(n).integers(10, 30000, n).astype(np.int32)
+    image = torch.zeros(3, lavin.resolution, lavin.resolution) if pictured else None
+    return data.Encoded(tokens, np.zeros_like(tokens), image, str(n))
+
+
+def run_greedy(decoder, batch, n):
+    """n tokens behind a prompt, as chat.py decodes -> (seconds to the first, median seconds of the others, the ids)."""
+    decoder.lengths.clear()
+    began = time.perf_counter()
+    ids, seconds = [int(pick(decoder.read(batch), 0.0, 1.0))], []
+    first = time.perf_counter() - began
+    for _ in range(n - 1):
+        began = time.perf_counter()
+        ids.append(int(pick(decoder.step(ids[-1:]), 0.0, 1.0)))
+        seconds.append(time.perf_counter() - began)
+    return first, statistics.median(seconds), ids
+
+
+def hugging_face(llama, batch, n):
+    """Median seconds a token of transformers' generate with the same weights, of three runs, and its ids; None if not installed."""
+    try:
+        import transformers
+    except ImportError:
+        return None
+    c, state = llama.config, {}
+    for name, tensor in llama.state_dict().items():
+        for ours, theirs in (("tok_embeddings", "embed_tokens"), ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
+                             ("attention.w", "self_attn.w"), ("feed_forward.w1", "mlp.gate_proj"), ("feed_forward.w2", "mlp.down_proj"),
+                             ("feed_forward.w3", "mlp.up_proj"), ("output", "lm_head")):
+            name = name.replace(ours, theirs)
+        if ".wq." in name or ".wk." in name:            # pairs (2i, 2i + 1) become (i, i + D/2)
+            tensor = tensor.unflatten(0, (-1, c.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+        for letter in "qkvo":
+            name = name.replace(f".w{letter}.", f".{letter}_proj.")
+        state[name if name.startswith("lm_head") else f"model.{name}"] = tensor
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.hidden_dim, num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads, rms_norm_eps=c.norm_eps))
+    model.to_empty(device=batch.tokens.device).to(llama.norm.weight.dtype)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)         # its frequencies are no part of the state
+    model.load_state_dict(state)
+    seconds = []
+    for _ in range(3):
+        times = []
+        for tokens in (1, n):
+            began = time.perf_counter()
+            ids = model.generate(batch.tokens, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+            times.append(time.perf_counter() - began)
+        seconds.append((times[1] - times[0]) / (n - 1))
+    return statistics.median(seconds), ids[0, batch.tokens.shape[1]:].tolist()
+
+
+def measure_generation(args):
+    torch.manual_seed(0)
+    device, dtype = pick_device(args.device, args.dtype)
+    lavin = build(args.shape, device, DTYPES[dtype], args.bits).eval()
+    began = time.perf_counter()
+    text, picture = lavin.fold(0), lavin.fold(1)
+    synchronize(device)
+    print(f"{args.shape} {dtype} on {device}, {args.bits} bits, compile {'on' if args.compile else 'off'}, torch {torch.__version__}\n"
+          f"  folding for two modalities {time.perf_counter() - began:.2f} s")
+    N, batch = 200, data.collate([prompt(lavin, 40, False)], lavin.resolution).to(device)
+    plain = lavin.fold(0)
+    for block in plain.llama.layers if args.bits == 16 else ():
+        for linear in (block.attention.wq, block.attention.wk, block.attention.wv):
+            linear.bias = None
+    decoders = {"folded": Decoder(text, 1, 512, args.compile), "plain LLaMA": Decoder(plain, 1, 512, args.compile)}
+    for decoder in decoders.values():
+        run_greedy(decoder, batch, 8)                   # compiles, captures
+    rates, steps, tokens = [], {name: [] for name in decoders}, {}
+    for _ in range(3):                                  # in turns, as other work on the machine comes and goes
+        rates.append(memory_rate(device))
+        for name, decoder in decoders.items():
+            _, step, tokens[name] = run_greedy(decoder, batch, N)
+            steps[name].append(step)
+    step, rate, llama = statistics.median(steps["folded"]), statistics.median(rates), text.llama
+    size = sum(t.nbytes for t in [*llama.parameters(), *llama.buffers()]) - llama.tok_embeddings.weight.nbytes
+    print(f"  batch 1: {1 / step:.1f} tokens/s = {100 * size / step / rate:.0f} % of what memory allows: {size / 1e9:.3f} GB a token at "
+          f"{rate / 1e9:.1f} GB/s\n  plain LLaMA without adapters {1 / statistics.median(steps['plain LLaMA']):.1f} tokens/s", flush=True)
+    if args.hf and (theirs := hugging_face(plain.llama, batch, N)):
+        same = sum(a == b for a, b in zip(theirs[1], tokens["plain LLaMA"]))
+        print(f"  Hugging Face's generate {1 / theirs[0]:.1f} tokens/s: we are {theirs[0] / step:.2f} × as fast; {same} of {N} tokens equal")
+    first = Decoder(picture, 1, 512)
+    batch = data.collate([prompt(lavin, 300, True)], lavin.resolution)
+    print(f"  first token of 300 with a picture after {1e3 * min(run_greedy(first, batch, 2)[0] for _ in range(5)):.0f} ms", flush=True)
+    for name, n, part, new in (("stopping at the letter", 4241, 4, 5), ("64 new tokens each", 4241, 12, 64)) if args.sqa else ():
+        encoded = [prompt(lavin, p + 4 + lavin.n_features * pictured, bool(pictured)) for p, _, pictured in PROBLEMS * 100][:n // part]
+        began = time.perf_counter()
+        for modality, model in enumerate((text, picture)):
+            chosen = sorted((e for e in encoded if (e.image is not None) == modality), key=lambda e: -len(e.tokens))
+            for _ in continued(model, chosen, 64, new):
+                pass
+        print(f"  ScienceQA's test split, {name}: {part * (time.perf_counter() - began):.0f} s ({part} times a part of {len(encoded)})", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=["train"])
+    parser.add_argument("what", choices=["train", "generate"])
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -201,16 +325,18 @@ def main():
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--pictures", action="store_true", help="also measure with files to decode")
     parser.add_argument("--share", action="store_true", help="also measure with the identity in the adapters' place")
+    parser.add_argument("--sqa", action="store_true", help="also answer ScienceQA's test split")
+    parser.add_argument("--hf", action="store_true", help="also Hugging Face's generate, where transformers is installed")
     parser.add_argument("--steps", type=int, default=9)
     args = parser.parse_args()
     if args.shape:
-        return measure(args)
-    for row in ROWS[pick_device(args.device, "auto")[0].type]:      # each in a process of its own: its own peak of memory
-        cpu = Path("/proc/cpuinfo").read_text() if "bf16" in row else "bf16"
+        return (measure if args.what == "train" else measure_generation)(args)
+    for row in ROWS[args.what][pick_device(args.device, "auto")[0].type]:       # each in a process of its own: its own peak of memory
+        cpu = Path("/proc/cpuinfo").read_text() if "bf16" in row and args.what == "train" else "bf16"
         if "bf16" not in cpu:
             print(f"{' '.join(row)}: this CPU has no bf16 instructions, and would take hours")
         else:
-            subprocess.run([sys.executable, __file__, "train", *row], check=False)
+            subprocess.run([sys.executable, __file__, args.what, *row], check=False)
 
 
 if __name__ == "__main__":
