@@ -142,6 +142,22 @@ def show_routing(lavin, path):
     print(f"written: {path}")
 
 
+def add_model_flags(parser):
+    """Which model: what serve.py takes as well."""
+    weights = parser.add_argument_group("model")
+    weights.add_argument("--adapter", help="LaVIN checkpoint, ours or released; none: LLaMA as it is "
+                         "(default: out/checkpoint.pth)")
+    weights.add_argument("--llama", help="directory of LLaMA (default: as trained, or weights/7B)")
+    weights.add_argument("--delta", help="folder of Hugging Face's that is added to LLaMA: Vicuna's (default: as trained)")
+    weights.add_argument("--vit", help="CLIP's image encoder (default: as trained, or weights/ViT-L-14.pt)")
+    weights.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    weights.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    weights.add_argument("--bits", type=int, choices=[16, 8, 4], help="that hold a number of LLaMA's matrices "
+                         "(default: as trained, or 16)")
+    weights.add_argument("--max-seq-len", type=at_least(1), help="context in tokens (default: as trained)")
+    weights.add_argument("--compile", action="store_true", help="the steps of decoding: worth its half minute in long ones")
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     what = parser.add_argument_group("what to answer")
@@ -159,22 +175,11 @@ def parse_args():
     what.add_argument("--blank-images", action="store_true", help="the control: white instead of every picture")
     what.add_argument("--show-routing", nargs="?", const="out/routing.png", metavar="FILE",
                       help="instead: how each layer mixes its experts, printed and drawn (default: out/routing.png)")
-    weights = parser.add_argument_group("model")
-    weights.add_argument("--adapter", help="LaVIN checkpoint, ours or released; none: LLaMA as it is "
-                         "(default: out/checkpoint.pth)")
-    weights.add_argument("--llama", help="directory of LLaMA (default: as trained, or weights/7B)")
-    weights.add_argument("--delta", help="folder of Hugging Face's that is added to LLaMA: Vicuna's (default: as trained)")
-    weights.add_argument("--vit", help="CLIP's image encoder (default: as trained, or weights/ViT-L-14.pt)")
-    weights.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    weights.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
-    weights.add_argument("--bits", type=int, choices=[16, 8, 4], help="that hold a number of LLaMA's matrices "
-                         "(default: as trained, or 16)")
+    add_model_flags(parser)
     how = parser.add_argument_group("how to answer")
     how.add_argument("--max-new-tokens", type=at_least(1), help="default: 64 where the answer comes first, else 256")
-    how.add_argument("--max-seq-len", type=at_least(1), help="context in tokens (default: as trained)")
     how.add_argument("--score", choices=["letters"], help="of ScienceQA's problems, by which letter is likeliest behind "
                      "\"The answer is\": one pass, nothing is generated")
-    how.add_argument("--compile", action="store_true", help="the steps of decoding: worth its half minute in long ones")
     how.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     how.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold so much")
     how.add_argument("--seed", type=int, default=0, help="of the sampling")
@@ -241,14 +246,27 @@ def answer_data(lavin, truths, samples, format, args):
         print(f"written: {args.predictions}")
 
 
-def main():
-    args = parse_args()
-    if args.prompt is not None and not args.prompt.strip():
-        raise LavinError("--prompt is empty")
+def find_model(args):
+    """Settle the paths in args -> (the checkpoint's path or None, what it remembers)."""
     adapter = None if args.adapter == "none" else args.adapter or "out/checkpoint.pth"
     remembered = adapters.read(adapter)[2] if adapter and Path(adapter).is_file() else {}
     tiny.prepare(args, remembered)
     choose_paths(args, remembered, adapter)
+    return adapter, remembered
+
+
+def load_model(args, adapter, remembered):
+    device, dtype = pick_device(args.device, args.dtype)
+    print(f"adapter {adapter or 'none'} · {device} · {dtype}")
+    return LaVIN.load(args.llama, args.vit, adapter, device=device, dtype=DTYPES[dtype], max_seq_len=args.max_seq_len,
+                      bits=args.bits or remembered.get("bits") or 16, delta=args.delta or remembered.get("delta"))
+
+
+def main():
+    args = parse_args()
+    if args.prompt is not None and not args.prompt.strip():
+        raise LavinError("--prompt is empty")
+    adapter, remembered = find_model(args)
     format = args.format or remembered.get("format") or "QCM-ALE"
     if args.data:
         truths, samples = load(args, remembered, format)
@@ -257,11 +275,8 @@ def main():
     for flag, path in (("--predictions", args.predictions), ("--show-routing", args.show_routing)):
         if path:
             check_writable(path, flag)
-    device, dtype = pick_device(args.device, args.dtype)
-    print(f"adapter {adapter or 'none'} · {device} · {dtype}")
     torch.manual_seed(data.mixed_seed(args.seed, 0))
-    lavin = LaVIN.load(args.llama, args.vit, adapter, device=device, dtype=DTYPES[dtype], max_seq_len=args.max_seq_len,
-                       bits=args.bits or remembered.get("bits") or 16, delta=args.delta or remembered.get("delta"))
+    lavin = load_model(args, adapter, remembered)
     how = {"max_new_tokens": args.max_new_tokens or 256, "temperature": args.temperature, "top_p": args.top_p}
     if args.show_routing:
         show_routing(lavin, args.show_routing)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import data
 import generate
+import tiny
 import train
 from conftest import ADAPTER, LLAMA, VIT
 from decode import Decoder
@@ -102,3 +103,23 @@ def test_a_letter_that_is_no_choice_is_not_an_answer(sqa, monkeypatch, capsys):
 def test_prompts_that_do_not_fit_count_as_wrong(call, sqa):
     code, stdout, _ = call(generate, "--data", "sqa", "--data-root", sqa, *GOLDEN_FLAGS, "--max-seq-len", 90, "--max-new-tokens", 2)
     assert code == 0 and "do not fit the context of 90" in stdout and "0/12" in stdout
+
+
+def test_letters_are_what_greedy_generation_says_where_the_answer_comes_first(call, tmp_path, monkeypatch):
+    """On the small world's LLaMA, which answers in words alone without an adapter."""
+    root = tmp_path / "world"
+    tiny.write_world(root, sizes=(1, 1, 60))
+    read = {}
+    for name, more in (("greedy", ()), ("letters", ("--score", "letters"))):
+        path = tmp_path / f"{name}.json"
+        code, stdout, stderr = call(generate, "--data", "sqa", "--data-root", root, "--llama", tiny.PATHS["llama"], "--vit", tiny.PATHS["vit"],
+                                    "--adapter", "none", "--max-seq-len", 160, "--max-new-tokens", 8, "--predictions", path, *more)
+        assert (code, stderr) == (0, "")
+        read[name] = json.loads(path.read_text())["results"]
+    greedy = {pid: index for pid, index in read["greedy"].items() if index >= 0}
+    assert len(greedy) > 30 and all(read["letters"][pid] == index for pid, index in greedy.items())
+    assert -1 not in read["letters"].values() and "0 of 60 outputs" in stdout
+
+
+def test_letters_need_a_data_set_with_choices(call):
+    assert call(generate, "--prompt", "x", "--score", "letters", *GOLDEN_FLAGS)[0] == 2
