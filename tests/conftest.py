@@ -26,6 +26,7 @@ LLAMA, VIT, ADAPTER = GOLDEN / "llama" / "tiny", GOLDEN / "ViT-tiny.pt", GOLDEN 
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.*` is deprecated")       # OpenAI's archive is TorchScript
+    config.addinivalue_line("markers", "browser: needs chromium and playwright")
 
 
 @pytest.fixture(scope="session")
