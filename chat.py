@@ -52,10 +52,9 @@ class Conversation:
 
     def open_turn(self, question, room):
         """Append a turn, drop as many from the front as leave `room` for its answer -> their number."""
-        turn, dropped = Turn(question, self.lavin.tokenizer.encode(instruction_prompt(question))), 0
-        free = self.lavin.max_seq_len - 1 - len(self.head.tokens) - len(turn.prompt)
-        if free < 1:
-            raise LavinError(f"this has {len(turn.prompt)} tokens, too many for a context of {self.lavin.max_seq_len}: ask it shorter")
+        alone = self.lavin.encode(data.Sample(instruction_prompt(question), image=self.head.image), prompt_only=True).tokens
+        turn, dropped = Turn(question, alone[len(self.head.tokens):].tolist()), 0
+        free = self.lavin.max_seq_len - 1 - len(alone)
         while self.turns and sum(len(t.prompt) + len(t.answer) + 1 for t in self.turns) + room > free:
             del self.turns[0]
             dropped += 1

@@ -22,13 +22,17 @@ class LavinError(Exception):
 
 
 def run(main):
-    """Call a script's `main()`; a LavinError becomes one line on stderr and exit code 2."""
+    """Call a script's `main()`; a LavinError, or too little memory, becomes one line on stderr and exit code 2."""
     warnings.simplefilter("ignore")     # libraries advise their programmers; stderr is for errors
     try:
         main()
     except LavinError as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""           # under torchrun
         print(f"{rank}error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU has too little memory for this; --bits 8 or 4, or a lower --batch-size or --max-seq-len, would help",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -440,5 +440,5 @@ class LaVIN(nn.Module):
     def generate(self, samples, max_new_tokens=64, temperature=0.0, top_p=1.0):
         """[data.Sample] -> the new text of each. Answers in the samples are ignored."""
         encoded = [self.encode(sample, prompt_only=True) for sample in samples]
-        new = dict(continued(self, encoded, len(encoded), max_new_tokens, temperature, top_p))
+        new = dict(continued(self, encoded, min(len(encoded), 32), max_new_tokens, temperature, top_p))
         return [self.tokenizer.decode(new[i]) for i in range(len(encoded))]

@@ -4,7 +4,6 @@ import builtins
 
 import numpy as np
 import pytest
-import torch
 
 import chat
 import data
@@ -68,8 +67,10 @@ def test_whole_turns_are_forgotten_from_the_front(lavin):
 def test_a_question_that_never_fits(lavin):
     conversation = Conversation(lavin)
     say(conversation, "Name a metal.")
-    with pytest.raises(LavinError, match="too many for a context of 128"):
+    with pytest.raises(LavinError, match="a context of 128 has room for 126"):
         say(conversation, "why " * 200)
+    with pytest.raises(LavinError, match="not Unicode"):
+        say(conversation, "caf\udce9")
     assert len(conversation.turns) == 1 and say(conversation, "Why?")
 
 
@@ -116,7 +117,7 @@ def test_commands(terminal, tmp_path, lavin):
                       f"/image {PICTURE}", "What is it?", f"/save {tmp_path / 'b.txt'}", "/image nowhere.png", f"/save {tmp_path}",
                       "why " * 200, "", "/quit", "never read")
     assert stdout.count(answer) == 2 and stdout.count(chat.HELP) == 2 and "(/quit ends it)" in stdout
-    assert "error: nowhere.png: no such picture" in stdout and "cannot be written" in stdout and "too many for a context" in stdout
+    assert "error: nowhere.png: no such picture" in stdout and "cannot be written" in stdout and "a context of 128 has room" in stdout
     assert (tmp_path / "a.txt").read_text() == f"Image: N/A\n\nInstruction: Name a metal.\nResponse: {answer}\n"
     assert (tmp_path / "b.txt").read_text().startswith(f"Image: {PICTURE}\n\nInstruction: What is it?\nResponse: ")
 

@@ -138,7 +138,7 @@ def test_a_bad_request_is_refused_in_a_line_and_harms_nobody(server, body, why):
 
 
 def test_a_question_too_long_for_the_context(server):
-    assert "too many for a context of 128" in post(server, {"question": "why " * 300})[1][-1]["error"]
+    assert "a context of 128 has room for 126" in post(server, {"question": "why " * 300})[1][-1]["error"]
 
 
 def test_another_site_cannot_post(server):

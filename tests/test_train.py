@@ -1,5 +1,6 @@
 """The loop: however a step is split or a run is interrupted, the same numbers."""
 
+import functools
 import json
 import math
 import os
@@ -155,15 +156,16 @@ def test_fp16_scales_its_loss(call, sqa, tmp_path):
     assert {t.dtype for t in checkpoint["model"].values()} == {torch.float32}
 
 
-def test_compiled_blocks_train_the_same(call, sqa, tmp_path):
-    """On text alone: compiling the ViT's blocks as well takes another minute."""
-    splits = json.loads((sqa / "pid_splits.json").read_text())
-    (sqa / "pid_splits.json").write_text(json.dumps({"train": splits["train"][1::2]}))
+def test_compiled_blocks_train_the_same(call, sqa, tmp_path, monkeypatch):
+    """The compiler but for its last part, which takes a minute to write C++; test_decode.py has it do so."""
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()                # of other tests
     for flag in ("--compile", "--no-compile"):
-        code, stdout, _ = call(train, *flags(sqa, tmp_path / flag, "--max-steps", 3, "--dropout", 0, flag))
+        code, stdout, _ = call(train, *flags(sqa, tmp_path / flag, "--max-steps", 8, "--dropout", 0, flag))
         assert code == 0
-        if flag == "--compile":                         # the blocks of LLaMA, for a sequence and for a lone token
-            assert int(stdout.partition("compile  ")[2].partition(" graphs")[0]) <= 4, stdout
+        if flag == "--compile":                         # not one for every length: LLaMA's and the ViT's blocks, one sample and several
+            assert int(stdout.partition("compile  ")[2].partition(" graphs")[0]) <= 8, stdout
     compiled, eager = (read_metrics(tmp_path / flag) for flag in ("--compile", "--no-compile"))
     assert difference([m["loss"] for m in compiled], [m["loss"] for m in eager]) < 1e-5
 
