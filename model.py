@@ -60,9 +60,10 @@ class Linear(nn.Linear):
     """nn.Linear, at the speed of memory where a single token is decoded."""
 
     def forward(self, x):
-        if is_one_token(x) and self.weight.dtype != torch.float32:
-            return one_product(self.weight, x) + (0 if self.bias is None else self.bias)
-        return super().forward(x)
+        if not is_one_token(x):
+            return super().forward(x)
+        y = F.linear(x, self.weight) if self.weight.dtype == torch.float32 else one_product(self.weight, x)
+        return y if self.bias is None else y + self.bias
 
 
 class Attention(nn.Module):
