@@ -24,29 +24,14 @@ def is_one_token(x):
 def one_product(weight, x):
     """x (1, 1, in) times weight (out, in) -> (1, 1, out), as a sum in fp32: the compiler makes one pass over the weight of
     it, unpacking included, where a matrix product of bf16 or packed numbers would be slower."""
-    return (weight.float() * x.flatten().float()).sum(-1).type_as(x).view(1, 1, -1)
+    parts = weight.chunk(8 if x.device.type == "cpu" else 1)            # one loop over eight places keeps memory busier
+    return torch.cat([(part.float() * x.flatten().float()).sum(-1) for part in parts]).type_as(x).view(1, 1, -1)
 
 
-def attend(q, k, v, cached_k, cached_v, where):
-    """Put new keys and values into a layer's cache, (rows, K, S, D) each, and attend to all that a token may see.
-
-    Prompts: q (1, H, ΣT, D), k and v (1, K, ΣT, D), one behind the other; where = [(row, start, T), …], the place of each.
-    A step: q (n, H, 1, D), k and v (n, K, 1, D); where = (positions (n,), S), a token for each row, none beyond S - 1.
-    """
-    grouped = q.shape[1] != k.shape[1]
-    if isinstance(where, tuple):
-        positions, S = where
-        rows = torch.arange(len(positions), device=q.device)
-        for cached, new in ((cached_k, k), (cached_v, v)):
-            cached[rows, :, positions] = new[:, :, 0].type_as(cached)
-        mask = torch.arange(S, device=q.device) <= positions[:, None, None, None]           # (n, 1, 1, S)
-        k, v = cached_k[:len(positions), :, :S], cached_v[:len(positions), :, :S]
-        if not torch.compiler.is_compiling():
-            return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
-        q, k, v = q.unflatten(1, (k.shape[1], -1)).float(), k[:, :, None].float(), v[:, :, None].float()    # (n, K, H/K, …, D)
-        p = ((q * k).sum(-1) / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1)               # (n, K, H/K, S)
-        return (p[..., None] * v).sum(-2).flatten(1, 2)[:, :, None]                                         # (n, H, 1, D)
-    parts, lengths = [], [T for _, _, T in where]
+def attend_prompts(q, k, v, cached_k, cached_v, where):
+    """Prompts packed one behind the other: q (1, H, ΣT, D), k and v (1, K, ΣT, D); where = [(row, start, T), …], the place
+    of each in the cache. Each attends to itself and to what its row holds already."""
+    parts, lengths, grouped = [], [T for _, _, T in where], q.shape[1] != k.shape[1]
     for (row, start, T), q, k, v in zip(where, *(t.split(lengths, dim=2) for t in (q, k, v))):
         cached_k[row, :, start:start + T], cached_v[row, :, start:start + T] = k[0], v[0]
         mask = None
@@ -55,6 +40,23 @@ def attend(q, k, v, cached_k, cached_v, where):
             mask = torch.ones(T, start + T, dtype=torch.bool, device=q.device).tril(start)
         parts.append(F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped))
     return torch.cat(parts, dim=2)
+
+
+def attend_step(q, k, v, cached_k, cached_v, where):
+    """A token for each of the first n rows: q (n, H, 1, D), k and v (n, K, 1, D); where = (positions (n,), S), of which none
+    is beyond S - 1. It attends to its row up to its own position."""
+    positions, S = where
+    rows = torch.arange(len(positions), device=q.device)
+    for cached, new in ((cached_k, k), (cached_v, v)):
+        cached[rows, :, positions] = new[:, :, 0].type_as(cached)
+    mask = torch.arange(S, device=q.device) <= positions[:, None, None, None]               # (n, 1, 1, S)
+    k, v = cached_k[:len(positions), :, :S], cached_v[:len(positions), :, :S]
+    if not torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
+    # The fused kernel is made for many queries. For one, the compiler makes a better one of sums.
+    q, k, v = q.unflatten(1, (k.shape[1], -1)).float(), k[:, :, None].float(), v[:, :, None].float()        # (n, K, H/K, …, D)
+    p = ((q * k).sum(-1) / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1)                   # (n, K, H/K, S)
+    return (p[..., None] * v).sum(-2).flatten(1, 2)[:, :, None]                                             # (n, H, 1, D)
 
 
 class Decoder:

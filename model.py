@@ -25,7 +25,7 @@ import quantize
 import ranks
 import vit as clip
 from adapters import Adapter, AdapterConfig, Projector, fold
-from decode import attend, continued, is_one_token, one_product
+from decode import attend_prompts, attend_step, continued, is_one_token, one_product
 from files import LavinError, check_names, fill, is_hf_folder, read_checkpoint, read_json, tensors_of, write_atomically
 from router import route
 
@@ -77,14 +77,14 @@ class Attention(nn.Module):
         self.grouped = config.n_kv_heads != config.n_heads
 
     def forward(self, x, rope, cache=None, where=None):
-        """Causal self-attention; with a layer's cache over what it holds as well: see decode.attend."""
+        """Causal self-attention; with a layer's cache over what it holds as well (decode.py)."""
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.wq, self.wk, self.wv))
         q, k = rotate(q, rope), rotate(k, rope)                         # (B, T, H, D), (B, T, K, D)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                # (B, H, T, D), (B, K, T, D)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         else:
-            y = attend(q, k, v, *cache, where)
+            y = (attend_step if isinstance(where, tuple) else attend_prompts)(q, k, v, *cache, where)
         return self.wo(y.transpose(1, 2).flatten(2))                    # (B, T, C)
 
 

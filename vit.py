@@ -68,7 +68,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """CLIP's residual block with an adapter in front of the attention.
 
-    There is no modality token here: every token routes itself.
+    There is no modality token here: every token routes itself. So w differs from token to token, and the adapter cannot
+    be folded into `attn` as LLaMA's are (adapters.fold), which takes one w for all.
     """
 
     def __init__(self, width, adapter):

@@ -9,7 +9,7 @@ import torch
 import adapters
 import data
 from conftest import ADAPTER, LLAMA, VIT, difference
-from decode import Decoder, continued
+from decode import Decoder, attend_prompts, attend_step, continued
 from model import LaVIN, save_folded
 
 TEXTS = [data.Sample(f"Instruction: {'Name a metal. ' * n}\nResponse:") for n in (1, 5, 2, 1, 3, 4, 2)]
@@ -103,6 +103,22 @@ def test_a_cache_that_is_extended(lavin, samples):
     decoder.read(data.collate([start], lavin.resolution))
     assert difference(decoder.extend(tokens[20:30])[0], whole[0, 29]) < 1e-4
     assert difference(decoder.extend(tokens[30:31])[0], whole[0, 30]) < 1e-4
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_grouped_queries_over_the_cache(compiled):
+    """Two prompts packed, then a step of both: causal attention with each key repeated for its queries."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 6, 16) for heads in (4, 2, 2))
+    full = torch.nn.functional.scaled_dot_product_attention(q, *(t.repeat_interleave(2, dim=1) for t in (k, v)), is_causal=True)
+    lengths, cache = (5, 3), (torch.zeros(3, 2, 8, 16), torch.zeros(3, 2, 8, 16))
+    packed = [torch.cat([t[row:row + 1, :, :n] for row, n in enumerate(lengths)], dim=2) for t in (q, k, v)]
+    y = attend_prompts(*packed, *cache, [(row, 0, n) for row, n in enumerate(lengths)])
+    assert difference(y, torch.cat([full[row:row + 1, :, :n] for row, n in enumerate(lengths)], dim=2)) < 1e-6
+    rows, positions = torch.arange(2), torch.tensor(lengths)
+    step = torch.compile(attend_step, backend="eager") if compiled else attend_step
+    y = step(*(t[rows, :, positions][:, :, None] for t in (q, k, v)), *cache, (positions, 6))
+    assert difference(y[:, :, 0], full[rows, :, positions]) < 1e-6
 
 
 # Continuous batching
