@@ -89,8 +89,8 @@ def fold(adapter, w, attention, dtype):
     if not isinstance(attention.wq, nn.Linear):
         return Folded(*(t.to(dtype) for t in (adapter.down.weight, up, bias)))
     for linear in (attention.wq, attention.wk, attention.wv):
-        W = linear.weight.float()
-        linear.bias = nn.Parameter((W @ bias).to(dtype), requires_grad=False)
+        W, before = linear.weight.float(), 0 if linear.bias is None else linear.bias.float()
+        linear.bias = nn.Parameter((before + W @ bias).to(dtype), requires_grad=False)
         linear.weight = nn.Parameter(torch.addmm(W, W @ up, adapter.down.weight).to(dtype), requires_grad=False)
     return Folded()
 

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import sys
 import tempfile
 import warnings
@@ -102,6 +103,13 @@ def pick_device(device, dtype):
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "fp32" if device.type == "cpu" else "bf16" if bf16 else "fp16"
     return device, dtype
+
+
+def check_compiler(wanted, device):
+    """LavinError if --compile is wanted on a CPU that has no C++ compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    if wanted and device.type == "cpu" and not shutil.which(compiler):
+        raise LavinError(f"--compile: on a CPU it needs {compiler}, which is not installed; apt install g++, or leave --compile out")
 
 
 def at_least(minimum):

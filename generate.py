@@ -29,11 +29,11 @@ import data
 import plot
 import tiny
 from decode import Decoder, continued
-from files import DTYPES, LavinError, at_least, check_writable, choose_paths, pick_device, run, write_atomically
+from files import DTYPES, LavinError, at_least, check_compiler, check_writable, choose_paths, pick_device, run, write_atomically
 from model import LaVIN
 
 
-def encode_all(lavin, samples, encode):
+def by_modality(lavin, samples, encode):
     """[Sample] -> ([Encoded] without, [Encoded] with a picture), the longest first; and {id: ""} of those that do not fit."""
     groups, outputs = ([], []), {}
     for sample in samples:
@@ -62,7 +62,7 @@ def answer_all(lavin, samples, format, max_new_tokens=None, temperature=0.0, top
         return data.sqa_answer(lavin.tokenizer.decode(ids)) >= 0
 
     done = letter_is_out if answer_first else None
-    groups, outputs = encode_all(lavin, samples, functools.partial(lavin.encode, prompt_only=True))
+    groups, outputs = by_modality(lavin, samples, functools.partial(lavin.encode, prompt_only=True))
     with tqdm(total=sum(map(len, groups)), desc="answering", unit=" problems", file=sys.stdout) as bar:
         for modality, encoded in enumerate(groups):
             if not encoded:
@@ -89,7 +89,7 @@ def choose_all(lavin, samples, problems, batch_size=32, workers=0):
         letters[sample.id] = tokens[:len(problems[sample.id]["choices"]), place].tolist()
         return replace(variants[0], tokens=tokens[0, :place], labels=variants[0].labels[:place])
 
-    groups, outputs = encode_all(lavin, samples, encode)
+    groups, outputs = by_modality(lavin, samples, encode)
     with tqdm(total=sum(map(len, groups)), desc="choosing", unit=" problems", file=sys.stdout) as bar:
         for modality, encoded in enumerate(groups):
             if not encoded:
@@ -257,6 +257,7 @@ def find_model(args):
 
 def load_model(args, adapter, remembered):
     device, dtype = pick_device(args.device, args.dtype)
+    check_compiler(args.compile, device)
     print(f"adapter {adapter or 'none'} · {device} · {dtype}")
     return LaVIN.load(args.llama, args.vit, adapter, device=device, dtype=DTYPES[dtype], max_seq_len=args.max_seq_len,
                       bits=args.bits or remembered.get("bits") or 16, delta=args.delta or remembered.get("delta"))

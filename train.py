@@ -31,7 +31,7 @@ import plot
 import quantize
 import ranks
 import tiny
-from files import (DTYPES, LavinError, at_least, check_writable, choose_paths, pick_device, read_checkpoint, run,
+from files import (DTYPES, LavinError, at_least, check_compiler, check_writable, choose_paths, pick_device, read_checkpoint, run,
                    write_atomically)
 from generate import score
 from model import LaVIN
@@ -478,6 +478,7 @@ def main():
     remembered = resumed["config"] if resumed else {}
     device, args.dtype = pick_device(args.device, args.dtype)
     args.compile = device.type == "cuda" if args.compile is None else args.compile
+    check_compiler(args.compile, device)
     ranks.join(device)
     with ranks.first():
         tiny.prepare(args, remembered)

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"     # the models are tiny, and two threads that wait for each other cost minutes on a busy machine
-os.environ["TORCHINDUCTOR_DEBUG_COMPILE"] = "1"                        # -O0: compiled in a third of the time
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

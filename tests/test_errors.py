@@ -278,3 +278,9 @@ def test_numbers_that_make_no_sense(call, sqa, tmp_path, bad):
 def test_a_device_that_is_not_there(fails, sqa, tmp_path):
     fails(train, *flags(sqa, tmp_path / "out", "--device", "cuda:77"), says=["--device cuda:77"])
     fails(generate, *ask("--device", "toaster"), says=["--device toaster"])
+
+
+def test_compile_without_a_compiler(sqa, tmp_path, fails, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    fails(generate, *ask(), "--compile", says=["--compile", "no-such-compiler"])
+    fails(train, *flags(sqa, tmp_path / "out", "--compile"), says=["--compile", "no-such-compiler"])

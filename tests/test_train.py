@@ -157,7 +157,7 @@ def test_fp16_scales_its_loss(call, sqa, tmp_path):
 
 
 def test_compiled_blocks_train_the_same(call, sqa, tmp_path, monkeypatch):
-    """The compiler but for its last part, which takes a minute to write C++; test_decode.py has it do so."""
+    """The compiler but for its last part, which takes a minute to write C++: tests/bench.py runs that."""
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()                # of other tests
