@@ -232,7 +232,7 @@ def load_llama(llama, directory, device, dtype, delta=None):
     The blocks are still on the meta device: each is given memory when its turn comes and yielded when it is full,
     to be made smaller before the next one comes.
     The files are mapped, not read. The pages of a map that have been touched count as memory until it is
-    dropped, so the maps are renewed before more than the largest tensor of each shard has been touched.
+    dropped, so the maps are renewed before more than the largest tensor of each shard, or 16 MB, has been touched.
     """
     theirs, config = is_hf_folder(directory), llama.config
     files = [directory] if theirs else sorted(Path(directory).glob("consolidated.*.pth"))
@@ -250,7 +250,7 @@ def load_llama(llama, directory, device, dtype, delta=None):
     for name in names if delta else ():
         if name not in added or added[name].shape != llama.get_parameter(name).shape:
             raise LavinError(f"{delta}: {name} is missing or of another shape than in {directory}; this delta is of another model")
-    budget, touched = max(t.nbytes for t in shards[0].values()), 0
+    budget, touched = max(2**24, *(t.nbytes for t in shards[0].values())), 0
     for i in range(-1, len(llama.layers)):                              # -1: what is outside the blocks
         if i >= 0:
             allocate(llama.layers[i].modules(), device, dtype)

@@ -1,11 +1,14 @@
 """Several processes, one run: the same losses and the same adapters as one process alone.
 
-As a script, under torchrun, it calls train.py as often as there are arguments, each a JSON list of flags.
+As a script it is a torchrun that imports PyTorch once for all: of each argument, a JSON [ranks, flags, flags, …], the ranks
+call train.py with the one list of flags after the other.
 """
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -27,9 +30,8 @@ def flags(sqa, out, *more):
         "--lr", 1e-3, "--device", "cpu", *more]))
 
 
-def torchrun(n, *runs):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", n, __file__, *map(json.dumps, runs)]
-    return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def start(*command):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def read(out):
@@ -48,12 +50,12 @@ def test_two_and_four_ranks_with_and_without_fsdp_and_a_run_that_changes_their_n
     alone, *others = (tmp_path / name for name in ("alone", "two", "two-fsdp", "four", "four-fsdp", "changed"))
     two, two_fsdp, four, four_fsdp, changed = others
     assert call(train, *flags(sqa, alone))[0] == 0
-    result = torchrun(2, flags(sqa, two), flags(sqa, two_fsdp, "--fsdp"), flags(sqa, changed, "--max-steps", 2))
+    result = start(__file__, *map(json.dumps, [
+        [2, flags(sqa, two), flags(sqa, two_fsdp, "--fsdp"), flags(sqa, changed, "--max-steps", 2)],
+        [4, flags(sqa, four), flags(sqa, four_fsdp, "--fsdp", "--checkpointing"), flags(sqa, changed, "--resume", "--max-steps", 4, "--fsdp")]]))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("batch    10 in micro-batches of 3 · context 160 tokens · 2 ranks") == 3     # rank 0 alone prints
-    result = torchrun(4, flags(sqa, four), flags(sqa, four_fsdp, "--fsdp", "--checkpointing"),
-                      flags(sqa, changed, "--resume", "--max-steps", 4, "--fsdp"))
-    assert result.returncode == 0, result.stderr
+    for count in (2, 4):                                       # rank 0 alone prints
+        assert result.stdout.count(f"batch    10 in micro-batches of 3 · context 160 tokens · {count} ranks") == 3
     assert call(train, *flags(sqa, changed, "--resume"))[0] == 0
     for out in others:
         assert_equal_runs(alone, out)
@@ -64,7 +66,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_own_error(sqa, tmp_path):
     picture = next((sqa / "images" / "train").glob("*/image.png"))
     picture.write_bytes(b"no picture")
     began = time.perf_counter()
-    result = torchrun(2, flags(sqa, tmp_path / "out"))
+    result = start("-m", "torch.distributed.run", "--nproc-per-node", 2, "train.py", *flags(sqa, tmp_path / "out"))
     assert result.returncode != 0 and time.perf_counter() - began < 60
     assert str(picture) in result.stderr and not (tmp_path / "out" / "checkpoint.pth").exists()
 
@@ -82,13 +84,28 @@ def sharded_and_whole(block):
     return block
 
 
-if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo")                # once, for all the runs
+def as_rank(rank, count, meeting, runs):
+    """What torchrun and train.py do, in this process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)     # once, for all runs
     leave = torch.distributed.destroy_process_group
     torch.distributed.init_process_group = torch.distributed.destroy_process_group = lambda *_: None
     shard = ranks.shard
     ranks.shard = lambda block, device: sharded_and_whole((shard(block, device), block)[1])
-    for argv in map(json.loads, sys.argv[1:]):
+    for argv in runs:
         sys.argv = ["train.py", *argv]
         files.run(train.main)
     leave()                                                     # gloo's threads abort a process that ends without it
+
+
+if __name__ == "__main__":
+    for count, *runs in map(json.loads, sys.argv[1:]):
+        with tempfile.TemporaryDirectory() as folder:
+            fork = torch.multiprocessing.get_context("fork")
+            processes = [fork.Process(target=as_rank, args=(rank, count, f"{folder}/meeting", runs)) for rank in range(count)]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join()
+        if any(process.exitcode for process in processes):
+            sys.exit(1)
