@@ -1,7 +1,9 @@
 """Folding, the cache, continuous batching: each is another way to the numbers of the whole sequence at once."""
 
+import contextlib
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +145,44 @@ def test_prompts_that_take_turns_in_few_rows_go_on_as_alone(lavin, monkeypatch, 
     new = dict(continued(model, encoded, rows, 8, done=lambda ids: tuple(ids) in ends))
     assert all(tuple(ids) in ends and whole[i][:len(ids)] == ids for i, ids in new.items()) and len(new) == len(TEXTS)
     assert sum(widths) == sum(len(ids) - 1 for ids in new.values())         # no step is spent on what is done
+
+
+def test_steps_that_are_recorded_and_replayed(lavin, monkeypatch):
+    """The code of CUDA graphs without CUDA: what is recorded runs again on the tensors that it was recorded with, and no others."""
+    calls, one_step = [], Decoder.one_step
+
+    def recorded(decoder, *tensors):
+        logits = one_step(decoder, *tensors)
+        calls.append(lambda: logits.copy_(one_step(decoder, *tensors)))
+        return logits
+
+    class Graph:
+        def replay(self):
+            self.call()
+
+    @contextlib.contextmanager
+    def capture(graph):
+        yield
+        graph.call = calls[-1]
+        sizes.append(len(calls))
+
+    sizes, stream, model = [], SimpleNamespace(wait_stream=lambda other: None), lavin.fold(0)
+    for name, fake in {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": contextlib.nullcontext, "CUDAGraph": Graph,
+                       "graph": capture}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(Decoder, "one_step", recorded)
+    plain, graphs = Decoder(model, 5, 100), Decoder(model, 5, 100)
+    first, more = ([model.encode(s, prompt_only=True) for s in samples] for samples in (TEXTS[:3], TEXTS[3:5]))
+    for prompts, n_steps in ((first, 3), (None, 2), (more, 3), (None, 2)):
+        for decoder in (plain, graphs):
+            decoder.read(data.collate(prompts, lavin.resolution)) if prompts else decoder.retire(0)
+        for token in range(5, 5 + n_steps):
+            ids = [token + row for row in range(len(plain.lengths))]
+            with torch.inference_mode():
+                replayed = graphs.replayed(torch.tensor(ids), torch.tensor(graphs.lengths)).clone()
+            graphs.lengths = [length + 1 for length in graphs.lengths]
+            assert difference(replayed, plain.step(ids)) < 1e-5
+    assert len(sizes) == 2                                                  # 3 and 4 rows share a recording, as do 2 alone
 
 
 def test_generation_stops_at_the_context_and_at_done(lavin, samples):
