@@ -220,7 +220,7 @@ def main():
         print(f"layer {i:3}   text {text[0]:.3f} {text[1]:.3f}   picture {picture[0]:.3f} {picture[1]:.3f}")
     if args.fold:
         save_folded(lavin.fold(0), args.fold)
-        print(f"written: {args.fold}, to be asked without an adapter: python generate.py --llama {args.fold} --adapter none --prompt …")
+        print(f"written: {args.fold}, to be asked by python generate.py --llama {args.fold} --vit {vit} --adapter none --prompt …")
 
 
 if __name__ == "__main__":

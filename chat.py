@@ -7,6 +7,7 @@ The turns are the reference's, "Instruction: …\\nResponse: …", and EOS behin
 """
 
 import itertools
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def talk(lavin, image, how, compiled=False):
         try:
             line = input("> ").strip()
             command, _, path = line.partition(" ")
-            path = str(Path(path.strip()).expanduser()) if path.strip() else None
+            path = os.path.expanduser(path.strip())
             if command == "/quit":
                 return
             if command == "/image" and path:

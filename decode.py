@@ -168,6 +168,8 @@ def continued(lavin, prompts, rows, max_new_tokens, temperature=0.0, top_p=1.0, 
     ends at EOS (not kept), after max_new_tokens, at the context's end, or when `done(its ids)` is true.
     longest: tokens of the longest prompt, where the prompts are not a list.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, but at least 1")
     longest = longest or max((len(encoded.tokens) for encoded in prompts), default=0)
     context, eos = lavin.max_seq_len - 1, lavin.tokenizer.eos_id()          # the modality token has one place
     decoder = Decoder(lavin, rows, min(longest + max_new_tokens, context), compiled)

@@ -31,8 +31,10 @@ def run(main):
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""           # under torchrun
         print(f"{rank}error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("error: the GPU has too little memory for this; --bits 8 or 4, or a lower --batch-size or --max-seq-len, would help",
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):     # the CPU says it so
+            raise
+        print("error: there is too little memory for this; --bits 8 or 4, or a lower --batch-size or --max-seq-len, would help",
               file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -97,6 +99,7 @@ def pick_device(device, dtype):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
         torch.empty(1, device=device)
+        torch.autocast(device.type)             # knows no meta device
     except (RuntimeError, AssertionError) as error:
         raise LavinError(f"--device {device}: not available here; cpu always is") from error
     if dtype == "auto":
@@ -176,26 +179,34 @@ def fill(parameters, state, path):
         parameter.copy_(state[name])
 
 
+def check_is_file(path):
+    """OSError for what is there and no file: a folder, or a device, which renaming would replace."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "it is a directory" if os.path.isdir(path) else "it is no regular file")
+
+
 def write_atomically(path, write):
     """Call `write(temporary_path)`, then rename: readers see the old file or the new one, never a part."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(os.path.realpath(path))    # of a link its target is written, and the link remains
+        check_is_file(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_name(place.name + ".tmp")
         write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        os.replace(temporary, place)
+    except (OSError, RuntimeError, ValueError) as error:        # torch.save reports a full disk as a RuntimeError
         raise LavinError(f"{path}: cannot be written ({error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)
 
 
 def check_writable(path, flag):
     """LavinError now if a file could not be written at `path`, not after hours of work; makes its directory."""
     path = Path(path)
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a directory")
+        check_is_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass

@@ -196,8 +196,8 @@ def parse_args():
         parser.error("give one of --prompt, --chat, --data and --show-routing")
     if args.image and (args.prompt is None and not args.chat or captions):
         parser.error("--image goes with --prompt or --chat")
-    if args.score and args.data != "sqa":
-        parser.error("--score letters goes with --data sqa")
+    if args.score and (args.data != "sqa" or args.temperature or args.max_new_tokens or args.compile):
+        parser.error("--score letters goes with --data sqa, and generates nothing: without --temperature, --max-new-tokens and --compile")
     if not args.data and (args.predictions or args.format or args.by or args.blank_images):
         parser.error("--predictions, --format, --by and --blank-images go with --data")
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:

@@ -430,6 +430,8 @@ class LaVIN(nn.Module):
         They are merged into wq, wk and wv (adapters.fold), which alone are copied; all else is shared. The ViT keeps
         its adapters: there every token of every picture has weights of its own, so there is no one matrix to merge into.
         """
+        if self.modality is not None or modality not in (0, 1):
+            raise ValueError(f"fold({modality}) of a LaVIN " + ("for one of the modalities 0 and 1" if self.modality is None else "that is folded already"))
         shared = {id(it): it for it in [*self.parameters(), *self.buffers(), self.tokenizer]}
         folded = copy.deepcopy(self, shared)
         for block, w in zip(folded.llama.layers, self.route()[:, modality]):

@@ -16,6 +16,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -80,12 +81,13 @@ def parse(body, resolution):
     try:
         asked = json.loads(body)
         question, turns, image = asked["question"], asked.get("turns", []), asked.get("image")
+        if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+            raise ValueError("turns")
         texts = [question, *(text for turn in turns for text in turn)]
-        known = all(isinstance(text, str) for text in texts) and all(len(turn) == 2 for turn in turns)
         "".join(texts).encode()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LavinError("not a question in the form that serve.py describes") from error
-    if not known or not question.strip():
+    if not question.strip():
         raise LavinError("there is no question")
     if max(map(len, texts)) > MAX_TEXT:
         raise LavinError(f"this is longer than {MAX_TEXT:,} characters; ask it shorter")
@@ -139,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         """A question. Content of any other type than JSON is refused: a browser lets no other site send that."""
         length = self.headers.get("Content-Length", "")
-        if self.path != "/ask" or self.headers.get_content_type() != "application/json" or not length.isdigit():
+        if self.path != "/ask" or self.headers.get_content_type() != "application/json" or not re.fullmatch("[0-9]{1,12}", length):
             return self.refuse(400, "post JSON of a known length to /ask")
         if int(length) > MAX_REQUEST:
             left = min(int(length), 4 * MAX_REQUEST)            # a browser listens only when it has said all
@@ -179,6 +181,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True           # Ctrl-C does not wait for answers
+    request_queue_size = 64         # connections that are not taken up yet
 
     def __init__(self, address, desk, model):
         super().__init__(address, Handler)

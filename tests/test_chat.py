@@ -115,9 +115,10 @@ def test_commands(terminal, tmp_path, lavin):
     answer = say(Conversation(lavin), "Name a metal.")
     stdout = terminal("Name a metal.", KeyboardInterrupt(), "/foo", f"/save {tmp_path / 'a.txt'}", "/reset", "Name a metal.",
                       f"/image {PICTURE}", "What is it?", f"/save {tmp_path / 'b.txt'}", "/image nowhere.png", f"/save {tmp_path}",
+                      "/image ~nobody/x.png", f"/save {tmp_path / 'b.txt' / 'c'}", "/save \0x", "/save", "Are ~5 red?",
                       "why " * 200, "", "/quit", "never read")
-    assert stdout.count(answer) == 2 and stdout.count(chat.HELP) == 2 and "(/quit ends it)" in stdout
-    assert "error: nowhere.png: no such picture" in stdout and "cannot be written" in stdout and "a context of 128 has room" in stdout
+    assert stdout.count(answer) == 2 and stdout.count(chat.HELP) == 3 and "(/quit ends it)" in stdout
+    assert "error: nowhere.png: no such picture" in stdout and stdout.count("cannot be written") == 3 and "a context of 128 has room" in stdout
     assert (tmp_path / "a.txt").read_text() == f"Image: N/A\n\nInstruction: Name a metal.\nResponse: {answer}\n"
     assert (tmp_path / "b.txt").read_text().startswith(f"Image: {PICTURE}\n\nInstruction: What is it?\nResponse: ")
 

@@ -53,6 +53,12 @@ def test_a_batch_of_the_other_modality_is_refused(lavin, samples):
         lavin.fold(0).logits(lavin.batch(samples))
 
 
+def test_what_cannot_be_folded(lavin):
+    for model, modality in ((lavin.fold(0), 0), (lavin, 2), (lavin, -1)):
+        with pytest.raises(ValueError, match="fold"):
+            model.fold(modality)
+
+
 def test_a_folded_llama_can_be_saved_and_loaded(lavin, samples, call, tmp_path):
     batch = lavin.batch([s for s in samples if s.image is None])
     code, stdout, stderr = call(adapters, ADAPTER, "--llama", LLAMA, "--vit", VIT, "--fold", tmp_path / "folded")

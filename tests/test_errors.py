@@ -284,3 +284,11 @@ def test_compile_without_a_compiler(sqa, tmp_path, fails, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     fails(generate, *ask(), "--compile", says=["--compile", "no-such-compiler"])
     fails(train, *flags(sqa, tmp_path / "out", "--compile"), says=["--compile", "no-such-compiler"])
+
+
+def test_memory_that_no_machine_has(fails):
+    fails(generate, *ask("--max-seq-len", 10**11), says=["too little memory", "--max-seq-len"])
+
+
+def test_a_device_that_computes_nothing(fails):
+    fails(generate, *ask("--device", "meta"), says=["--device meta", "not available"])

@@ -1,6 +1,7 @@
 """Loading and saving: shards, archives, adapters; what is written is what was read."""
 
 import argparse
+import os
 import random
 import shutil
 
@@ -152,3 +153,15 @@ def test_a_gradient_that_never_flowed_is_zero(lavin, samples):
     gradients = adapters.to_official(lavin, grad=True)
     assert difference(gradients["adapter_proj.conv_A.weight"], 0) == 0
     assert difference(gradients["layers.0.adapter_attn.conv_A.weight"], 0) > 0
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_text("before")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for check in (lambda: files.write_atomically(tmp_path / "fifo", lambda path: path.write_text("x")),
+                  lambda: files.check_writable(tmp_path / "fifo", "--x")):
+        with pytest.raises(LavinError, match="no regular file"):
+            check()
+    files.write_atomically(tmp_path / "link", lambda path: path.write_text("after"))
+    assert (tmp_path / "fifo").is_fifo() and (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "after"

@@ -105,15 +105,15 @@ def test_prompts_that_do_not_fit_count_as_wrong(call, sqa):
     assert code == 0 and "do not fit the context of 90" in stdout and "0/12" in stdout
 
 
-def test_letters_are_what_greedy_generation_says_where_the_answer_comes_first(call, tmp_path, monkeypatch):
+def test_letters_are_what_greedy_generation_says_where_the_answer_comes_first(call, tmp_path):
     """On the small world's LLaMA, which answers in words alone without an adapter."""
     root = tmp_path / "world"
     tiny.write_world(root, sizes=(1, 1, 60))
     read = {}
-    for name, more in (("greedy", ()), ("letters", ("--score", "letters"))):
+    for name, more in (("greedy", ("--max-new-tokens", 8)), ("letters", ("--score", "letters"))):
         path = tmp_path / f"{name}.json"
         code, stdout, stderr = call(generate, "--data", "sqa", "--data-root", root, "--llama", tiny.PATHS["llama"], "--vit", tiny.PATHS["vit"],
-                                    "--adapter", "none", "--max-seq-len", 160, "--max-new-tokens", 8, "--predictions", path, *more)
+                                    "--adapter", "none", "--max-seq-len", 160, "--predictions", path, *more)
         assert (code, stderr) == (0, "")
         read[name] = json.loads(path.read_text())["results"]
     greedy = {pid: index for pid, index in read["greedy"].items() if index >= 0}
@@ -123,3 +123,4 @@ def test_letters_are_what_greedy_generation_says_where_the_answer_comes_first(ca
 
 def test_letters_need_a_data_set_with_choices(call):
     assert call(generate, "--prompt", "x", "--score", "letters", *GOLDEN_FLAGS)[0] == 2
+    assert call(generate, "--data", "sqa", "--score", "letters", "--temperature", 1, *GOLDEN_FLAGS)[0] == 2

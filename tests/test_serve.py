@@ -126,7 +126,8 @@ def bomb():
 
 @pytest.mark.parametrize("body, why", [
     (b"{", "form"), (b"\xff\xfe", "form"), (b"[" * 100_000, "form"), ([1], "form"), ({"question": 1}, "form"), ({"question": " "}, "no question"),
-    ({"question": "x", "turns": [["a"]]}, "no question"), ({"question": "x", "turns": 7}, "form"), ({"question": "\ud800"}, "form"),
+    ({"question": "x", "turns": [["a"]]}, "form"), ({"question": "x", "turns": {"ab": "c"}}, "form"),
+    ({"question": "x", "turns": ["ab"]}, "form"), ({"question": "x", "turns": [["a", 1]]}, "form"), ({"question": "x", "turns": 7}, "form"), ({"question": "\ud800"}, "form"),
     ({"question": "x", "image": encoded(b"no picture")}, "not a picture"), ({"question": "x", "image": "äöü"}, "not a picture"),
     ({"question": "x", "image": 5}, "not a picture"), ({"question": "x", "image": encoded(PICTURE.read_bytes()[:60])}, "not a picture"),
     ({"question": "x", "image": encoded(bomb())}, "million pixels"), ({"question": "x" * 30_000}, "longer than 20,000"),
@@ -139,6 +140,13 @@ def test_a_bad_request_is_refused_in_a_line_and_harms_nobody(server, body, why):
 
 def test_a_question_too_long_for_the_context(server):
     assert "a context of 128 has room for 126" in post(server, {"question": "why " * 300})[1][-1]["error"]
+
+
+@pytest.mark.parametrize("length", ["²", "9" * 5000, "-1", ""])
+def test_a_length_that_is_none(server, length):
+    with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+        connection.sendall(f"POST /ask HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode())
+        assert b" 400 " in connection.recv(100)
 
 
 def test_another_site_cannot_post(server):
