@@ -161,7 +161,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file")
     for check in (lambda: files.write_atomically(tmp_path / "fifo", lambda path: path.write_text("x")),
                   lambda: files.check_writable(tmp_path / "fifo", "--x")):
-        with pytest.raises(LavinError, match="no regular file"):
+        with pytest.raises(files.LavinError, match="no regular file"):
             check()
     files.write_atomically(tmp_path / "link", lambda path: path.write_text("after"))
     assert (tmp_path / "fifo").is_fifo() and (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "after"
