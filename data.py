@@ -123,7 +123,8 @@ def tokenize(sample, tokenizer, max_seq_len):
     """
     tokens, labels = [tokenizer.bos_id()], [0]
     for prompt, answer in (*sample.history, (sample.prompt, sample.answer)):
-        turn, n_prompt = [*tokenizer.encode(prompt + answer), tokenizer.eos_id()], len(tokenizer.encode(prompt))
+        turn = [*tokenizer.encode(prompt + answer), tokenizer.eos_id()]
+        n_prompt = len(tokenizer.encode(prompt)) if answer else len(turn) - 1
         tokens += turn
         labels += [0] * min(n_prompt, len(turn)) + turn[n_prompt:]
     return tokens[:max_seq_len], labels[:max_seq_len]

@@ -43,14 +43,12 @@ def attend_prompts(q, k, v, cached_k, cached_v, where):
 
 
 def attend_step(q, k, v, cached_k, cached_v, where):
-    """A token for each of the first n rows: q (n, H, 1, D), k and v (n, K, 1, D); where = (positions (n,), S), of which none
-    is beyond S - 1. It attends to its row up to its own position."""
-    positions, S = where
-    rows = torch.arange(len(positions), device=q.device)
+    """A token for each of the first n rows: q (n, H, 1, D), k and v (n, K, 1, D); where = (rows (n,), positions (n,), mask
+    (n, 1, 1, S)): the place of each, and what of the first S places it attends to."""
+    rows, positions, mask = where
     for cached, new in ((cached_k, k), (cached_v, v)):
         cached[rows, :, positions] = new[:, :, 0].type_as(cached)
-    mask = torch.arange(S, device=q.device) <= positions[:, None, None, None]               # (n, 1, 1, S)
-    k, v = cached_k[:len(positions), :, :S], cached_v[:len(positions), :, :S]
+    k, v = (cached[:mask.shape[0], :, :mask.shape[-1]] for cached in (cached_k, cached_v))
     if not torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
     # The fused kernel is made for many queries. For one, the compiler makes a better one of sums.
@@ -69,7 +67,11 @@ class Decoder:
         self.lavin, self.rows, self.S, self.compiled = lavin, rows, S, compiled
         self.lengths, self.graphs = [], {}
         self.caches = [[torch.zeros(shape, device=lavin.device, dtype=dtype) for _ in range(2)] for _ in llama.layers]
-        self.w = None if lavin.modality is not None else torch.zeros(len(llama.layers), rows, 1, 2, device=lavin.device)
+        self.w = self.routed = None
+        if lavin.modality is None:
+            with torch.no_grad():
+                self.routed = lavin.route()
+            self.w = torch.zeros(len(llama.layers), rows, 1, 2, device=lavin.device)        # of each row
         if compiled:
             for module in [*llama.layers, llama.output]:
                 module.compile()
@@ -80,7 +82,7 @@ class Decoder:
         first, lengths = len(self.lengths), batch.lengths.tolist()
         batch = batch.to(self.lavin.device)
         with self.lavin.autocast():
-            x, w = self.lavin.embed(batch), self.lavin.weights(batch)
+            x, w = self.lavin.embed(batch), self.lavin.weights(batch, self.routed)
         real = torch.arange(x.shape[1], device=x.device) < batch.lengths[:, None]
         if w is not None:
             self.w[:, first:first + len(lengths)] = w
@@ -117,12 +119,15 @@ class Decoder:
         return self.one_step(ids.to(self.lavin.device), positions.to(self.lavin.device), S)
 
     def one_step(self, ids, positions, S):
+        """Tokens ids (n,) at positions (n,), none beyond S - 1, through LLaMA -> logits (n, vocabulary), fp32."""
         w = None if self.w is None else self.w[:, :len(ids)]
+        rows = torch.arange(len(ids), device=ids.device)
+        mask = torch.arange(S, device=ids.device) <= positions[:, None, None, None]         # (n, 1, 1, S)
         with self.lavin.autocast():
             x = self.lavin.llama.tok_embeddings(ids[:, None])               # (n, 1, C)
             if self.compiled and len(ids) == 1:
                 x = x.float()                                               # see one_product
-            x = self.lavin.llama(x, w, self.caches, positions[:, None], (positions, S))
+            x = self.lavin.llama(x, w, self.caches, positions[:, None], (rows, positions, mask))
             return self.lavin.llama.output(x)[:, 0].float()
 
     def replayed(self, ids, positions):

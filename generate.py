@@ -158,6 +158,22 @@ def add_model_flags(parser):
     weights.add_argument("--compile", action="store_true", help="the steps of decoding: worth its half minute in long ones")
 
 
+def add_sampling_flags(parser):
+    """-> the group of the flags, for more."""
+    how = parser.add_argument_group("how to answer")
+    how.add_argument("--max-new-tokens", type=at_least(1), help="default: 64 where the answer comes first, else 256")
+    how.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    how.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold so much")
+    return how
+
+
+def sampling(args, parser):
+    """The flags of add_sampling_flags, checked, as Conversation.say takes them."""
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
+        parser.error("--temperature is at least 0, --top-p above 0 and at most 1")
+    return {"max_new_tokens": args.max_new_tokens or 256, "temperature": args.temperature, "top_p": args.top_p}
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     what = parser.add_argument_group("what to answer")
@@ -176,12 +192,9 @@ def parse_args():
     what.add_argument("--show-routing", nargs="?", const="out/routing.png", metavar="FILE",
                       help="instead: how each layer mixes its experts, printed and drawn (default: out/routing.png)")
     add_model_flags(parser)
-    how = parser.add_argument_group("how to answer")
-    how.add_argument("--max-new-tokens", type=at_least(1), help="default: 64 where the answer comes first, else 256")
+    how = add_sampling_flags(parser)
     how.add_argument("--score", choices=["letters"], help="of ScienceQA's problems, by which letter is likeliest behind "
                      "\"The answer is\": one pass, nothing is generated")
-    how.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    how.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold so much")
     how.add_argument("--seed", type=int, default=0, help="of the sampling")
     how.add_argument("--batch-size", type=at_least(1), default=32, help="problems answered at a time (default: 32)")
     how.add_argument("--workers", type=at_least(0), default=data.default_workers(), help="that decode pictures")
@@ -200,8 +213,7 @@ def parse_args():
         parser.error("--score letters goes with --data sqa, and generates nothing: without --temperature, --max-new-tokens and --compile")
     if not args.data and (args.predictions or args.format or args.by or args.blank_images):
         parser.error("--predictions, --format, --by and --blank-images go with --data")
-    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
-        parser.error("--temperature is at least 0, --top-p above 0 and at most 1")
+    args.how = sampling(args, parser)
     return args
 
 
@@ -278,15 +290,14 @@ def main():
             check_writable(path, flag)
     torch.manual_seed(data.mixed_seed(args.seed, 0))
     lavin = load_model(args, adapter, remembered)
-    how = {"max_new_tokens": args.max_new_tokens or 256, "temperature": args.temperature, "top_p": args.top_p}
     if args.show_routing:
         show_routing(lavin, args.show_routing)
     elif args.data:
         answer_data(lavin, truths, samples, format, args)
     elif args.chat:
-        chat.talk(lavin, args.image, how, args.compile)
+        chat.talk(lavin, args.image, args.how, args.compile)
     else:
-        for text in chat.Conversation(lavin, args.image, args.compile).say(args.prompt, **how):
+        for text in chat.Conversation(lavin, args.image, args.compile).say(args.prompt, **args.how):
             print(text, end="", flush=True)
         print()
 

@@ -15,7 +15,6 @@ import base64
 import contextlib
 import io
 import json
-import math
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,7 +26,7 @@ from PIL import Image
 import data
 from chat import Conversation
 from files import LavinError, at_least, run
-from generate import add_model_flags, find_model, load_model
+from generate import add_model_flags, add_sampling_flags, find_model, load_model, sampling
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_REQUEST = 20_000_000        # bytes
@@ -98,15 +97,14 @@ class Desk:
     """The model, its queue, and whose conversation the cache holds."""
 
     def __init__(self, lavin, how, compiled):
-        self.how, self.queue = how, Queue()
-        self.route, self.resolution, self.context = lavin.route().tolist(), lavin.resolution, lavin.max_seq_len
-        self.conversation, self.pixels = Conversation(lavin, None, compiled), None
+        self.how, self.queue, self.lavin, self.route = how, Queue(), lavin, lavin.route().tolist()
+        self.conversation = Conversation(lavin, None, compiled)
 
     def answer(self, question, turns, pixels):
         """Yield the events of an answer. To be called when it is one's turn."""
-        if (pixels is None) != (self.pixels is None) or pixels is not None and not torch.equal(pixels, self.pixels):
+        shown = self.conversation.head.image
+        if (pixels is None) != (shown is None) or pixels is not None and not torch.equal(pixels, shown):
             self.conversation.show(pixels)
-            self.pixels = pixels
         self.conversation.recall(turns)
         for i, text in enumerate(self.conversation.say(question, **self.how)):
             if i == 0 and self.conversation.dropped:
@@ -134,7 +132,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, PAGE.read_bytes(), "text/html; charset=utf-8")
         elif self.path == "/about":
             desk = self.server.desk
-            self.reply(200, json.dumps({"model": self.server.model, "context": desk.context, "route": desk.route}).encode())
+            about = {"model": self.server.model, "context": desk.lavin.max_seq_len, "route": desk.route}
+            self.reply(200, json.dumps(about).encode())
         else:
             self.refuse(404, "there is / and /about, and /ask to post to")
 
@@ -150,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(413, f"this is larger than {MAX_REQUEST // 10**6} MB; take a smaller picture")
         desk = self.server.desk
         try:
-            question, turns, pixels = parse(self.rfile.read(int(length)), desk.resolution)
+            question, turns, pixels = parse(self.rfile.read(int(length)), desk.lavin.resolution)
         except LavinError as error:
             return self.refuse(400, str(error))
         self.send_response(200)
@@ -193,19 +192,15 @@ def main():
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)")
     parser.add_argument("--port", type=at_least(0), default=8000, help="0: any that is free (default: 8000)")
     add_model_flags(parser)
-    parser.add_argument("--max-new-tokens", type=at_least(1), default=256, help="of an answer (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold so much")
+    add_sampling_flags(parser)
     parser.set_defaults(data=None, data_root=None)
     args = parser.parse_args()
-    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
-        parser.error("--temperature is at least 0, --top-p above 0 and at most 1")
+    how = sampling(args, parser)
     adapter, remembered = find_model(args)
     try:
         server = Server((args.host, args.port), None, f"{Path(args.llama).name} · {adapter and Path(adapter).name or 'no adapter'}")
     except (OSError, OverflowError) as error:
         raise LavinError(f"--host {args.host} --port {args.port}: cannot listen there ({error}); choose another") from error
-    how = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
     with server:
         server.desk = Desk(load_model(args, adapter, remembered), how, args.compile)
         print(f"http://{args.host}:{server.server_port} · Ctrl-C ends it", flush=True)

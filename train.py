@@ -38,8 +38,8 @@ from model import LaVIN
 from router import Router
 
 # What makes a run what it is: --resume refuses to change these.
-FIXED = ("data", "weights", "multi_turn", "val_fraction", "warmup", "format", "captions", "epochs", "batch_size", "lr", "tau", "dropout", "max_seq_len", "seed", "dtype",
-         "adapters", "routing", "bits")
+FIXED = ("data", "weights", "multi_turn", "val_fraction", "warmup", "format", "captions", "epochs",
+         "batch_size", "lr", "tau", "dropout", "max_seq_len", "seed", "dtype", "adapters", "routing", "bits")
 
 
 def learning_rate(step, steps_per_epoch, args):
@@ -411,6 +411,12 @@ def dry_run(lavin, encoded, optimizer, scaler, n_steps, args):
           f"         {n_steps} steps of about {min(seconds):.2f} s: {n_steps * min(seconds) / 3600:.2f} h; nothing was written")
 
 
+def compile_blocks(lavin):
+    """Block by block, for any length: a few graphs serve all of them."""
+    for block in [*lavin.llama.layers, *lavin.vit.resblocks]:
+        block.compile(dynamic=True)
+
+
 def build(args, resumed, device):
     """-> LaVIN, its optimizer and scaler, at the step at which they are to go on."""
     torch.manual_seed(data.mixed_seed(args.seed, 0))
@@ -430,8 +436,7 @@ def build(args, resumed, device):
             raise LavinError(f"--resume: {path} holds no optimizer of this model ({error})") from error
     lavin.llama.checkpointing = lavin.vit.checkpointing = args.checkpointing
     if args.compile:
-        for block in [*lavin.llama.layers, *lavin.vit.resblocks]:
-            block.compile(dynamic=True)
+        compile_blocks(lavin)
     return lavin, optimizer, scaler
 
 

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import hf  # noqa: E402
 import quantize  # noqa: E402
 import train  # noqa: E402
 from adapters import AdapterConfig  # noqa: E402
@@ -169,8 +170,7 @@ def measure(args):
     lavin.llama.checkpointing = lavin.vit.checkpointing = args.checkpointing
     compiled = args.compile if args.compile is not None else device.type == "cuda"
     if compiled:
-        for block in [*lavin.llama.layers, *lavin.vit.resblocks]:
-            block.compile(dynamic=True)
+        train.compile_blocks(lavin)
     encoded = problems(lavin)
     plan = functools.partial(data.global_batch, lengths=[len(e.tokens) for e in encoded], batch_size=BATCH,
                              micro_batch=args.micro_batch, seed=0)
@@ -241,17 +241,12 @@ def hugging_face(llama, batch, n):
         import transformers
     except ImportError:
         return None
-    c, state = llama.config, {}
+    c, state, names = llama.config, {}, {ours: theirs for theirs, ours in hf.LLAMA_NAMES.items()}
     for name, tensor in llama.state_dict().items():
-        for ours, theirs in (("tok_embeddings", "embed_tokens"), ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
-                             ("attention.w", "self_attn.w"), ("feed_forward.w1", "mlp.gate_proj"), ("feed_forward.w2", "mlp.down_proj"),
-                             ("feed_forward.w3", "mlp.up_proj"), ("output", "lm_head")):
-            name = name.replace(ours, theirs)
+        layer, _, ours = name.removesuffix(".weight").rpartition("layers.")[2].partition(".")
         if ".wq." in name or ".wk." in name:            # pairs (2i, 2i + 1) become (i, i + D/2)
             tensor = tensor.unflatten(0, (-1, c.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-        for letter in "qkvo":
-            name = name.replace(f".w{letter}.", f".{letter}_proj.")
-        state[name if name.startswith("lm_head") else f"model.{name}"] = tensor
+        state[f"model.layers.{layer}.{names[ours]}.weight" if ours else f"{names[layer]}.weight"] = tensor
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
             vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.hidden_dim, num_hidden_layers=c.n_layers,
@@ -332,8 +327,7 @@ def main():
     if args.shape:
         return (measure if args.what == "train" else measure_generation)(args)
     for row in ROWS[args.what][pick_device(args.device, "auto")[0].type]:       # each in a process of its own: its own peak of memory
-        cpu = Path("/proc/cpuinfo").read_text() if "bf16" in row and args.what == "train" else "bf16"
-        if "bf16" not in cpu:
+        if args.what == "train" and "bf16" in row and "bf16" not in Path("/proc/cpuinfo").read_text():
             print(f"{' '.join(row)}: this CPU has no bf16 instructions, and would take hours")
         else:
             subprocess.run([sys.executable, __file__, args.what, *row], check=False)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tiny  # noqa: E402
 from data import Sample  # noqa: E402
+from instructions import instruction_prompt  # noqa: E402
 from model import LaVIN  # noqa: E402
 
 QUESTION = "Is this face happy or sad?"
@@ -49,7 +50,7 @@ def score(checkpoint):
     torch.manual_seed(0)
     lavin = LaVIN.load(tiny.PATHS["llama"], tiny.PATHS["vit"], checkpoint)
     faces = [face(rng) for _ in range(200)]
-    answers = lavin.generate([Sample(f"Instruction: {QUESTION}\nResponse:", image=picture) for picture, _ in faces], 16)
+    answers = lavin.generate([Sample(instruction_prompt(QUESTION), image=picture) for picture, _ in faces], 16)
     right = sum(answer.strip() == f"The face is {mood}." for answer, (_, mood) in zip(answers, faces))
     print(f"{right} of {len(faces)} new faces read rightly; the first: {answers[0]}")
 
