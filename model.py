@@ -115,6 +115,32 @@ class Block(nn.Module):
         return x
 
 
+class CrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of x @ weight.T, x (N, C), against targets (N,): fp32.
+
+    The weight being frozen, all that is left to know of the logits is their gradient to x, softmax − one-hot times
+    weight. It is made at once, a few rows at a time, while these lie in the cache; 32,000 logits for every answer token,
+    their softmax and their gradient never exist together.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        loss, gradient = torch.zeros((), device=x.device), torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        rows = 128 if x.device.type == "cpu" else 1024
+        for start in range(0, len(x), rows):
+            here, answers = slice(start, start + rows), targets[start:start + rows, None]
+            logs = F.linear(x[here], weight).log_softmax(-1, dtype=torch.float32)       # (rows, vocabulary)
+            loss -= logs.gather(1, answers).sum()
+            if gradient is not None:
+                gradient[here] = logs.exp_().scatter_add_(1, answers, -torch.ones_like(answers, dtype=logs.dtype)) @ weight
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, of_loss):
+        return ctx.saved_tensors[0] * of_loss, None, None
+
+
 @dataclass
 class LLaMAConfig:
     """params.json; the defaults are 7B's."""
@@ -415,8 +441,8 @@ class LaVIN(nn.Module):
         """Mean cross-entropy over the batch's answer tokens, fp32. Logits are made for these alone."""
         with self.autocast():
             x = self.hidden(batch, routed).flatten(0, 1).index_select(0, batch.answers - 1)    # (answer tokens, C)
-            logits = self.llama.output(x).float()
-        return F.cross_entropy(logits, batch.labels.flatten()[batch.answers], reduction="sum") / max(batch.n_answer, 1)
+            loss = CrossEntropy.apply(x, self.llama.output.weight, batch.labels.flatten()[batch.answers])
+        return loss / max(batch.n_answer, 1)
 
     def logits(self, batch):
         """(B, T, vocabulary), fp32, of every position; the modality token is not among them."""
