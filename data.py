@@ -1,12 +1,12 @@
 """Samples and what becomes of them: prompts, tokens, pictures, batches; ScienceQA in its real layout.
 
-The way of the data: Sample (text and a picture's path) -> Encoded (tokens, made once) -> Batch (padded,
+The way of the data: Sample (text and a picture's path) -> Encoded (tokens, made once) -> Batch (packed,
 with the pictures decoded by the DataLoader's workers) -> LaVIN.forward. The sequence
 
     [BOS] "Image: " [features] prompt answer [EOS]      or      [BOS] "Image: N/A" prompt answer [EOS]
 
-is spliced here for training and generation alike. Token 0 (LLaMA's <unk>, which no text contains) pads,
-holds the place of features, and as a label means "no loss".
+is spliced here for training and generation alike. Token 0 (LLaMA's <unk>, which no text contains) holds the
+place of features, and as a label means "no loss".
 """
 
 import hashlib
@@ -82,14 +82,16 @@ class Encoded:
 
 @dataclass
 class Batch:
-    tokens: torch.Tensor        # (B, T) int64, padded on the right
-    labels: torch.Tensor        # (B, T) int64
-    lengths: torch.Tensor       # (B,) int64
-    modality: torch.Tensor      # (B,) int64: 0 text only, 1 with a picture
-    # What a GPU could tell only by making the CPU wait:
-    pictured: torch.Tensor      # (N,) int64, the rows of modality 1
-    answers: torch.Tensor       # (n_answer,) int64, where labels.flatten() is not 0
-    pixels: torch.Tensor        # (N, 3, R, R) fp32, of the rows of modality 1, in their order
+    """Samples packed one behind the other, so that no work is done for padding. All that a GPU could tell only by making
+    the CPU wait is made here, on the CPU."""
+    tokens: torch.Tensor        # (ΣT,) int64
+    labels: torch.Tensor        # (ΣT,) int64
+    positions: torch.Tensor     # (ΣT,) int64, of each token in its sample
+    modality: torch.Tensor      # (ΣT,) int64, of each token's sample: 0 text only, 1 with a picture
+    answers: torch.Tensor       # (n_answer,) int64, where labels is not 0
+    pictured: torch.Tensor      # (N,) int64, where the samples of modality 1 begin
+    pixels: torch.Tensor        # (N, 3, R, R) fp32, theirs, in their order
+    lengths: list[int]          # (B)
     ids: list[str]
     n_answer: int               # tokens that carry loss
 
@@ -198,20 +200,18 @@ def decoded(encoded, resolution):
 
 
 def collate(encoded, resolution):
-    """Encoded samples -> one Batch on the CPU, padded to its longest, its pictures decoded."""
-    lengths = torch.tensor([len(e.tokens) for e in encoded])
-    tokens, labels = torch.zeros(2, len(encoded), int(lengths.max()), dtype=torch.int64)
-    pixels = []
-    for row, e in enumerate(encoded):
-        tokens[row, :len(e.tokens)] = torch.from_numpy(e.tokens)
-        labels[row, :len(e.labels)] = torch.from_numpy(e.labels)
-        if e.image is not None:
-            pixels.append(decoded(e, resolution).image)
-    modality = torch.tensor([int(e.image is not None) for e in encoded])
-    answers = labels.flatten().nonzero()[:, 0]
-    return Batch(tokens, labels, lengths, modality, modality.nonzero()[:, 0], answers,
+    """Encoded samples -> one Batch on the CPU, its pictures decoded."""
+    lengths = [len(e.tokens) for e in encoded]
+    tokens = torch.from_numpy(np.concatenate([e.tokens for e in encoded])).long()
+    labels = torch.from_numpy(np.concatenate([e.labels for e in encoded])).long()
+    positions = torch.cat([torch.arange(T) for T in lengths])
+    pictures = torch.tensor([e.image is not None for e in encoded])
+    starts = (positions == 0).nonzero()[:, 0]
+    answers = labels.nonzero()[:, 0]
+    pixels = [decoded(e, resolution).image for e in encoded if e.image is not None]
+    return Batch(tokens, labels, positions, pictures.long().repeat_interleave(torch.tensor(lengths)), answers, starts[pictures],
                  torch.stack(pixels) if pixels else torch.zeros(0, 3, resolution, resolution),
-                 [e.id for e in encoded], len(answers))
+                 lengths, [e.id for e in encoded], len(answers))
 
 
 # Batches ahead of the step
@@ -238,7 +238,7 @@ def mixture(sizes, weights, generator):
 
 
 def global_batch(step, lengths, batch_size, micro_batch, seed, sizes=None, weights=None):
-    """Which samples step `step` trains on: a list of micro-batches (lists of indices), samples of like length together.
+    """Which samples step `step` trains on: a list of micro-batches (lists of indices), of about as many tokens each.
 
     Every epoch is a permutation of its own, or with weights a mixture, drawn from (seed, epoch) alone: the same whatever
     the number of workers or the step at which a run was resumed. The last batch of an epoch may be smaller.
@@ -250,7 +250,9 @@ def global_batch(step, lengths, batch_size, micro_batch, seed, sizes=None, weigh
     else:
         order = torch.randperm(len(lengths), generator=generator).tolist()
     chosen = sorted(order[place * batch_size:(place + 1) * batch_size], key=lambda i: -lengths[i])
-    return [chosen[i:i + micro_batch] for i in range(0, len(chosen), micro_batch)]
+    n = -(-len(chosen) // micro_batch)
+    rounds = [chosen[i:i + n][::(-1) ** (i // n)] for i in range(0, len(chosen), n)]        # dealt to and fro
+    return [[dealt[i] for dealt in rounds if i < len(dealt)] for i in range(n)]
 
 
 class Collated(Dataset):

@@ -28,27 +28,30 @@ def one_product(weight, x):
     return torch.cat([(part.float() * x.flatten().float()).sum(-1) for part in parts]).type_as(x).view(1, 1, -1)
 
 
-def attend_prompts(q, k, v, cached_k, cached_v, where):
-    """Prompts packed one behind the other: q (1, H, ΣT, D), k and v (1, K, ΣT, D); where = [(row, start, T), …], the place
-    of each in the cache. Each attends to itself and to what its row holds already."""
+@torch.compiler.disable         # which would compile anew for every set of lengths
+def attend_packed(q, k, v, cache, where):
+    """Samples packed one behind the other: q (1, H, ΣT, D), k and v (1, K, ΣT, D); where = [(row, start, T), …], of each
+    its place in the cache, if there is one. Each attends to itself and to what its row holds already."""
     parts, lengths, grouped = [], [T for _, _, T in where], q.shape[1] != k.shape[1]
     for (row, start, T), q, k, v in zip(where, *(t.split(lengths, dim=2) for t in (q, k, v))):
-        cached_k[row, :, start:start + T], cached_v[row, :, start:start + T] = k[0], v[0]
         mask = None
+        if cache is not None:
+            for cached, new in zip(cache, (k, v)):
+                cached[row, :, start:start + T] = new[0]
         if start:                                               # a conversation goes on
-            k, v = (cached[row:row + 1, :, :start + T] for cached in (cached_k, cached_v))
+            k, v = (cached[row:row + 1, :, :start + T] for cached in cache)
             mask = torch.ones(T, start + T, dtype=torch.bool, device=q.device).tril(start)
         parts.append(F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped))
     return torch.cat(parts, dim=2)
 
 
-def attend_step(q, k, v, cached_k, cached_v, where):
+def attend_step(q, k, v, cache, where):
     """A token for each of the first n rows: q (n, H, 1, D), k and v (n, K, 1, D); where = (rows (n,), positions (n,), mask
     (n, 1, 1, S)): the place of each, and what of the first S places it attends to."""
     rows, positions, mask = where
-    for cached, new in ((cached_k, k), (cached_v, v)):
+    for cached, new in zip(cache, (k, v)):
         cached[rows, :, positions] = new[:, :, 0].type_as(cached)
-    k, v = (cached[:mask.shape[0], :, :mask.shape[-1]] for cached in (cached_k, cached_v))
+    k, v = (cached[:mask.shape[0], :, :mask.shape[-1]] for cached in cache)
     if not torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
     # The fused kernel is made for many queries. For one, the compiler makes a better one of sums.
@@ -79,16 +82,14 @@ class Decoder:
     @torch.inference_mode()
     def read(self, batch):
         """Prompts of a data.Batch, into the next rows -> the logits of what follows them (prompts, vocabulary), fp32."""
-        first, lengths = len(self.lengths), batch.lengths.tolist()
-        batch = batch.to(self.lavin.device)
+        first, batch = len(self.lengths), batch.to(self.lavin.device)
         with self.lavin.autocast():
             x, w = self.lavin.embed(batch), self.lavin.weights(batch, self.routed)
-        real = torch.arange(x.shape[1], device=x.device) < batch.lengths[:, None]
         if w is not None:
-            self.w[:, first:first + len(lengths)] = w
-            w = w.expand(-1, -1, x.shape[1], -1)[:, real][:, None]          # (L, 1, ΣT, 2)
-        self.lengths += lengths
-        return self.pass_through(x[real][None], w, [(first + i, 0, T) for i, T in enumerate(lengths)])
+            starts = (batch.positions == 0).nonzero()[:, 0]
+            self.w[:, first:first + len(starts), 0] = w[:, 0, starts]
+        self.lengths += batch.lengths
+        return self.pass_through(x, w, [(first + i, 0, T) for i, T in enumerate(batch.lengths)])
 
     @torch.inference_mode()
     def extend(self, ids):

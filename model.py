@@ -25,7 +25,7 @@ import quantize
 import ranks
 import vit as clip
 from adapters import Adapter, AdapterConfig, Projector, fold
-from decode import attend_prompts, attend_step, continued, is_one_token, one_product
+from decode import attend_packed, attend_step, continued, is_one_token, one_product
 from files import LavinError, check_names, fill, is_hf_folder, read_checkpoint, read_json, tensors_of, write_atomically
 from router import route
 
@@ -77,14 +77,15 @@ class Attention(nn.Module):
         self.grouped = config.n_kv_heads != config.n_heads
 
     def forward(self, x, rope, cache=None, where=None):
-        """Causal self-attention; with a layer's cache over what it holds as well (decode.py)."""
+        """Causal self-attention of each sample that is packed into x, or with where None of the rows of x; with a layer's
+        cache over what it holds as well (decode.py)."""
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.wq, self.wk, self.wv))
         q, k = rotate(q, rope), rotate(k, rope)                         # (B, T, H, D), (B, T, K, D)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                # (B, H, T, D), (B, K, T, D)
-        if cache is None:
+        if where is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         else:
-            y = (attend_step if isinstance(where, tuple) else attend_prompts)(q, k, v, *cache, where)
+            y = (attend_step if isinstance(where, tuple) else attend_packed)(q, k, v, cache, where)
         return self.wo(y.transpose(1, 2).flatten(2))                    # (B, T, C)
 
 
@@ -186,13 +187,14 @@ class LLaMA(nn.Module):
     def forward(self, x, w, caches=None, positions=None, where=None):
         """x (B, T, C), w (L, B, T or 1, 2) -> the last hidden state, normed, (B, T, C); `output` makes logits of it.
 
-        w is None in a folded model. positions (B, T), if not 0, 1, 2, …; caches and where: see decode.py.
+        w is None in a folded model. positions (B, T), if not 0, 1, 2, …; where: what is packed into x, or to be cached
+        (decode.py: attend_packed, attend_step).
         """
         rope = self.rope(torch.arange(x.shape[1], device=x.device) if positions is None else positions)
         for i, layer in enumerate(self.layers):
             w_i = None if w is None else w[i]
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, w_i, rope, use_reentrant=False)
+                x = checkpoint(layer, x, w_i, rope, None, where, use_reentrant=False)
             else:
                 x = layer(x, w_i, rope, caches and caches[i], where)
         return self.norm(x)
@@ -418,36 +420,39 @@ class LaVIN(nn.Module):
             return route(self.llama, self.modality_embedding)
 
     def embed(self, batch):
-        """Tokens and pictures -> (B, T, C). The one place where pictures enter the text."""
+        """Tokens and pictures -> (1, ΣT, C). The one place where pictures enter the text."""
         x = self.llama.tok_embeddings(batch.tokens)
         if len(batch.pixels):
             start = 1 + len(data.picture_prefix(self.tokenizer))        # BOS, "Image: ", features
-            tokens = self.projector(self.image_features(batch.pixels))  # (N, F, C)
-            x[batch.pictured, start:start + self.n_features] = tokens.type_as(x)
-        return x
+            places = batch.pictured[:, None] + torch.arange(start, start + self.n_features, device=x.device)
+            x[places] = self.projector(self.image_features(batch.pixels)).type_as(x)        # (N, F, C)
+        return x[None]
 
     def weights(self, batch, routed=None):
-        """The experts' weights for each sample, (L, B, 1, 2); None if folded. routed: what route() gave, if asked before."""
+        """The experts' weights for each token, (L, 1, ΣT, 2); None if folded. routed: what route() gave, if asked before."""
         if self.modality is None:
-            return (self.route() if routed is None else routed)[:, batch.modality, None]
-        if len(batch.pictured) != self.modality * len(batch.tokens):
+            text, picture = (self.route() if routed is None else routed).split(1, dim=1)        # (L, 1, 2)
+            return torch.where(batch.modality[:, None] == 0, text, picture)[:, None]
+        if len(batch.pictured) != self.modality * len(batch.lengths):
             raise ValueError(f"folded for modality {self.modality}, but the batch has {len(batch.pictured)} pictures")
 
     def hidden(self, batch, routed=None):
-        """The last hidden state of the whole sequence, (B, T, C)."""
-        return self.llama(self.embed(batch), self.weights(batch, routed))
+        """The last hidden state of every token, (ΣT, C)."""
+        where = [(row, 0, T) for row, T in enumerate(batch.lengths)]
+        return self.llama(self.embed(batch), self.weights(batch, routed), positions=batch.positions[None], where=where)[0]
 
     def forward(self, batch, routed=None):
         """Mean cross-entropy over the batch's answer tokens, fp32. Logits are made for these alone."""
         with self.autocast():
-            x = self.hidden(batch, routed).flatten(0, 1).index_select(0, batch.answers - 1)    # (answer tokens, C)
-            loss = CrossEntropy.apply(x, self.llama.output.weight, batch.labels.flatten()[batch.answers])
+            x = self.hidden(batch, routed).index_select(0, batch.answers - 1)      # (n_answer, C)
+            loss = CrossEntropy.apply(x, self.llama.output.weight, batch.labels[batch.answers])
         return loss / max(batch.n_answer, 1)
 
     def logits(self, batch):
-        """(B, T, vocabulary), fp32, of every position; the modality token is not among them."""
+        """(B, T, vocabulary), fp32, of every position, 0 behind a sample's end; the modality token is not among them."""
         with self.autocast():
-            return self.llama.output(self.hidden(batch)).float()
+            x = self.hidden(batch)
+        return torch.nn.utils.rnn.pad_sequence(self.llama.output(x).float().split(batch.lengths), batch_first=True)
 
     @torch.no_grad()
     def fold(self, modality):

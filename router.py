@@ -4,8 +4,8 @@ The paper's routing: w = softmax((y W + b) / τ), where y is the modality token 
 of two learned embeddings (text only, text + picture) put in front of the sequence. It sees only itself and no
 other token sees it, so what it becomes, layer by layer, depends on nothing but the modality: the two tokens go
 through the layers once, as two sequences of length 1, and the weights of a sample are looked up by its modality.
-The real sequence then needs no extra token and no custom mask. (Under dropout all samples of a micro-batch
-share one draw of this stream; in the reference each has its own.)
+The real sequence then needs no extra token and no custom mask. (Under dropout all samples of a step share one
+draw of this stream; in the reference each has its own.)
 """
 
 import torch

@@ -56,8 +56,8 @@ ROWS = {"train": {"cuda": [["--shape", "7B", "--micro-batch", "8", "--pictures",
                  ["--shape", "13B", "--micro-batch", "8"],
                  ["--shape", "7B", "--micro-batch", "4", "--checkpointing", "--bits", "4"],
                  ["--shape", "13B", "--micro-batch", "4", "--checkpointing", "--bits", "4"]],
-        "cpu": [["--shape", "mid", "--dtype", "fp32", "--micro-batch", "4", "--steps", "3", "--share"],
-                ["--shape", "mid", "--dtype", "bf16", "--micro-batch", "4", "--steps", "3"]]},
+        "cpu": [["--shape", "mid", "--dtype", "fp32", "--compile", "--micro-batch", "16", "--steps", "5", "--share"],
+                ["--shape", "mid", "--dtype", "bf16", "--compile", "--micro-batch", "16", "--steps", "5"]]},
         "generate": {
         "cuda": [["--shape", "7B", "--compile", "--sqa"], ["--shape", "7B", "--compile", "--bits", "8"],
                  ["--shape", "7B", "--compile", "--bits", "4"]],
@@ -113,7 +113,7 @@ def flops(lavin, batches):
         lavin.llama.layers[0].attention, lavin.llama.layers[0].feed_forward) for linear in module.children())
     V, vit_tokens, count = vit.class_embedding.numel(), len(vit.positional_embedding), 0
     for batch in batches:
-        for T in batch.lengths.tolist():
+        for T in batch.lengths:
             count += llama.n_layers * (4 * per_layer * T + 6 * 2 * C * 8 * T + 6 * T * T * C)
         count += 4 * C * llama.vocab_size * batch.n_answer
         count += len(batch.pixels) * vit_tokens * len(vit.resblocks) * (4 * 12 * V * V + 6 * 2 * V * 8 + 12 * vit_tokens * V)
@@ -168,6 +168,8 @@ def measure(args):
     device, dtype = pick_device(args.device, args.dtype)
     lavin = build(args.shape, device, DTYPES[dtype], args.bits)
     lavin.llama.checkpointing = lavin.vit.checkpointing = args.checkpointing
+    if device.type == "cpu":
+        train.keep_freed_memory()
     compiled = args.compile if args.compile is not None else device.type == "cuda"
     if compiled:
         train.compile_blocks(lavin)
@@ -179,7 +181,7 @@ def measure(args):
     rate = matrix_rate(device, DTYPES[dtype])
     step = time_steps(lavin, loads, args.steps)
     work = statistics.mean(flops(lavin, batches) for batches in ready)
-    tokens = statistics.mean(sum(int(b.lengths.sum()) for b in batches) for batches in ready)
+    tokens = statistics.mean(sum(len(b.tokens) for b in batches) for batches in ready)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"{args.shape} {dtype} on {device}, {args.bits} bits, micro-batch {args.micro_batch}, "
           f"checkpointing {'on' if args.checkpointing else 'off'}, compile {'on' if compiled else 'off'}, torch {torch.__version__}\n"

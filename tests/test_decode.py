@@ -11,7 +11,7 @@ import torch
 import adapters
 import data
 from conftest import ADAPTER, LLAMA, VIT, difference
-from decode import Decoder, attend_prompts, attend_step, continued
+from decode import Decoder, attend_packed, attend_step, continued
 from model import LaVIN, save_folded
 
 TEXTS = [data.Sample(f"Instruction: {'Name a metal. ' * n}\nResponse:") for n in (1, 5, 2, 1, 3, 4, 2)]
@@ -94,20 +94,20 @@ def test_cached_decoding_is_recomputation(lavin, samples, fold):
     samples = [s for s in samples if s.image is not None] if fold else samples
     batch = lavin.batch(samples)
     whole = lavin.logits(batch).detach()
-    half = data.collate([data.replace(lavin.encode(s), tokens=batch.tokens[i, :n].numpy(), labels=batch.labels[i, :n].numpy())
-                         for i, s in enumerate(samples) for n in [int(batch.lengths[i]) // 2]], lavin.resolution)
+    encoded = [lavin.encode(s) for s in samples]
+    half = [data.replace(e, tokens=e.tokens[:len(e.tokens) // 2], labels=e.labels[:len(e.tokens) // 2]) for e in encoded]
     decoder = Decoder(lavin.fold(1) if fold else lavin, len(samples), 128)
-    logits, rows = decoder.read(half), torch.arange(len(samples))
-    for i in range(int((batch.lengths - half.lengths).min())):
-        positions = half.lengths + i
-        assert difference(logits, whole[rows, positions - 1]) < 1e-4
-        logits = decoder.step(batch.tokens[rows, positions].tolist())
+    logits = decoder.read(data.collate(half, lavin.resolution))
+    for i in range(min(len(e.tokens) - len(h.tokens) for e, h in zip(encoded, half))):
+        places = [len(h.tokens) + i for h in half]
+        assert difference(logits, torch.stack([row[place - 1] for row, place in zip(whole, places)])) < 1e-4
+        logits = decoder.step([int(e.tokens[place]) for e, place in zip(encoded, places)])
 
 
 def test_a_cache_that_is_extended(lavin, samples):
     batch = lavin.batch(samples[:1])
-    whole, tokens = lavin.logits(batch).detach(), batch.tokens[0].tolist()
-    start = data.replace(lavin.encode(samples[0]), tokens=batch.tokens[0, :20].numpy(), labels=batch.labels[0, :20].numpy())
+    whole, tokens, encoded = lavin.logits(batch).detach(), batch.tokens.tolist(), lavin.encode(samples[0])
+    start = data.replace(encoded, tokens=encoded.tokens[:20], labels=encoded.labels[:20])
     decoder = Decoder(lavin.fold(1), 1, 128)
     decoder.read(data.collate([start], lavin.resolution))
     assert difference(decoder.extend(tokens[20:30])[0], whole[0, 29]) < 1e-4
@@ -122,11 +122,11 @@ def test_grouped_queries_over_the_cache(compiled):
     full = torch.nn.functional.scaled_dot_product_attention(q, *(t.repeat_interleave(2, dim=1) for t in (k, v)), is_causal=True)
     lengths, cache = (5, 3), (torch.zeros(3, 2, 8, 16), torch.zeros(3, 2, 8, 16))
     packed = [torch.cat([t[row:row + 1, :, :n] for row, n in enumerate(lengths)], dim=2) for t in (q, k, v)]
-    y = attend_prompts(*packed, *cache, [(row, 0, n) for row, n in enumerate(lengths)])
+    y = attend_packed(*packed, cache, [(row, 0, n) for row, n in enumerate(lengths)])
     assert difference(y, torch.cat([full[row:row + 1, :, :n] for row, n in enumerate(lengths)], dim=2)) < 1e-6
     rows, positions = torch.arange(2), torch.tensor(lengths)
     step = torch.compile(attend_step, backend="eager") if compiled else attend_step
-    y = step(*(t[rows, :, positions][:, :, None] for t in (q, k, v)), *cache, (rows, positions, torch.arange(6) <= positions[:, None, None, None]))
+    y = step(*(t[rows, :, positions][:, :, None] for t in (q, k, v)), cache, (rows, positions, torch.arange(6) <= positions[:, None, None, None]))
     assert difference(y[:, :, 0], full[rows, :, positions]) < 1e-6
 
 

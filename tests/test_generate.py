@@ -71,8 +71,8 @@ def test_a_sample_ends_as_soon_as_its_letter_is_out(sqa, monkeypatch):
         return torch.stack([F.one_hot(torch.tensor([*said, 2])[n - start], 512).float() for n, start in zip(decoder.lengths, decoder.starts)])
 
     def read(decoder, batch):
-        decoder.starts, first = decoder.starts[:len(decoder.lengths)] + batch.lengths.tolist(), len(decoder.lengths)
-        decoder.lengths += batch.lengths.tolist()
+        decoder.starts, first = decoder.starts[:len(decoder.lengths)] + batch.lengths, len(decoder.lengths)
+        decoder.lengths += batch.lengths
         return logits(decoder)[first:]
 
     def step(decoder, ids):

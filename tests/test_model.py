@@ -10,7 +10,7 @@ import adapters
 import data
 from adapters import AdapterConfig
 from conftest import ADAPTER, LLAMA, VIT, difference
-from model import LaVIN, LLaMA, LLaMAConfig, RMSNorm, allocate, read_params, rotate
+from model import CrossEntropy, LaVIN, LLaMA, LLaMAConfig, RMSNorm, allocate, read_params, rotate
 from vit import ViTConfig
 
 
@@ -88,7 +88,7 @@ def test_rope_theta_is_honoured_and_only_differences_of_positions_matter():
 def test_the_modality_token_may_be_left_out_of_the_sequence(lavin, samples):
     """DESIGN §2 the long way: the token in front, a mask that hides it, the weights read off it in every layer."""
     batch = lavin.batch(samples[:1])
-    x = torch.cat([lavin.modality_embedding[batch.modality][:, None], lavin.embed(batch)], dim=1)
+    x = torch.cat([lavin.modality_embedding[batch.modality[:1]][None], lavin.embed(batch)], dim=1)
     T = x.shape[1]
     mask = torch.ones(T, T, dtype=torch.bool).tril()
     mask[1:, 0] = False
@@ -124,11 +124,28 @@ def test_text_only_samples_never_enter_the_vit(lavin, samples, monkeypatch):
 
 
 def test_logits_are_computed_only_where_there_is_a_label(lavin, samples, monkeypatch):
-    rows, output = [], lavin.llama.output.forward
-    monkeypatch.setattr(lavin.llama.output, "forward", lambda x: rows.append(x.shape) or output(x))
+    rows, apply = [], CrossEntropy.apply
+    monkeypatch.setattr(CrossEntropy, "apply", lambda x, *rest: rows.append(x.shape) or apply(x, *rest))
     batch = lavin.batch(samples)
     lavin(batch)
-    assert rows == [(batch.n_answer, 64)]
+    assert rows == [(batch.n_answer, 64)] and batch.n_answer < len(batch.tokens) / 2
+
+
+@pytest.mark.parametrize("n", [0, 1, 128, 300])
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_cross_entropy_by_parts_is_that_of_the_whole(n, dtype, allowed):
+    """Its loss, and its gradient under a factor; without one to be made, the loss alone."""
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(n, 32).to(dtype).requires_grad_(), torch.randn(500, 32).to(dtype), torch.randint(0, 500, (n,))
+    whole = torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, weight).float(), targets, reduction="sum")
+    theirs, = torch.autograd.grad(3 * whole, x)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = CrossEntropy.apply(x, weight, targets)
+        with torch.no_grad():
+            assert CrossEntropy.apply(x, weight, targets) == loss
+    ours, = torch.autograd.grad(3 * loss, x)
+    assert ours.dtype == dtype and (difference(ours, theirs) if n else 0) <= allowed * 3 * weight.abs().max()
+    assert loss.dtype == torch.float32 and difference(loss, whole) <= allowed * max(1, whole)
 
 
 def test_fresh_adapters_are_the_identity():

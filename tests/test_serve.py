@@ -77,7 +77,7 @@ def test_a_question_streams_its_answer(server, image):
 def test_a_follow_up_computes_no_more_than_itself(server, monkeypatch):
     counts, extend, read = [], Decoder.extend, Decoder.read
     monkeypatch.setattr(Decoder, "extend", lambda d, ids: counts.append(len(ids)) or extend(d, ids))
-    monkeypatch.setattr(Decoder, "read", lambda d, batch: counts.append(int(batch.lengths.sum())) or read(d, batch))
+    monkeypatch.setattr(Decoder, "read", lambda d, batch: counts.append(len(batch.tokens)) or read(d, batch))
     answer = "Iron."
     post(server, {"question": "Why?", "turns": [["Name a metal.", answer]]})
     post(server, {"question": "Why not?", "turns": [["Name a metal.", answer]]})
