@@ -138,19 +138,19 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def time_steps(lavin, loads, n):
-    """Median seconds of n steps, after three that warm up (compilation is among them)."""
+def time_steps(lavin, loads, n, between=lambda: None):
+    """Median seconds of n steps, after three that warm up (compilation is among them); between is called before each."""
     optimizer, scaler = train.make_optimizer(lavin), torch.amp.GradScaler(lavin.device.type, enabled=False)
     gradients, seconds = train.gradient_buffer(lavin), []
     began = time.perf_counter()
     for i, batches in enumerate(loads):
         train.train_step(lavin, optimizer, scaler, gradients, batches)
         synchronize(lavin.device)
-        now = time.perf_counter()
-        seconds.append(now - began)
-        began = now
+        seconds.append(time.perf_counter() - began)
         if i + 1 == 3 + n:
             return statistics.median(seconds[3:])
+        between()
+        began = time.perf_counter()
 
 
 def without_adapters(lavin):
@@ -178,8 +178,9 @@ def measure(args):
                              micro_batch=args.micro_batch, seed=0)
     ready = [[data.collate([encoded[i] for i in indices], lavin.resolution) for indices in plan(step)] for step in range(3)]
     loads = (ready[i % 3] for i in range(10**6))
-    rate = matrix_rate(device, DTYPES[dtype])
-    step = time_steps(lavin, loads, args.steps)
+    rates = []                                          # between the steps, as other work on the machine comes and goes
+    step = time_steps(lavin, loads, args.steps, lambda: rates.append(matrix_rate(device, DTYPES[dtype])))
+    rate = statistics.median(rates)
     work = statistics.mean(flops(lavin, batches) for batches in ready)
     tokens = statistics.mean(sum(len(b.tokens) for b in batches) for batches in ready)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -261,10 +262,10 @@ def hugging_face(llama, batch, n):
         times = []
         for tokens in (1, n):
             began = time.perf_counter()
-            ids = model.generate(batch.tokens, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+            ids = model.generate(batch.tokens[None], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
             times.append(time.perf_counter() - began)
         seconds.append((times[1] - times[0]) / (n - 1))
-    return statistics.median(seconds), ids[0, batch.tokens.shape[1]:].tolist()
+    return statistics.median(seconds), ids[0, len(batch.tokens):].tolist()
 
 
 def measure_generation(args):
