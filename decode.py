@@ -1,7 +1,7 @@
 """Decoding: prompts are read in one pass, then continued a token at a time over a cache of keys and values.
 
 A row of the cache belongs to one prompt. Prompts are read packed, one behind the other, so that no work is done for
-padding; then every step gives each row one more token. A row that has ended makes room for the next prompt that
+padding (as samples are in training); then every step gives each row one more token. A row that has ended makes room for the next prompt that
 waits, so that no step is spent on what is done (continuous batching).
 On a GPU a step is captured once as a CUDA graph and replayed, which costs the CPU one call instead of a thousand.
 Shapes: n rows in use, S places in each; H heads, K key/value heads, D their width, L layers, C the model's width.
@@ -28,12 +28,21 @@ def one_product(weight, x):
     return torch.cat([(part.float() * x.flatten().float()).sum(-1) for part in parts]).type_as(x).view(1, 1, -1)
 
 
-@torch.compiler.disable         # which would compile anew for every set of lengths
+class Packed:
+    """places = [(row, start, T), …]: of each packed sample its place in the cache, if there is one, and its length.
+
+    Not a list alone, which the compiler would look into and compile anew for every number of samples.
+    """
+
+    def __init__(self, places):
+        self.places = places
+
+
 def attend_packed(q, k, v, cache, where):
-    """Samples packed one behind the other: q (1, H, ΣT, D), k and v (1, K, ΣT, D); where = [(row, start, T), …], of each
-    its place in the cache, if there is one. Each attends to itself and to what its row holds already."""
-    parts, lengths, grouped = [], [T for _, _, T in where], q.shape[1] != k.shape[1]
-    for (row, start, T), q, k, v in zip(where, *(t.split(lengths, dim=2) for t in (q, k, v))):
+    """Samples packed one behind the other: q (1, H, ΣT, D), k and v (1, K, ΣT, D); where: Packed. Each attends to itself
+    and to what its row of the cache holds already."""
+    parts, lengths, grouped = [], [T for _, _, T in where.places], q.shape[1] != k.shape[1]
+    for (row, start, T), q, k, v in zip(where.places, *(t.split(lengths, dim=2) for t in (q, k, v))):
         mask = None
         if cache is not None:
             for cached, new in zip(cache, (k, v)):
@@ -86,8 +95,8 @@ class Decoder:
         with self.lavin.autocast():
             x, w = self.lavin.embed(batch), self.lavin.weights(batch, self.routed)
         if w is not None:
-            starts = (batch.positions == 0).nonzero()[:, 0]
-            self.w[:, first:first + len(starts), 0] = w[:, 0, starts]
+            ends = torch.tensor(batch.lengths).cumsum(0).to(x.device) - 1
+            self.w[:, first:first + len(ends), 0] = w[:, 0, ends]
         self.lengths += batch.lengths
         return self.pass_through(x, w, [(first + i, 0, T) for i, T in enumerate(batch.lengths)])
 
@@ -99,13 +108,13 @@ class Decoder:
         self.lengths[0] += len(ids)
         return logits
 
-    def pass_through(self, x, w, where):
-        """x (1, ΣT, C) through LLaMA -> the logits behind each prompt of `where`."""
-        positions = torch.cat([torch.arange(start, start + T) for _, start, T in where]).to(x.device)
-        ends = torch.tensor([T for _, _, T in where]).cumsum(0).to(x.device) - 1
+    def pass_through(self, x, w, places):
+        """x (1, ΣT, C) through LLaMA -> the logits behind each prompt of `places`."""
+        positions = torch.cat([torch.arange(start, start + T) for _, start, T in places]).to(x.device)
+        ends = torch.tensor([T for _, _, T in places]).cumsum(0).to(x.device) - 1
         eager = torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
         with self.lavin.autocast(), eager:
-            x = self.lavin.llama(x, w, self.caches, positions, where)
+            x = self.lavin.llama(x, w, self.caches, positions, Packed(places))
             return self.lavin.llama.output(x[0, ends]).float()
 
     @torch.inference_mode()

@@ -25,7 +25,7 @@ import quantize
 import ranks
 import vit as clip
 from adapters import Adapter, AdapterConfig, Projector, fold
-from decode import attend_packed, attend_step, continued, is_one_token, one_product
+from decode import Packed, attend_packed, attend_step, continued, is_one_token, one_product
 from files import LavinError, check_names, fill, is_hf_folder, read_checkpoint, read_json, tensors_of, write_atomically
 from router import route
 
@@ -75,6 +75,7 @@ class Attention(nn.Module):
         self.wv = Linear(C, config.n_kv_heads * self.head_dim, bias=config.attention_bias)
         self.wo = Linear(C, C, bias=False)
         self.grouped = config.n_kv_heads != config.n_heads
+        self.attend_packed = attend_packed
 
     def forward(self, x, rope, cache=None, where=None):
         """Causal self-attention of each sample that is packed into x, or with where None of the rows of x; with a layer's
@@ -85,7 +86,7 @@ class Attention(nn.Module):
         if where is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         else:
-            y = (attend_step if isinstance(where, tuple) else attend_packed)(q, k, v, cache, where)
+            y = (attend_step if isinstance(where, tuple) else self.attend_packed)(q, k, v, cache, where)
         return self.wo(y.transpose(1, 2).flatten(2))                    # (B, T, C)
 
 
@@ -126,7 +127,8 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        loss, gradient = torch.zeros((), device=x.device), torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        loss = torch.zeros((), device=x.device)
+        gradient = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         rows = 128 if x.device.type == "cpu" else 1024
         for start in range(0, len(x), rows):
             here, answers = slice(start, start + rows), targets[start:start + rows, None]
@@ -438,7 +440,7 @@ class LaVIN(nn.Module):
 
     def hidden(self, batch, routed=None):
         """The last hidden state of every token, (ΣT, C)."""
-        where = [(row, 0, T) for row, T in enumerate(batch.lengths)]
+        where = Packed([(row, 0, T) for row, T in enumerate(batch.lengths)])
         return self.llama(self.embed(batch), self.weights(batch, routed), positions=batch.positions[None], where=where)[0]
 
     def forward(self, batch, routed=None):
@@ -451,8 +453,8 @@ class LaVIN(nn.Module):
     def logits(self, batch):
         """(B, T, vocabulary), fp32, of every position, 0 behind a sample's end; the modality token is not among them."""
         with self.autocast():
-            x = self.hidden(batch)
-        return torch.nn.utils.rnn.pad_sequence(self.llama.output(x).float().split(batch.lengths), batch_first=True)
+            logits = self.llama.output(self.hidden(batch)).float()
+        return torch.nn.utils.rnn.pad_sequence(logits.split(batch.lengths), batch_first=True)
 
     @torch.no_grad()
     def fold(self, modality):

@@ -34,6 +34,7 @@ import ranks
 import tiny
 from files import (DTYPES, LavinError, at_least, check_compiler, check_writable, choose_paths, pick_device, read_checkpoint, run,
                    write_atomically)
+from decode import attend_packed
 from generate import score
 from model import LaVIN
 from router import Router
@@ -61,7 +62,7 @@ def make_optimizer(lavin):
 
 def keep_freed_memory():
     """Let this process keep the memory that it frees. glibc gives large tensors back to the system, which clears every page
-    of the next one anew: a tenth of a step on a CPU."""
+    of the next one anew, a tenth of a step on a CPU."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)                             # M_MMAP_MAX: take nothing from the system piece by piece
@@ -174,7 +175,7 @@ def make_parser():
     how.add_argument("--epochs", type=at_least(1), help="default: 20, without ScienceQA 15")
     how.add_argument("--warmup", type=float, help="epochs, at most a tenth of all (default: 2, without ScienceQA 0.2)")
     how.add_argument("--batch-size", type=at_least(1), default=32, help="samples of one optimizer step (default: 32)")
-    how.add_argument("--micro-batch", type=at_least(1), default=4, help="samples of one forward pass (default: 4)")
+    how.add_argument("--micro-batch", type=at_least(1), default=4, help="samples of one forward pass, at most (default: 4)")
     how.add_argument("--lr", type=float, help="peak learning rate (default: 9e-3 · batch size / 256)")
     how.add_argument("--tau", type=float, default=10.0, help="temperature of the routers: 10 for 7B, 5 for 13B")
     how.add_argument("--dropout", type=float, default=0.1, help="in the adapters (default: 0.1)")
@@ -290,7 +291,7 @@ def held_out_losses(lavin, held, args):
     losses = {}
     lavin.eval()
     for source, encoded in held.items():
-        chosen = [range(len(encoded))[i:i + args.micro_batch] for i in range(0, len(encoded), args.micro_batch)]
+        chosen = [range(i, min(i + args.micro_batch, len(encoded))) for i in range(0, len(encoded), args.micro_batch)]
         plan = [chosen[i:i + ranks.count()] for i in range(0, len(chosen), ranks.count())]      # one for every rank
         dataset = data.Collated(encoded, plan.__getitem__, lavin.resolution, ranks.rank(), ranks.count())
         loss, n_answer = torch.zeros((), dtype=torch.float64, device=lavin.device), 0
@@ -421,7 +422,9 @@ def dry_run(lavin, encoded, optimizer, scaler, n_steps, args):
 
 
 def compile_blocks(lavin):
-    """Block by block, for any length: a few graphs serve all of them."""
+    """Block by block, for any length: a few graphs serve all of them. Attention is left out, sample by sample as it goes."""
+    for block in lavin.llama.layers:
+        block.attention.attend_packed = torch.compiler.disable(attend_packed)
     for block in [*lavin.llama.layers, *lavin.vit.resblocks]:
         block.compile(dynamic=True)
 

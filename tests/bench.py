@@ -139,7 +139,7 @@ def synchronize(device):
 
 
 def time_steps(lavin, loads, n, between=lambda: None):
-    """Median seconds of n steps, after three that warm up (compilation is among them); between is called before each."""
+    """Median seconds of n steps, after three that warm up (compilation is among them); between is called between them."""
     optimizer, scaler = train.make_optimizer(lavin), torch.amp.GradScaler(lavin.device.type, enabled=False)
     gradients, seconds = train.gradient_buffer(lavin), []
     began = time.perf_counter()

@@ -11,7 +11,7 @@ import torch
 import adapters
 import data
 from conftest import ADAPTER, LLAMA, VIT, difference
-from decode import Decoder, attend_packed, attend_step, continued
+from decode import Decoder, Packed, attend_packed, attend_step, continued
 from model import LaVIN, save_folded
 
 TEXTS = [data.Sample(f"Instruction: {'Name a metal. ' * n}\nResponse:") for n in (1, 5, 2, 1, 3, 4, 2)]
@@ -122,7 +122,7 @@ def test_grouped_queries_over_the_cache(compiled):
     full = torch.nn.functional.scaled_dot_product_attention(q, *(t.repeat_interleave(2, dim=1) for t in (k, v)), is_causal=True)
     lengths, cache = (5, 3), (torch.zeros(3, 2, 8, 16), torch.zeros(3, 2, 8, 16))
     packed = [torch.cat([t[row:row + 1, :, :n] for row, n in enumerate(lengths)], dim=2) for t in (q, k, v)]
-    y = attend_packed(*packed, cache, [(row, 0, n) for row, n in enumerate(lengths)])
+    y = attend_packed(*packed, cache, Packed([(row, 0, n) for row, n in enumerate(lengths)]))
     assert difference(y, torch.cat([full[row:row + 1, :, :n] for row, n in enumerate(lengths)], dim=2)) < 1e-6
     rows, positions = torch.arange(2), torch.tensor(lengths)
     step = torch.compile(attend_step, backend="eager") if compiled else attend_step
