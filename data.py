@@ -1,21 +1,21 @@
-"""Samples and what becomes of them: prompts, tokens, pictures, batches; ScienceQA in its real layout.
+"""From samples to batches: pictures, tokens, which samples a step takes, ScienceQA's prompts.
 
-The way of the data: Sample (text and a picture's path) -> Encoded (tokens, made once) -> Batch (packed,
-with the pictures decoded by the DataLoader's workers) -> LaVIN.forward. The sequence
+The way of the data: Sample (text, and a picture's path) -> Encoded (tokens, made once) -> Batch
+(samples concatenated, pictures decoded by the DataLoader's workers) -> LaVIN.forward. The sequence
 
-    [BOS] "Image: " [features] prompt answer [EOS]      or      [BOS] "Image: N/A" prompt answer [EOS]
+    [BOS] "Image: " [features] prompt answer [EOS]     or     [BOS] "Image: N/A" prompt answer [EOS]
 
-is spliced here for training and generation alike. Token 0 (LLaMA's <unk>, which no text contains) holds the
-place of features, and as a label means "no loss".
+is put together in `encode`, for training and generation alike. Token 0 (LLaMA's <unk>, which no
+text contains) holds the place of the features. As a label, 0 means "no loss on this token".
 """
 
-import hashlib
-import json
+import dataclasses
+import math
 import os
 import re
 import signal
-import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +23,22 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from sentencepiece import SentencePieceProcessor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from files import LavinError, read_json, run, tokenizer_path, write_atomically
+from files import LavinError, tokenizer_path
 
 # Pictures
 
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]     # not CLIP's own: the
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]      # authors' choice
 
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]     # ImageNet's, not CLIP's: LaVIN's choice
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
-
-def to_rgb(picture):
-    """A PIL picture of any mode -> RGB, upright, alpha laid on white."""
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode -> RGB, upright, transparent parts on white."""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):                                    # 16 bits: convert() would clip at 255
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
+    if picture.mode.startswith("I"):
+        # 16 bits a channel. convert() would clip at 255 instead of scaling.
+        values = np.asarray(picture).clip(0, 65535) / 257
+        picture = Image.fromarray(values.round().astype(np.uint8))
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -46,17 +46,21 @@ def to_rgb(picture):
     return picture.convert("RGB")
 
 
-def load_pixels(image, resolution):
-    """A path or PIL picture -> (3, R, R) fp32, squeezed (not cropped) to R × R by bicubic, normalised."""
+def load_pixels(image: str | Path | Image.Image, resolution: int) -> torch.Tensor:
+    """A path or a picture -> (3, R, R) fp32, normalised. LavinError if Pillow cannot read it.
+
+    The picture is squeezed to R × R, not cropped: a diagram's border may hold the answer.
+    """
     try:
         picture = to_rgb(image if isinstance(image, Image.Image) else Image.open(image))
     except FileNotFoundError as error:
         raise LavinError(f"{image}: no such picture") from error
-    except Exception as error:      # Pillow's readers raise anything, from SyntaxError to struct.error
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
-        raise LavinError(f"{image}: not a picture that Pillow can read ({reason})") from error
+    except UnidentifiedImageError as error:
+        raise LavinError(f"{image}: not a picture that Pillow can read (unknown format)") from error
+    except Exception as error:      # Pillow's readers raise anything, even SyntaxError
+        raise LavinError(f"{image}: not a picture that Pillow can read ({error})") from error
     picture = picture.resize((resolution, resolution), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255     # (3, R, R)
     return (pixels - IMAGENET_MEAN) / IMAGENET_STD
 
 
@@ -68,396 +72,379 @@ class Sample:
     prompt: str
     answer: str = ""
     image: str | Path | Image.Image | None = None
-    id: str = ""                # named in messages
-    history: tuple = ()         # the turns before: ((prompt, answer), …), whose answers carry loss as well
+    id: str = ""                # for messages
+    history: tuple = ()         # earlier turns, ((prompt, answer), …); their answers carry loss too
 
 
 @dataclass
 class Encoded:
-    tokens: np.ndarray          # (T,) int32; not torch's, of which thousands use up a worker's file descriptors
-    labels: np.ndarray          # (T,) int32, the token itself where it belongs to the answer, else 0
-    image: str | Path | Image.Image | torch.Tensor | None       # torch's: pixels, as load_pixels makes them
+    """A sample as tokens: NumPy arrays, since every tensor costs a worker a file descriptor."""
+    tokens: np.ndarray          # (T,) int32
+    labels: np.ndarray          # (T,) int32: the token itself where it belongs to an answer, else 0
+    image: str | Path | Image.Image | torch.Tensor | None       # a tensor holds pixels (3, R, R)
     id: str
 
 
 @dataclass
 class Batch:
-    """Samples packed one behind the other, so that no work is done for padding. All that a GPU could tell only by making
-    the CPU wait is made here, on the CPU."""
-    tokens: torch.Tensor        # (ΣT,) int64
-    labels: torch.Tensor        # (ΣT,) int64
-    positions: torch.Tensor     # (ΣT,) int64, of each token in its sample
-    modality: torch.Tensor      # (ΣT,) int64, of each token's sample: 0 text only, 1 with a picture
-    answers: torch.Tensor       # (n_answer,) int64, where labels is not 0
-    pictured: torch.Tensor      # (N,) int64, where the samples of modality 1 begin
-    pixels: torch.Tensor        # (N, 3, R, R) fp32, theirs, in their order
-    lengths: list[int]          # (B)
-    ids: list[str]
-    n_answer: int               # tokens that carry loss
+    """Samples concatenated without padding: T counts the tokens of all B samples.
 
-    def to(self, device):
-        tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
-        return Batch(**vars(self) | tensors)
+    What a batch's tensors can be indexed with is computed with it, on the CPU: to find, say, the
+    labels that are not 0, a GPU would make the CPU wait.
+    """
+    tokens: torch.Tensor            # (T,) int64
+    labels: torch.Tensor            # (T,) int64
+    positions: torch.Tensor         # (T,) int64, of each token in its own sample
+    modality: torch.Tensor          # (T,) int64, of each token's sample: 0 text only, 1 picture
+    answer_indices: torch.Tensor    # (n_answer,) int64, where labels is not 0
+    picture_starts: torch.Tensor    # (N,) int64, where the samples with a picture begin
+    pixels: torch.Tensor            # (N, 3, R, R) fp32, in the same order
+    lengths: torch.Tensor           # (B,) int64, tokens of each sample; stays on the CPU
+    ids: list[str]                  # B of them
+    n_answer: int                   # tokens that carry loss
+
+    def to(self, device: torch.device) -> "Batch":
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens.to(device),
+            labels=self.labels.to(device),
+            positions=self.positions.to(device),
+            modality=self.modality.to(device),
+            answer_indices=self.answer_indices.to(device),
+            picture_starts=self.picture_starts.to(device),
+            pixels=self.pixels.to(device))
 
 
-def load_tokenizer(llama):
-    """LLaMA's sentencepiece model, from LLaMA's folder or its parent."""
+def load_tokenizer(llama: str | Path) -> SentencePieceProcessor:
+    """LLaMA's sentencepiece model, from LLaMA's folder or the folder above it."""
     path = tokenizer_path(llama)
     try:
         tokenizer = SentencePieceProcessor(model_file=str(path))
-        tokenizer.id_to_piece(list(range(tokenizer.vocab_size())))      # a damaged one may hold what is not text
+        # A damaged file may load and still hold pieces that are not text.
+        tokenizer.id_to_piece(list(range(tokenizer.vocab_size())))
     except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise LavinError(f"{path}: not a sentencepiece tokenizer") from error
     if tokenizer.bos_id() < 0 or tokenizer.eos_id() < 0:
-        raise LavinError(f"{path}: has no BOS or EOS token; LLaMA's tokenizer.model is meant")
+        raise LavinError(f"{path}: has no BOS or EOS token; take LLaMA's tokenizer.model")
     return tokenizer
 
 
-def picture_prefix(tokenizer):
+def picture_prefix(tokenizer: SentencePieceProcessor) -> list[int]:
     """The tokens between BOS and a picture's features."""
     return tokenizer.encode("Image: ")
 
 
-def tokenize(sample, tokenizer, max_seq_len):
-    """(tokens, labels) of BOS and, for each turn, prompt + answer + EOS, cut to max_seq_len, no picture yet.
+def tokenize(sample: Sample, tokenizer: SentencePieceProcessor, max_seq_len: int):
+    """-> (tokens, labels), lists of equal length, at most max_seq_len long, still without picture.
 
-    Prompt and answer are tokenized as one string; the answer begins where the prompt alone would end.
+    BOS, and then for each turn prompt + answer + EOS. Prompt and answer are tokenized as one
+    string. The answer begins after as many tokens as the prompt alone would have; where a token
+    spans the seam, that is a token off, as in the authors' code.
     """
-    tokens, labels = [tokenizer.bos_id()], [0]
+    tokens = [tokenizer.bos_id()]
+    labels = [0]
     for prompt, answer in (*sample.history, (sample.prompt, sample.answer)):
         turn = [*tokenizer.encode(prompt + answer), tokenizer.eos_id()]
-        n_prompt = len(tokenizer.encode(prompt)) if answer else len(turn) - 1
+        n_prompt = len(tokenizer.encode(prompt))
+        n_prompt = min(n_prompt, len(turn))     # the seam may take fewer tokens than its two sides
         tokens += turn
-        labels += [0] * min(n_prompt, len(turn)) + turn[n_prompt:]
+        labels += [0] * n_prompt + turn[n_prompt:]
     return tokens[:max_seq_len], labels[:max_seq_len]
 
 
-def encode(sample, tokenizer, n_features, max_seq_len, prompt_only=False):
-    """A Sample -> Encoded: the sequence of the module's docstring, with 0 where the features go.
+def check_unicode(sample: Sample) -> None:
+    """LavinError for text that sentencepiece would choke on: half of a surrogate pair."""
+    texts = [sample.prompt, sample.answer]
+    for turn in sample.history:
+        texts += turn
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            name = f"problem {sample.id}" if sample.id else "the prompt"
+            raise LavinError(f"{name}: not Unicode text ({error})") from error
 
-    For training it is cut to max_seq_len, the modality token counted, which stands in front of it without
-    being in it. With prompt_only, for generation, it ends with the prompt, and a prompt that leaves no
-    room for an answer raises LavinError.
+
+def encode(sample: Sample, tokenizer: SentencePieceProcessor, n_features: int, max_seq_len: int,
+           prompt_only: bool = False) -> Encoded:
+    """A sample -> the sequence of the module's docstring, with 0 where the features go.
+
+    For training, the sequence is cut at its end to max_seq_len - 1 tokens: the modality token takes
+    one position in the authors' code, although it is not in our sequence (router.py). A sample
+    that loses its whole answer is left out by runs.make_training_set. With prompt_only, for
+    generation, the sequence ends with the prompt; LavinError if that leaves no room for an answer.
     """
-    try:
-        "".join([*map("".join, sample.history), sample.prompt, sample.answer]).encode()
-    except UnicodeEncodeError as error:
-        raise LavinError(f"{f'problem {sample.id}' if sample.id else 'the prompt'}: not Unicode text ({error})") from error
+    check_unicode(sample)
     if prompt_only:
-        tokens, _ = tokenize(Sample(sample.prompt, history=sample.history), tokenizer, 10**9)
-        tokens = tokens[:-1]                                            # no EOS
+        question = Sample(sample.prompt, history=sample.history)
+        tokens, _ = tokenize(question, tokenizer, max_seq_len=10**9)
+        tokens = tokens[:-1]                                        # no EOS
         labels = [0] * len(tokens)
     else:
-        tokens, labels = tokenize(sample, tokenizer, max_seq_len)
-    prefix = tokenizer.encode("Image: N/A") if sample.image is None else picture_prefix(tokenizer) + [0] * n_features
-    tokens, labels = tokens[:1] + prefix + tokens[1:], labels[:1] + [0] * len(prefix) + labels[1:]
-    if prompt_only and len(tokens) > max_seq_len - 2:       # the modality token and one new one
-        raise LavinError(f"the prompt has {len(tokens)} tokens, picture counted, but a context of {max_seq_len} "
-                         f"has room for {max_seq_len - 2}; shorten it or raise --max-seq-len")
-    tokens, labels = (np.array(ids[:max_seq_len - 1], dtype=np.int32) for ids in (tokens, labels))
+        tokens, labels = tokenize(sample, tokenizer, max_seq_len)       # more is cut off below
+
+    if sample.image is None:
+        prefix = tokenizer.encode("Image: N/A")
+    else:
+        prefix = picture_prefix(tokenizer) + [0] * n_features
+    tokens = tokens[:1] + prefix + tokens[1:]                       # behind BOS
+    labels = labels[:1] + [0] * len(prefix) + labels[1:]
+
+    room = max_seq_len - 2                                          # modality token, one new token
+    if prompt_only and len(tokens) > room:
+        raise LavinError(f"the prompt has {len(tokens)} tokens, picture included, but a context of "
+                         f"{max_seq_len} has room for {room}; shorten it or raise --max-seq-len")
+    tokens = np.array(tokens[:max_seq_len - 1], dtype=np.int32)
+    labels = np.array(labels[:max_seq_len - 1], dtype=np.int32)
     return Encoded(tokens, labels, sample.image, sample.id)
 
 
-MANY = 20_000           # samples: fewer take seconds
+def append_token(encoded: Encoded, token: int) -> Encoded:
+    """The sequence one token longer; the new token carries no loss."""
+    tokens = np.append(encoded.tokens, token)
+    labels = np.append(encoded.labels, 0)
+    return dataclasses.replace(encoded, tokens=tokens, labels=labels)
 
 
-def encode_all(samples, tokenizer, n_features, max_seq_len, folder):
-    """[Sample] -> [Encoded]. Of many, which takes minutes, the tokens are kept in folder/tokens-KEY.npy and mapped from
-    there the next time; KEY is a hash of all that they depend on, so that nothing else is ever taken for them.
-    folder None: nothing is written."""
-    if len(samples) < MANY or folder is None:
-        return [encode(sample, tokenizer, n_features, max_seq_len) for sample in samples]
-    key = hashlib.sha256(tokenizer.serialized_model_proto() + f"{n_features} {max_seq_len} 1".encode())     # 1: of this code
-    for s in samples:
-        key.update(json.dumps([s.prompt, s.answer, s.history, s.image is None]).encode())
-    path = Path(folder, f"tokens-{key.hexdigest()[:16]}.npy")
-    if not path.exists():
-        encoded = [encode(s, tokenizer, n_features, max_seq_len) for s in tqdm(samples, desc="tokenizing", file=sys.stdout)]
-        flat = np.concatenate([np.array([len(e.tokens) for e in encoded], dtype=np.int32),
-                               *(e.tokens for e in encoded), *(e.labels for e in encoded)])
-        del encoded
-
-        def write(temporary):
-            with open(temporary, "wb") as file:         # np.save would add .npy to a name
-                np.save(file, flat)
-
-        write_atomically(path, write)
-    flat = np.load(path, mmap_mode="c").view(np.ndarray)
-    lengths, (tokens, labels) = flat[:len(samples)], flat[len(samples):].reshape(2, -1)
-    ends = np.cumsum(lengths).tolist()
-    return [Encoded(tokens[start:end], labels[start:end], sample.image, sample.id)
-            for sample, start, end in zip(samples, [0, *ends], ends)]
-
-
-def decoded(encoded, resolution):
-    """The same with its picture as pixels (3, R, R). LavinError names the sample."""
+def with_pixels(encoded: Encoded, resolution: int) -> Encoded:
+    """The same sample, its picture decoded to (3, R, R). LavinError names the sample."""
     if encoded.image is None or isinstance(encoded.image, torch.Tensor):
         return encoded
     try:
-        return replace(encoded, image=load_pixels(encoded.image, resolution))
+        pixels = load_pixels(encoded.image, resolution)
     except LavinError as error:
-        raise LavinError(f"problem {encoded.id}: {error}" if encoded.id else str(error)) from error
+        name = f"problem {encoded.id}: " if encoded.id else ""
+        raise LavinError(f"{name}{error}") from error
+    return dataclasses.replace(encoded, image=pixels)
 
 
-def collate(encoded, resolution):
-    """Encoded samples -> one Batch on the CPU, its pictures decoded."""
-    lengths = [len(e.tokens) for e in encoded]
-    tokens = torch.from_numpy(np.concatenate([e.tokens for e in encoded])).long()
+def collate(encoded: list[Encoded], resolution: int) -> Batch:
+    """Samples -> one Batch on the CPU, pictures decoded."""
+    lengths = torch.tensor([len(e.tokens) for e in encoded])                            # (B,)
+    tokens = torch.from_numpy(np.concatenate([e.tokens for e in encoded])).long()       # (T,)
     labels = torch.from_numpy(np.concatenate([e.labels for e in encoded])).long()
-    positions = torch.cat([torch.arange(T) for T in lengths])
-    pictures = torch.tensor([e.image is not None for e in encoded])
-    starts = (positions == 0).nonzero()[:, 0]
-    answers = labels.nonzero()[:, 0]
-    pixels = [decoded(e, resolution).image for e in encoded if e.image is not None]
-    return Batch(tokens, labels, positions, pictures.long().repeat_interleave(torch.tensor(lengths)), answers, starts[pictures],
-                 torch.stack(pixels) if pixels else torch.zeros(0, 3, resolution, resolution),
-                 lengths, [e.id for e in encoded], len(answers))
+    positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+    starts = lengths.cumsum(0) - lengths                                                # (B,)
+    has_picture = torch.tensor([e.image is not None for e in encoded])                  # (B,)
+    answer_indices = labels.nonzero()[:, 0]
+
+    pictures = [with_pixels(e, resolution).image for e in encoded if e.image is not None]
+    if pictures:
+        pixels = torch.stack(pictures)
+    else:
+        pixels = torch.zeros(0, 3, resolution, resolution)
+
+    return Batch(
+        tokens, labels, positions,
+        modality=has_picture.long().repeat_interleave(lengths),
+        answer_indices=answer_indices,
+        picture_starts=starts[has_picture],
+        pixels=pixels,
+        lengths=lengths,
+        ids=[e.id for e in encoded],
+        n_answer=len(answer_indices))
 
 
-# Batches ahead of the step
+# Which samples a step trains on
 
 
-def mixed_seed(seed, n):
-    """A seed for the n-th draw of a run, of 32 bits: the CPU's generator looks at no more of them."""
+def mixed_seed(seed: int, n: int) -> int:
+    """The seed of a run's n-th draw of a kind: its n-th epoch's order, its n-th step's dropout.
+
+    32 bits, since the CPU's generator ignores all others. Two kinds may share a seed, which does
+    not matter: they draw different things.
+    """
     return (seed * 1_000_003 + n) % 2**32
 
 
-def mixture(sizes, weights, generator):
-    """An epoch in which sources of these sizes, one behind the other, have their weights' shares: indices in order.
+def mixture(sizes: list[int], shares: list[float], generator: torch.Generator) -> list[int]:
+    """An epoch of several concatenated data sets that gives each of them its share.
 
-    A source that comes off short begins again, one that has too much goes on in another epoch's draw.
+    A data set that is too small for its share begins again. One that is too large goes on in
+    another epoch's draw.
     """
-    ends = [round(sum(sizes) * sum(weights[:i]) / sum(weights)) for i in range(len(weights) + 1)]
-    start, chosen = 0, []
-    for size, share in zip(sizes, np.diff(ends).tolist()):
-        rounds = [start + torch.randperm(size, generator=generator) for _ in range(-(-share // size))]
-        chosen.append(torch.cat([*rounds, torch.zeros(0, dtype=torch.int64)])[:share])
+    indices = []
+    start = 0           # where a data set begins in the concatenation
+    end_before = 0      # where its share begins in the epoch
+    for i, size in enumerate(sizes):
+        end = round(sum(sizes) * sum(shares[:i + 1]) / sum(shares))
+        n_wanted = end - end_before
+        drawn = []
+        while len(drawn) < n_wanted:
+            drawn += (start + torch.randperm(size, generator=generator)).tolist()
+        indices += drawn[:n_wanted]
         start += size
-    chosen = torch.cat(chosen)
-    return chosen[torch.randperm(len(chosen), generator=generator)].tolist()
+        end_before = end
+    order = torch.randperm(len(indices), generator=generator).tolist()
+    return [indices[i] for i in order]
 
 
-def global_batch(step, lengths, batch_size, micro_batch, seed, sizes=None, weights=None):
-    """Which samples step `step` trains on: a list of micro-batches (lists of indices), of about as many tokens each.
+def global_batch(step: int, lengths: list[int], batch_size: int, micro_batch: int, seed: int,
+                 sizes: list[int] | None = None, shares: list[float] | None = None):
+    """Which samples `step` trains on: a list of micro-batches, each a list of indices.
 
-    Every epoch is a permutation of its own, or with weights a mixture, drawn from (seed, epoch) alone: the same whatever
-    the number of workers or the step at which a run was resumed. The last batch of an epoch may be smaller.
+    Every epoch is a permutation of all samples or, with shares, a mixture. It is drawn from (seed,
+    epoch) alone, so neither the number of workers nor a resumed run changes it. The last batch of
+    an epoch may be smaller.
+
+    The samples are dealt like cards, longest first, with every other round in reverse. So all
+    micro-batches get about the same number of tokens, and the largest needs little memory.
     """
-    epoch, place = divmod(step, -(-len(lengths) // batch_size))
+    steps_per_epoch = math.ceil(len(lengths) / batch_size)
+    epoch = step // steps_per_epoch
+    first = step % steps_per_epoch * batch_size
     generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
-    if weights:
-        order = mixture(sizes, weights, generator)
+    if shares:
+        order = mixture(sizes, shares, generator)
     else:
         order = torch.randperm(len(lengths), generator=generator).tolist()
-    chosen = sorted(order[place * batch_size:(place + 1) * batch_size], key=lambda i: -lengths[i])
-    n = -(-len(chosen) // micro_batch)
-    rounds = [chosen[i:i + n][::(-1) ** (i // n)] for i in range(0, len(chosen), n)]        # dealt to and fro
-    return [[dealt[i] for dealt in rounds if i < len(dealt)] for i in range(n)]
+
+    chosen = order[first:first + batch_size]
+    chosen.sort(key=lambda i: lengths[i], reverse=True)
+    n_micro_batches = math.ceil(len(chosen) / micro_batch)
+    micro_batches = [[] for _ in range(n_micro_batches)]
+    for round_number, start in enumerate(range(0, len(chosen), n_micro_batches)):
+        dealt = chosen[start:start + n_micro_batches]
+        if round_number % 2 == 1:
+            dealt.reverse()
+        for indices, i in zip(micro_batches, dealt):
+            indices.append(i)
+    return micro_batches
 
 
-class Collated(Dataset):
-    """Item i: the batches that plan(i), a list of lists of indices, asks for. Runs in the workers.
+class Batches(Dataset):
+    """Item i: the micro-batches of step i. plan(i) says which: a list of lists of indices.
 
-    Of several ranks each gets its share, all equally many: who comes off short gets one that has no answer.
+    With several ranks each gets every n-th of them. All ranks must run equally many forward
+    passes, so a rank that would get one less gets an idle batch, without an answer.
     """
 
-    def __init__(self, encoded, plan, resolution, rank=0, n_ranks=1):
-        self.encoded, self.plan, self.resolution, self.rank, self.n_ranks = encoded, plan, resolution, rank, n_ranks
+    def __init__(self, encoded: list[Encoded], plan: Callable, resolution: int, rank=0, n_ranks=1):
+        self.encoded = encoded
+        self.plan = plan
+        self.resolution = resolution
+        self.rank = rank
+        self.n_ranks = n_ranks
 
     def __getitem__(self, i):
-        chosen = [[self.encoded[j] for j in indices] for indices in self.plan(i)]
+        chosen = []
+        for indices in self.plan(i):
+            chosen.append([self.encoded[j] for j in indices])
         first = chosen[0][0]
         idle = Encoded(first.tokens[:2], np.zeros_like(first.labels[:2]), None, "")
-        chosen += [[idle]] * (-len(chosen) % self.n_ranks)
+        while len(chosen) % self.n_ranks != 0:
+            chosen.append([idle])
         try:
-            return [collate(encoded, self.resolution) for encoded in chosen[self.rank::self.n_ranks]]
+            return [collate(encoded, self.resolution)
+                    for encoded in chosen[self.rank::self.n_ranks]]
         except LavinError as error:
-            return error                # raised by `ahead`: from here, a traceback of the worker would come along
+            return error        # for `prefetch` to raise: a worker would add its traceback
 
 
-class Decoded(Dataset):
-    """Item i: sample i, its picture decoded. Runs in the workers."""
+class Pictures(Dataset):
+    """Item i: sample i with its picture decoded."""
 
-    def __init__(self, encoded, resolution):
-        self.encoded, self.resolution = encoded, resolution
+    def __init__(self, encoded: list[Encoded], resolution: int):
+        self.encoded = encoded
+        self.resolution = resolution
 
     def __getitem__(self, i):
         try:
-            return decoded(self.encoded[i], self.resolution)
+            return with_pixels(self.encoded[i], self.resolution)
         except LavinError as error:
             return error
 
 
-def _leave_signals_to_the_main_process(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches the whole group, and the step is to be finished
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal, but the main process wants to end its step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def ahead(dataset, items, workers, each=2):
-    """Yield dataset[i] for i in items, prepared by `workers` processes, `each` ahead of their use (0: in this one)."""
-    for item in DataLoader(dataset, batch_size=None, sampler=items, num_workers=workers, prefetch_factor=each if workers else None,
-                           worker_init_fn=_leave_signals_to_the_main_process):
+def prefetch(dataset: Dataset, indices: Iterable[int], workers: int, each: int = 2) -> Iterator:
+    """Yield dataset[i] for i in indices, each worker process preparing `each` items in advance.
+
+    workers 0: this process prepares them when they are asked for.
+    """
+    loader = DataLoader(
+        dataset, batch_size=None, sampler=indices, num_workers=workers,
+        prefetch_factor=each if workers else None, worker_init_fn=_ignore_signals)
+    for item in loader:
         if isinstance(item, LavinError):
             raise item
         yield item
 
 
-def default_workers():
-    return min(8, (os.cpu_count() or 1) // 2)
+def default_workers() -> int:
+    n_cores = os.cpu_count() or 1
+    return min(8, n_cores // 2)
 
 
 # ScienceQA
 
 
-# What is asked and what is answered: Question, Context (hint and caption), Multiple choices, Lecture, Explanation.
+# A format's letters: Question, Context (hint and caption), Multiple choices, Answer, Lecture,
+# Explanation (the solution). Before the dash stands what is asked, after it what is answered.
 ANSWERS = ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE")
-FORMATS = (*(f"CQM-{answer}" for answer in ANSWERS), *(f"QCM-{answer}" for answer in ANSWERS),
+FORMATS = (*(f"CQM-{answer}" for answer in ANSWERS),
+           *(f"QCM-{answer}" for answer in ANSWERS),
            "QCML-A", "QCME-A", "QCMLE-A", "QCLM-A", "QCEM-A", "QCLEM-A", "QCML-AE")
 LETTERS = "ABCDE"
-COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "AVG")
 
 
-def check_format(format):
+def check_format(format: str) -> None:
     if format not in FORMATS:
-        raise LavinError(f"unknown prompt format {format!r}; valid ones: {', '.join(FORMATS)}")
+        valid = ", ".join(FORMATS)
+        raise LavinError(f"unknown prompt format {format!r}; valid ones: {valid}")
 
 
-def sqa_prompt(problem, format="QCM-ALE", caption=""):
-    """A ScienceQA problem -> (prompt, answer), to the letter as the reference writes them.
+def sqa_prompt(problem: dict, format: str = "QCM-ALE", caption: str = "") -> tuple[str, str]:
+    """A ScienceQA problem -> (prompt, answer), to the letter as the authors' code writes them.
 
-    Its quirks are kept, since the released adapters were trained on them: in "AL" the solution is given and
-    in "AE" the lecture, newlines inside both become a literal backslash-n, and an answer without either
+    Its quirks are kept, since the released adapters were trained on them: "AL" gives the solution
+    and "AE" the lecture, newlines in both become a literal backslash-n, and an answer with neither
     ends in a bare "BECAUSE:".
     """
     check_format(format)
-    ask, answer = format.split("-")
-    lecture, solution = (problem[field].replace("\n", "\\n") for field in ("lecture", "solution"))
-    reasons = {"L": lecture, "E": solution, "LE": f"{lecture} {solution}", "EL": f"{solution} {lecture}", "": ""}
-    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"]))
+    asked, answered = format.split("-")
+    lecture = problem["lecture"].replace("\n", "\\n")
+    solution = problem["solution"].replace("\n", "\\n")
+    reasons = {"L": lecture, "E": solution,
+               "LE": f"{lecture} {solution}", "EL": f"{solution} {lecture}"}
+    options = " ".join(f"({letter}) {choice}"
+                       for letter, choice in zip(LETTERS, problem["choices"]))
     context = f"{problem['hint']} {caption}".strip() or "N/A"
-    parts = {
-        "Q": f"Question: {problem['question']}\n",
-        "C": f"Context: {context}\n",
-        "M": f"Options: {options}\n",
-    } | {part: f"BECAUSE: {reason}\n" for part, reason in reasons.items()}
-    prompt = "".join(parts[part] for part in re.findall("[LE]+|.", ask))
-    result = f"The answer is {LETTERS[problem['answer']]}."
-    if answer.startswith("A"):
-        reason = reasons[{"L": "E", "E": "L"}.get(answer[1:], answer[1:])]
-        text = result if answer == "A" else f"{result} BECAUSE: {reason}"
-    else:
-        text = f"{reasons[answer[:-1]]} {result}"
-    return tuple(part.replace("  ", " ").strip() for part in (f"{prompt}Response:", text))
+
+    prompt = ""
+    for part in re.findall("Q|C|M|[LE]+", asked):
+        if part == "Q":
+            prompt += f"Question: {problem['question']}\n"
+        elif part == "C":
+            prompt += f"Context: {context}\n"
+        elif part == "M":
+            prompt += f"Options: {options}\n"
+        else:
+            prompt += f"BECAUSE: {reasons[part]}\n"
+    prompt += "Response:"
+
+    answer = f"The answer is {LETTERS[problem['answer']]}."
+    if answered == "AL":
+        answer += f" BECAUSE: {solution}"
+    elif answered == "AE":
+        answer += f" BECAUSE: {lecture}"
+    elif answered == "ALE":
+        answer += f" BECAUSE: {reasons['LE']}"
+    elif answered != "A":                               # LA, EA, LEA, ELA: reasons first
+        answer = f"{reasons[answered[:-1]]} {answer}"
+    return prompt.replace("  ", " ").strip(), answer.replace("  ", " ").strip()
 
 
-def sqa_answer(text):
+def sqa_answer(text: str) -> int:
     """The index of the choice that a generated text names, or -1 where it names none.
 
-    Of several the last: where the reasoning comes first, the answer comes last.
+    If it names several, the last one counts: where the reasoning comes first, the answer is last.
     """
     named = re.findall(rf"The answer is ([{LETTERS}])(?![A-Za-z])", text)
-    return LETTERS.index(named[-1]) if named else -1
-
-
-SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
-
-
-def _columns(problem):
-    """The columns of the table in which a problem counts."""
-    grade = int(problem["grade"].removeprefix("grade"))
-    context = [name for name, there in (("TXT", problem["hint"]), ("IMG", problem["image"])) if there] or ["NO"]
-    return {SUBJECTS[problem["subject"]], "G1-6" if grade <= 6 else "G7-12", "AVG", *context}
-
-
-def sqa_counts(problems, predictions):
-    """{column: (problems answered rightly, problems)} over the problems predicted, {id: index of the choice}."""
-    counts = {}
-    for column in COLUMNS:
-        right = [predictions[pid] == problems[pid]["answer"]
-                 for pid in predictions if column in _columns(problems[pid])]
-        counts[column] = (sum(right), len(right))
-    return counts
-
-
-def sqa_scores(problems, predictions):
-    """{column: percent right}, nan where a column has no problem."""
-    return {column: 100 * right / total if total else float("nan")
-            for column, (right, total) in sqa_counts(problems, predictions).items()}
-
-
-def sqa_table(problems, predictions):
-    """The nine-column table as text: percent, and how many of how many."""
-    counts, scores = sqa_counts(problems, predictions), sqa_scores(problems, predictions)
-    percent = [f"{scores[c]:.2f}" if counts[c][1] else "-" for c in COLUMNS]
-    rows = [COLUMNS, percent, [f"{right}/{total}" for right, total in counts.values()]]
-    return "\n".join("".join(f"{cell:>11}" for cell in row) for row in rows)
-
-
-def sqa_table_by(field, problems, predictions):
-    """A table with a row for each value of a problem's field (skill, topic, …): percent, how many of how many."""
-    right = {}
-    for pid, index in predictions.items():
-        right.setdefault(str(problems[pid].get(field)), []).append(index == problems[pid]["answer"])
-    return "\n".join(f"{value:40}{100 * sum(rs) / len(rs):>8.2f}{f'{sum(rs)}/{len(rs)}':>11}"
-                     for value, rs in sorted(right.items()))
-
-
-def _check_problem(pid, problem):
-    """What is wrong with a problem of problems.json, or None."""
-    texts = ("question", "hint", "lecture", "solution", "split", "subject", "grade")
-    if not isinstance(problem, dict):
-        return "is not an object"
-    for field in (*texts, "choices", "answer", "image"):
-        if field not in problem:
-            return f"lacks the field {field!r}"
-        if field in texts and not isinstance(problem[field], str):
-            return f"has a {field!r} that is not text"
-    choices, answer = problem["choices"], problem["answer"]
-    texts_only = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
-    if not texts_only or not 1 <= len(choices) <= len(LETTERS):
-        return f"has choices other than 1 to {len(LETTERS)} texts"
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        return f"has the answer {answer!r}, outside its {len(choices)} choices"
-    if problem["subject"] not in SUBJECTS or not re.fullmatch(r"grade\d{1,2}", problem["grade"]):
-        return f"has the subject {problem['subject']!r} and the grade {problem['grade']!r}, not ScienceQA's"
-    if not isinstance(problem["image"], str | None):
-        return f"has the image {problem['image']!r}, neither a file name nor null"
-    return None
-
-
-def load_sqa(root, split, format="QCM-ALE", use_captions=False):
-    """One split of ScienceQA -> ({id: problem}, [Sample]). Raises LavinError naming file, problem and field."""
-    check_format(format)
-    root = Path(root)
-    problems_path, splits_path, captions_path = root / "problems.json", root / "pid_splits.json", root / "captions.json"
-    problems, splits = read_json(problems_path), read_json(splits_path)
-    if not isinstance(problems, dict) or not isinstance(splits, dict):
-        raise LavinError(f"{root}: problems.json and pid_splits.json are not objects, as ScienceQA's are")
-    for pid, problem in problems.items():
-        if wrong := _check_problem(pid, problem):
-            raise LavinError(f"{problems_path}: problem {pid} {wrong}")
-    for name, pids in splits.items():
-        if not isinstance(pids, list):
-            raise LavinError(f"{splits_path}: split {name!r} is not a list of ids")
-        if unknown := [pid for pid in pids if str(pid) not in problems]:
-            raise LavinError(f"{splits_path}: split {name!r} names problem {unknown[0]}, which problems.json lacks")
-    if split not in splits:
-        raise LavinError(f"{splits_path}: no split {split!r}; it has {', '.join(splits)}")
-    captions = read_json(captions_path) if use_captions else {"captions": {}}
-    if not isinstance(captions, dict) or not isinstance(captions.get("captions"), dict):
-        raise LavinError(f"{captions_path}: not an object with an object \"captions\" in it, as ScienceQA's is")
-    chosen, samples = {str(pid): problems[str(pid)] for pid in splits[split]}, []
-    for pid, problem in chosen.items():
-        image = root / "images" / problem["split"] / pid / problem["image"] if problem["image"] else None
-        if image and not image.is_file():
-            raise LavinError(f"problem {pid}: {image}: no such picture")
-        samples.append(Sample(*sqa_prompt(problem, format, captions["captions"].get(pid, "")), image, pid))
-    if not samples:
-        raise LavinError(f"{splits_path}: split {split!r} is empty")
-    return chosen, samples
-
-
-if __name__ == "__main__":
-    import instructions     # which imports this file, by its name
-
-    run(instructions.main)
+    if not named:
+        return -1
+    return LETTERS.index(named[-1])

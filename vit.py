@@ -1,45 +1,47 @@
-"""CLIP's image encoder with adapters, from OpenAI's archive (https://github.com/openai/CLIP, ViT-L-14.pt).
+"""CLIP's image encoder with adapters, under the names of OpenAI's archive (ViT-L-14.pt).
 
-LaVIN takes the class token after every fourth block as the picture's features, and has no use for `ln_post`,
-`proj` and the text tower, which are dropped.
-Shapes: B pictures, T tokens (class token + patches), C width, V in the rest of the project.
+LaVIN takes the class token after every fourth block as the picture's features: 6 of them for
+ViT-L/14, whose 24 blocks are 1024 wide. It has no use for CLIP's `ln_post`, `proj` and text tower.
+Shapes: B pictures, T tokens (class token and patches), C width (called V in the other files).
 """
 
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import hf
-from adapters import Adapter
-from files import LavinError, read_checkpoint, tensors_of
+from adapters import Adapter, AdapterConfig
 
 
 @dataclass
 class ViTConfig:
+    """The defaults are ViT-L/14's."""
     width: int = 1024
     layers: int = 24
     patch: int = 14         # pixels
     resolution: int = 224   # pixels
 
     @property
-    def n_features(self):
+    def n_features(self) -> int:
         return self.layers // 4
 
 
 class LayerNorm(nn.LayerNorm):
     """In fp32, as in CLIP."""
 
-    def forward(self, x):
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float()).type_as(x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.float()
+        bias = self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias).type_as(x)
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens; heads are 64 wide. Names as in nn.MultiheadAttention, which CLIP uses."""
+    """Self-attention over all tokens; every head is 64 wide.
+
+    The names are those of nn.MultiheadAttention, which CLIP uses.
+    """
 
     def __init__(self, width):
         super().__init__()
@@ -47,11 +49,13 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x):
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)       # (B, T, 3C)
-        q, k, v = qkv.unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)     # 3 × (B, H, T, 64)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(y.transpose(1, 2).flatten(2))              # (B, T, C)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C). Without a mask: every patch sees the whole picture."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)   # (B, T, 3C)
+        qkv = qkv.unflatten(-1, (3, -1, 64))                        # (B, T, 3, H, 64)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, H, T, 64) each
+        y = F.scaled_dot_product_attention(q, k, v)                 # (B, H, T, 64)
+        return self.out_proj(y.transpose(1, 2).flatten(2))          # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -60,48 +64,56 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)."""
         x = self.c_fc(x)
-        return self.c_proj(x * torch.sigmoid(1.702 * x))                # QuickGELU
+        x = x * torch.sigmoid(1.702 * x)                            # QuickGELU, CLIP's own
+        return self.c_proj(x)
 
 
 class Block(nn.Module):
     """CLIP's residual block with an adapter in front of the attention.
 
-    There is no modality token here: every token routes itself. So w differs from token to token, and the adapter cannot
-    be folded into `attn` as LLaMA's are (adapters.fold), which takes one w for all.
+    There is no modality token in a picture, so every token routes itself: w differs from token to
+    token. (The authors' code takes w from the first picture of the batch for all pictures. A
+    picture's features then depend on its neighbours, which is a bug that we do not copy.)
     """
 
-    def __init__(self, width, adapter):
+    def __init__(self, width, adapter_config):
         super().__init__()
-        self.adapter = Adapter(width, adapter)
+        self.adapter = Adapter(width, adapter_config)
         self.ln_1 = LayerNorm(width)
         self.attn = Attention(width)
         self.ln_2 = LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x):
-        y = self.ln_1(x)                                                # (B, T, C), as x
-        x = x + self.attn(self.adapter(y, self.adapter.router(y)))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        y = self.ln_1(x)                                            # (B, T, C)
+        w = self.adapter.router(y)                                  # (B, T, 2)
+        x = x + self.attn(self.adapter(y, w))
         x = x + self.mlp(self.ln_2(x))
         return x
 
 
 class VisionTransformer(nn.Module):
-    def __init__(self, config, adapter):
+    def __init__(self, config: ViTConfig, adapter_config: AdapterConfig):
         super().__init__()
         C = config.width
+        n_patches = (config.resolution // config.patch) ** 2
         self.conv1 = nn.Conv2d(3, C, config.patch, stride=config.patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(C))
-        self.positional_embedding = nn.Parameter(torch.empty((config.resolution // config.patch) ** 2 + 1, C))
+        self.positional_embedding = nn.Parameter(torch.empty(n_patches + 1, C))
         self.ln_pre = LayerNorm(C)
-        self.resblocks = nn.ModuleList(Block(C, adapter) for _ in range(config.layers))
-        self.checkpointing = False
+        self.resblocks = nn.ModuleList(Block(C, adapter_config) for _ in range(config.layers))
+        self.checkpointing = False      # recompute activations in backward, to save memory
 
-    def forward(self, pixels):
-        """pixels (B, 3, R, R), normalised -> (B, F, C): the class token after every fourth block."""
-        x = self.conv1(pixels).flatten(2).transpose(1, 2)               # (B, patches, C)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)   # (B, T, C)
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels (B, 3, R, R), normalised -> (B, F, C): the class token after every 4th block."""
+        x = self.conv1(pixels)                                      # (B, C, R/patch, R/patch)
+        x = x.flatten(2).transpose(1, 2)                            # (B, patches, C)
+        class_token = self.class_embedding.expand(len(x), 1, -1)    # (B, 1, C)
+        x = torch.cat([class_token, x], dim=1)                      # (B, T, C)
         x = self.ln_pre(x + self.positional_embedding)
         features = []
         for i, block in enumerate(self.resblocks):
@@ -111,44 +123,4 @@ class VisionTransformer(nn.Module):
                 x = block(x)
             if i % 4 == 3:
                 features.append(x[:, 0])
-        return torch.stack(features, dim=1)
-
-
-def read(path):
-    """OpenAI's TorchScript archive, a plain state dict of the same names, or a folder of Hugging Face's -> ({our name:
-    tensor}, ViTConfig).
-
-    Every size comes from the tensors. Raises LavinError if it is not a CLIP ViT.
-    """
-    try:
-        scripted = hostile = False
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                scripted = any("/code/" in name for name in archive.namelist())
-                # TorchScript's reader runs code in one case, a class that restores itself. It takes /CODE/ for
-                # /code/ and one of two entries of the same name, so every entry is searched.
-                hostile = scripted and any(b"__setstate__" in archive.read(entry) for entry in archive.infolist())
-        if hostile:
-            raise LavinError(f"{path}: would run code when read, which no CLIP archive does; not loaded")
-        if Path(path).is_dir():
-            state = hf.read_clip(path)
-        else:
-            state = torch.jit.load(path, map_location="cpu").state_dict() if scripted else read_checkpoint(path)
-    except LavinError:
-        raise
-    except Exception as error:      # damaged bytes make the readers raise anything
-        raise LavinError(f"{path}: not a readable CLIP archive; truncated? fetch it again") from error
-    unused = ("visual.ln_post.", "visual.proj")
-    state = {name.removeprefix("visual.").removeprefix("transformer."): tensor
-             for name, tensor in tensors_of(state, path).items()
-             if name.startswith("visual.") and not name.startswith(unused)}
-    try:
-        width, _, patch, _ = state["conv1.weight"].shape
-        side = round((len(state["positional_embedding"]) - 1) ** 0.5)
-    except (KeyError, TypeError, ValueError) as error:
-        raise LavinError(f"{path}: not a CLIP ViT ({error!r}); take ViT-L-14.pt") from error
-    layers = len({name.split(".")[1] for name in state if name.startswith("resblocks.")})
-    if layers < 4 or width % 64:
-        raise LavinError(f"{path}: {layers} blocks of width {width}; features need 4 blocks and heads a multiple of 64")
-    return state, ViTConfig(width, layers, patch, side * patch)
-
+        return torch.stack(features, dim=1)                         # (B, F, C)

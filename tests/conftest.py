@@ -1,4 +1,4 @@
-"""What the tests share: the golden model and its numbers, a miniature data set, and the scripts called in-process."""
+"""What the tests share: the golden model and its numbers, a miniature data set, and `call`."""
 
 import json
 import os
@@ -6,7 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"     # the models are tiny, and two threads that wait for each other cost minutes on a busy machine
+# The models are tiny: on a busy machine two threads cost more in waiting than they save.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -15,63 +16,91 @@ import torch  # noqa: E402
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import checkpoints  # noqa: E402
 import data  # noqa: E402
 import files  # noqa: E402
 import miniature  # noqa: E402
-from model import LaVIN  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
-LLAMA, VIT, ADAPTER = GOLDEN / "llama" / "tiny", GOLDEN / "ViT-tiny.pt", GOLDEN / "checkpoint-19.pth"
+LLAMA = GOLDEN / "llama" / "tiny"
+VIT = GOLDEN / "ViT-tiny.pt"
+ADAPTER = GOLDEN / "checkpoint-19.pth"
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.*` is deprecated")       # OpenAI's archive is TorchScript
+    # OpenAI's archive of CLIP is TorchScript.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.*` is deprecated")
     config.addinivalue_line("markers", "browser: needs chromium and playwright")
+
+
+def difference(a, b) -> float:
+    """The largest absolute difference of two tensors of one size, or of a tensor and a number.
+
+    `assert difference(a, b) < 1e-5` prints it when it fails. NaN anywhere is a failure too.
+    """
+    a = torch.as_tensor(a)
+    b = torch.as_tensor(b)
+    if a.dim() > 0 and b.dim() > 0:     # broadcasting would hide that one of them is too short
+        assert a.numel() == b.numel(), f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    if a.numel() == 0:
+        return 0.0
+    return (a - b).detach().abs().max().item()
+
+
+def relative_error(ours, exact) -> float:
+    """The norm of the difference, as a part of the norm of the exact tensor."""
+    return ((ours - exact).norm() / exact.norm()).item()
 
 
 @pytest.fixture(scope="session")
 def expected():
-    """The reference's own numbers (see README, "Tests")."""
+    """The numbers that the authors' code computes from the golden files (README, "Tests")."""
     return np.load(GOLDEN / "expected.npz")
 
 
 @pytest.fixture
 def lavin():
-    return LaVIN.load(LLAMA, VIT, ADAPTER)
+    return checkpoints.load(LLAMA, VIT, ADAPTER)
 
 
 @pytest.fixture(scope="session")
 def samples():
-    rows = json.loads((GOLDEN / "samples.json").read_text())
-    return [data.Sample(r["prompt"], r["answer"], r["image"] and GOLDEN / r["image"]) for r in rows]
+    """The golden samples: four, of which two have a picture."""
+    samples = []
+    for row in json.loads((GOLDEN / "samples.json").read_text()):
+        image = None
+        if row["image"]:
+            image = GOLDEN / row["image"]
+        samples.append(data.Sample(row["prompt"], row["answer"], image))
+    return samples
 
 
 @pytest.fixture
 def sqa(tmp_path):
-    """The miniature data set, to be damaged at will."""
+    """The folder of a miniature ScienceQA, to be damaged at will."""
     miniature.write(tmp_path / "sqa")
     return tmp_path / "sqa"
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(train or generate, "--flag", value, …) -> (exit code, stdout, stderr), in this process."""
+    """call(train or generate, "--flag", value, …) -> (exit code, stdout, stderr).
+
+    The script runs in this process.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(script, *args):
-        monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, args)])
+        name = script.__name__ + ".py"
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
         code = 0
         try:
             files.run(script.main)
         except SystemExit as end:
             code = end.code
-        return code, *capsys.readouterr()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-def difference(ours, theirs):
-    """The largest absolute difference."""
-    return (torch.as_tensor(ours) - torch.as_tensor(theirs)).detach().abs().max().item()

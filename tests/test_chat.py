@@ -1,29 +1,47 @@
-"""Conversations: what the cache keeps, what the context forgets, what a person types."""
+"""Conversations: what the cache keeps, what the context has no room for, what a person types."""
 
 import builtins
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-import chat
 import data
 import generate
-from chat import Conversation
 from conftest import ADAPTER, GOLDEN, LLAMA, VIT, difference
-from decode import Decoder
+from extras import chat
+from extras.chat import Conversation, common_prefix_length
+from extras.instructions import instruction_prompt
+from fast.engine import Engine
 from files import LavinError
 
 PICTURE = next((GOLDEN / "images").glob("*.png"))
-FLAGS = ("--llama", LLAMA, "--vit", VIT, "--adapter", ADAPTER)
+MODEL = ("--llama", LLAMA, "--vit", VIT, "--adapter", ADAPTER)
 
 
 @pytest.fixture
 def computed(monkeypatch):
     """How many tokens went through the model, call by call."""
-    counts, read, extend, step = [], Decoder.read, Decoder.extend, Decoder.step
-    monkeypatch.setattr(Decoder, "read", lambda d, batch: counts.append(len(batch.tokens)) or read(d, batch))
-    monkeypatch.setattr(Decoder, "extend", lambda d, ids: counts.append(len(ids)) or extend(d, ids))
-    monkeypatch.setattr(Decoder, "step", lambda d, ids: counts.append(len(ids)) or step(d, ids))
+    counts = []
+    prefill = Engine.prefill
+    extend = Engine.extend
+    step = Engine.step
+
+    def counted_prefill(engine, batch):
+        counts.append(len(batch.tokens))
+        return prefill(engine, batch)
+
+    def counted_extend(engine, ids):
+        counts.append(len(ids))
+        return extend(engine, ids)
+
+    def counted_step(engine, ids):
+        counts.append(len(ids))
+        return step(engine, ids)
+
+    monkeypatch.setattr(Engine, "prefill", counted_prefill)
+    monkeypatch.setattr(Engine, "extend", counted_extend)
+    monkeypatch.setattr(Engine, "step", counted_step)
     return counts
 
 
@@ -31,37 +49,47 @@ def say(conversation, question, n=5):
     return "".join(conversation.say(question, n))
 
 
-@pytest.mark.parametrize("image", [None, PICTURE])
+@pytest.mark.parametrize("a, b, n", [
+    ([], [1], 0), ([1, 2], [1, 2], 2), ([1, 2, 3], [1, 2], 2), ([1, 2, 3], [1, 4, 3], 1)])
+def test_common_prefix_length(a, b, n):
+    assert common_prefix_length(a, b) == common_prefix_length(b, a) == n
+
+
+@pytest.mark.parametrize("image", [None, PICTURE], ids=["words", "picture"])
 def test_a_follow_up_never_recomputes_the_past(lavin, computed, image):
-    """Each token goes through the model once, and what follows is what the whole sequence at once gives."""
+    """Each token goes through the model once, and the logits are those of the whole sequence."""
     conversation = Conversation(lavin, image)
     for question in ("Name a metal.", "Why?", "And then?"):
         say(conversation, question)
     sequence = list(conversation.cached)
     assert sum(computed) == len(sequence)
-    whole = data.replace(conversation.head, tokens=np.array(sequence), labels=np.zeros(len(sequence)))
+    whole = replace(conversation.start, tokens=np.array(sequence), labels=np.zeros(len(sequence)))
     logits = lavin.logits(data.collate([whole], lavin.resolution)).detach()[0]
-    last = len(sequence) - len(conversation.turns[-1].answer)               # what stands before the answer's first token
-    assert logits[last].argmax() == conversation.turns[-1].answer[0]
-    assert difference(conversation.read(), logits[last]) < 1e-4             # computes the last prompt token again, no more
-    assert computed[-1] == 1
+    answer = conversation.turns[-1].answer
+    last = len(sequence) - len(answer)                  # in front of the answer's first token
+    assert logits[last].argmax() == answer[0]
+    assert difference(conversation.next_logits(), logits[last]) < 1e-4
+    assert computed[-1] == 1                            # the prompt's last token, and no more
 
 
 def test_a_turn_says_what_generate_says(lavin):
-    assert say(Conversation(lavin), "Name a metal.", 9) == lavin.generate([data.Sample("Instruction: Name a metal.\nResponse:")], 9)[0]
+    sample = data.Sample("Instruction: Name a metal. \nResponse:")
+    assert say(Conversation(lavin), "Name a metal.", 9) == lavin.generate([sample], 9)[0]
 
 
-def test_whole_turns_are_forgotten_from_the_front(lavin):
-    conversation, dropped = Conversation(lavin), 0
+def test_whole_turns_are_dropped_from_the_front(lavin):
+    conversation = Conversation(lavin)
+    dropped = 0
     for number in range(8):
         say(conversation, f"Question number {number}?", 10)
         dropped += conversation.dropped
         assert len(conversation.cached) < lavin.max_seq_len
     assert dropped > 0 and len(conversation.turns) + dropped == 8
-    assert [turn.question for turn in conversation.turns] == [f"Question number {n}?" for n in range(dropped, 8)]
-    again = Conversation(lavin)                                             # as if the forgotten ones had never been
-    again.turns = conversation.turns[:]
-    assert difference(again.read(), conversation.read()) < 1e-4
+    questions = [turn.question for turn in conversation.turns]
+    assert questions == [f"Question number {n}?" for n in range(dropped, 8)]
+    again = Conversation(lavin)                         # as if the others had never been
+    again.turns = list(conversation.turns)
+    assert difference(again.next_logits(), conversation.next_logits()) < 1e-4
 
 
 def test_a_question_that_never_fits(lavin):
@@ -71,10 +99,11 @@ def test_a_question_that_never_fits(lavin):
         say(conversation, "why " * 200)
     with pytest.raises(LavinError, match="not Unicode"):
         say(conversation, "caf\udce9")
-    assert len(conversation.turns) == 1 and say(conversation, "Why?")
+    assert len(conversation.turns) == 1
+    assert say(conversation, "Why?")
 
 
-def test_a_stopped_answer_stays_as_far_as_it_came(lavin, computed):
+def test_a_stopped_answer_keeps_what_has_come(lavin, computed):
     conversation = Conversation(lavin)
     answer = conversation.say("Name a metal.", 50)
     pieces = next(answer) + next(answer)
@@ -85,17 +114,24 @@ def test_a_stopped_answer_stays_as_far_as_it_came(lavin, computed):
 
 
 def test_recalled_turns_are_the_same_conversation(lavin):
-    conversation, other = Conversation(lavin), Conversation(lavin)
-    said = [(question, say(conversation, question)) for question in ("Name a metal.", "Why?")]
-    other.recall([("Name a metal.", "Iron."), ("Why?", "So.")])
-    assert [t.question for t in other.turns] == [q for q, _ in said]
-    assert other.turns[0].answer == lavin.tokenizer.encode("Instruction: Name a metal.\nResponse:Iron.")[len(other.turns[0].prompt):]
+    conversation = Conversation(lavin)
+    conversation.recall([("Name a metal.", "Iron."), ("Why?", "So.")])
+    first, second = conversation.turns
+    assert (first.question, second.question) == ("Name a metal.", "Why?")
+    together = lavin.tokenizer.encode(instruction_prompt("Name a metal.") + "Iron.")
+    assert first.prompt + first.answer == together
+    other = Conversation(lavin)
+    say(other, "Name a metal.")
+    assert other.turns[0].prompt == first.prompt
+
+
+# In the terminal
 
 
 @pytest.fixture
 def terminal(monkeypatch, call):
-    """terminal(*lines) -> what --chat prints; a line may be an exception, raised instead of typed."""
-    def terminal(*lines, flags=()):
+    """terminal(line, …) -> what --chat prints. An exception among the lines is raised instead."""
+    def terminal(*lines):
         typed = iter(lines)
 
         def type_line(prompt):
@@ -105,7 +141,7 @@ def terminal(monkeypatch, call):
             return line
 
         monkeypatch.setattr(builtins, "input", type_line)
-        code, stdout, stderr = call(generate, "--chat", *FLAGS, "--max-new-tokens", 5, *flags)
+        code, stdout, stderr = call(generate, "--chat", *MODEL, "--max-new-tokens", 5)
         assert (code, stderr) == (0, "")
         return stdout
     return terminal
@@ -113,35 +149,50 @@ def terminal(monkeypatch, call):
 
 def test_commands(terminal, tmp_path, lavin):
     answer = say(Conversation(lavin), "Name a metal.")
-    stdout = terminal("Name a metal.", KeyboardInterrupt(), "/foo", f"/save {tmp_path / 'a.txt'}", "/reset", "Name a metal.",
-                      f"/image {PICTURE}", "What is it?", f"/save {tmp_path / 'b.txt'}", "/image nowhere.png", f"/save {tmp_path}",
-                      "/image ~nobody/x.png", f"/save {tmp_path / 'b.txt' / 'c'}", "/save \0x", "/save", "Are ~5 red?",
-                      "why " * 200, "", "/quit", "never read")
-    assert stdout.count(answer) == 2 and stdout.count(chat.HELP) == 3 and "(/quit ends it)" in stdout
-    assert "error: nowhere.png: no such picture" in stdout and stdout.count("cannot be written") == 3 and "a context of 128 has room" in stdout
-    assert (tmp_path / "a.txt").read_text() == f"Image: N/A\n\nInstruction: Name a metal.\nResponse: {answer}\n"
-    assert (tmp_path / "b.txt").read_text().startswith(f"Image: {PICTURE}\n\nInstruction: What is it?\nResponse: ")
+    first = tmp_path / "a.txt"
+    second = tmp_path / "b.txt"
+    stdout = terminal(
+        "Name a metal.", KeyboardInterrupt(), "/foo", f"/save {first}",
+        "/reset", "Name a metal.",
+        f"/image {PICTURE}", "What is it?", f"/save {second}",
+        "/image nowhere.png", "/image ~nobody/x.png",
+        f"/save {tmp_path}", f"/save {second / 'c'}", "/save \0x", "/save",
+        "Are ~5 red?", "why " * 200, "",
+        "/quit", "never read")
+    assert stdout.count(answer) == 2
+    assert stdout.count(chat.HELP) == 3                 # at the start, for /foo, for /save alone
+    assert "(/quit ends it)" in stdout
+    assert "error: nowhere.png: no such picture" in stdout
+    assert stdout.count("cannot be written") == 3
+    assert "a context of 128 has room" in stdout
+    turn = f"Instruction: Name a metal.\nResponse: {answer}\n"
+    assert first.read_text() == f"Image: N/A\n\n{turn}"
+    start = f"Image: {PICTURE}\n\nInstruction: What is it?\nResponse: "
+    assert second.read_text().startswith(start)
 
 
-def test_forgetting_is_said_and_the_end_of_input_ends_it(terminal):
-    assert "no longer fit the context of 128 tokens and are forgotten" in terminal(*["Name a metal."] * 9)
+def test_dropped_turns_are_told_and_the_end_of_input_ends_it(terminal):
+    notice = "no longer fit the context of 128 tokens and are forgotten"
+    assert notice in terminal(*["Name a metal."] * 9)
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(terminal, monkeypatch):
-    step, calls = Decoder.step, []
+    step = Engine.step
+    calls = []
 
-    def interrupted(decoder, ids):
+    def interrupted(engine, ids):
         calls.append(ids)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return step(decoder, ids)
+        return step(engine, ids)
 
-    monkeypatch.setattr(Decoder, "step", interrupted)
+    monkeypatch.setattr(Engine, "step", interrupted)
     stdout = terminal("Name a metal.", "Why?")
-    assert "(stopped)" in stdout and len(stdout.splitlines()[-2]) > 0 and len(calls) > 4
+    assert "(stopped)" in stdout
+    assert len(stdout.splitlines()[-2]) > 0 and len(calls) > 4          # the second was answered
 
 
 def test_chat_flags(call):
-    assert call(generate, "--chat", "--prompt", "x", *FLAGS)[0] == 2
-    code, _, stderr = call(generate, "--chat", "--image", "nowhere.png", *FLAGS)
+    assert call(generate, "--chat", "--prompt", "x", *MODEL)[0] == 2
+    code, _, stderr = call(generate, "--chat", "--image", "nowhere.png", *MODEL)
     assert code == 2 and "no such picture" in stderr

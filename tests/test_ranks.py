@@ -1,7 +1,9 @@
 """Several processes, one run: the same losses and the same adapters as one process alone.
 
-As a script it is a torchrun that imports PyTorch once for all: of each argument, a JSON [ranks, flags, flags, …], the ranks
-call train.py with the one list of flags after the other.
+    python tests/test_ranks.py '[2, FLAGS, FLAGS]' '[4, FLAGS]'
+
+As a script this file is a torchrun that imports PyTorch only once. Each argument is JSON: a number
+of ranks, and the flags of one or more runs of train.py, which these ranks do one after the other.
 """
 
 import json
@@ -14,98 +16,159 @@ import time
 import pytest
 import torch
 
-from conftest import LLAMA, ROOT, VIT, difference
+from conftest import LLAMA, ROOT, VIT, difference    # before our modules: it says where they are
 
 import files
-import ranks
 import train
+from fast import ranks
 
 
 def flags(sqa, out, *more):
-    """Six steps. Three samples a micro-batch, so that ranks get different numbers of answer tokens, of pictures and, at the
-    end of an epoch, of micro-batches."""
-    return list(map(str, [
-        "--data", "sqa", "--llama", LLAMA, "--vit", VIT, "--data-root", sqa, "--out", out, "--batch-size", 10,
-        "--micro-batch", 3, "--workers", 0, "--epochs", 2, "--max-seq-len", 160, "--eval-limit", 0, "--dropout", 0,
-        "--lr", 1e-3, "--device", "cpu", *more]))
+    """Six steps of ten samples, three in a micro-batch.
+
+    So ranks get different numbers of answer tokens, of pictures and, at the end of an epoch, of
+    micro-batches.
+    """
+    flags = [
+        "--data", "sqa", "--data-root", sqa, "--llama", LLAMA, "--vit", VIT, "--out", out,
+        "--batch-size", 10, "--micro-batch", 3, "--epochs", 2, "--lr", 1e-3, "--dropout", 0,
+        "--max-seq-len", 160, "--workers", 0, "--eval-limit", 0, "--device", "cpu", *more]
+    return [str(flag) for flag in flags]
 
 
 def start(*command):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def read(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines], torch.load(out / "checkpoint.pth", weights_only=False)["model"]
+def read_run(out):
+    """-> (its losses, its trained weights)."""
+    losses = []
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        losses.append(json.loads(line)["loss"])
+    checkpoint = torch.load(out / "checkpoint.pth", weights_only=False)
+    return losses, checkpoint["model"]
 
 
-def assert_equal_runs(a, b):
-    (losses, weights), (other_losses, other_weights) = read(a), read(b)
-    assert len(losses) == len(other_losses) == 6 and difference(torch.tensor(losses), torch.tensor(other_losses)) < 1e-5
+def assert_equal_runs(out, other_out):
+    losses, weights = read_run(out)
+    other_losses, other_weights = read_run(other_out)
+    assert len(losses) == len(other_losses) == 6
+    assert difference(losses, other_losses) < 1e-5
+    assert weights.keys() == other_weights.keys()
     for name, weight in weights.items():
         assert difference(weight, other_weights[name]) < 1e-5, name
 
 
-def test_two_and_four_ranks_with_and_without_fsdp_and_a_run_that_changes_their_number(sqa, tmp_path, call):
-    alone, *others = (tmp_path / name for name in ("alone", "two", "two-fsdp", "four", "four-fsdp", "changed"))
-    two, two_fsdp, four, four_fsdp, changed = others
+def test_two_and_four_ranks_do_what_one_does(sqa, tmp_path, call):
+    """With and without --fsdp, and a run that changes its number of ranks from 2 to 4 to 1."""
+    alone = tmp_path / "alone"
+    two = tmp_path / "two"
+    two_fsdp = tmp_path / "two-fsdp"
+    four = tmp_path / "four"
+    four_fsdp = tmp_path / "four-fsdp"
+    changed = tmp_path / "changed"
     assert call(train, *flags(sqa, alone))[0] == 0
-    result = start(__file__, *map(json.dumps, [
-        [2, flags(sqa, two), flags(sqa, two_fsdp, "--fsdp"), flags(sqa, changed, "--max-steps", 2)],
-        [4, flags(sqa, four), flags(sqa, four_fsdp, "--fsdp", "--checkpointing"), flags(sqa, changed, "--resume", "--max-steps", 4, "--fsdp")]]))
+
+    on_two = [
+        2,
+        flags(sqa, two),
+        flags(sqa, two_fsdp, "--fsdp"),
+        flags(sqa, changed, "--max-steps", 2)]
+    on_four = [
+        4,
+        flags(sqa, four),
+        flags(sqa, four_fsdp, "--fsdp", "--checkpointing"),
+        flags(sqa, changed, "--resume", "--max-steps", 4, "--fsdp")]
+    result = start(__file__, json.dumps(on_two), json.dumps(on_four))
     assert result.returncode == 0, result.stderr
-    for count in (2, 4):                                       # rank 0 alone prints
-        assert result.stdout.count(f"batch    10 in micro-batches of 3 · context 160 tokens · {count} ranks") == 3
+    for count in (2, 4):                        # once for each run: rank 0 alone prints
+        line = f"batch    10 in micro-batches of 3 · context 160 tokens · {count} ranks"
+        assert result.stdout.count(line) == 3
     assert call(train, *flags(sqa, changed, "--resume"))[0] == 0
-    for out in others:
+
+    for out in (two, two_fsdp, four, four_fsdp, changed):
         assert_equal_runs(alone, out)
 
 
 def test_a_rank_that_dies_ends_the_run_with_its_own_error(sqa, tmp_path):
-    """A broken picture, which one of the ranks comes to decode while the other waits for its gradients."""
+    """One of the ranks comes to a broken picture while the other waits for its gradients."""
     picture = next((sqa / "images" / "train").glob("*/image.png"))
     picture.write_bytes(b"no picture")
+    out = tmp_path / "out"
     began = time.perf_counter()
-    result = start("-m", "torch.distributed.run", "--nproc-per-node", 2, "train.py", *flags(sqa, tmp_path / "out"))
-    assert result.returncode != 0 and time.perf_counter() - began < 60
-    assert str(picture) in result.stderr and not (tmp_path / "out" / "checkpoint.pth").exists()
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2)
+    result = start(*torchrun, "train.py", *flags(sqa, out))
+    assert result.returncode != 0
+    assert time.perf_counter() - began < 60
+    assert str(picture) in result.stderr
+    assert not (out / "checkpoint.pth").exists()
 
 
 @pytest.mark.parametrize("more", [["--fsdp"], ["--fsdp", "--bits", 8]])
-def test_fsdp_alone_or_with_packed_matrices_is_refused(sqa, tmp_path, call, more):
+def test_fsdp_alone_or_with_quantized_matrices_is_refused(sqa, tmp_path, call, more):
     code, _, stderr = call(train, *flags(sqa, tmp_path / "out", *more))
-    assert code == 2 and "torchrun" in stderr and not (tmp_path / "out").exists()
+    assert code == 2
+    assert "torchrun" in stderr
+    assert not (tmp_path / "out").exists()
 
 
-def sharded_and_whole(block):
-    """What fsdp cuts, and what it must leave as it is."""
-    cut = {name for name, p in block.named_parameters() if hasattr(p, "to_local")}
-    assert cut == {name for name, p in block.named_parameters() if not p.requires_grad and p.dim() > 1}, cut
-    return block
+# What the script does
 
 
-def as_rank(rank, count, meeting, runs):
-    """What torchrun and train.py do, in this process."""
+def check_sharded(block):
+    """--fsdp cuts the frozen matrices, and must leave all else whole."""
+    sharded = set()
+    frozen_matrices = set()
+    for name, p in block.named_parameters():
+        if hasattr(p, "to_local"):
+            sharded.add(name)
+        if not p.requires_grad and p.dim() > 1:
+            frozen_matrices.add(name)
+    assert sharded == frozen_matrices, sharded
+
+
+def run_rank(rank, count, meeting, runs):
+    """What torchrun and train.py do, in this process; the ranks meet once for all runs."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)     # once, for all runs
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
     leave = torch.distributed.destroy_process_group
-    torch.distributed.init_process_group = torch.distributed.destroy_process_group = lambda *_: None
     shard = ranks.shard
-    ranks.shard = lambda block, device: sharded_and_whole((shard(block, device), block)[1])
+
+    def do_nothing(*args):
+        pass
+
+    def checked_shard(block, device):
+        shard(block, device)
+        check_sharded(block)
+
+    torch.distributed.init_process_group = do_nothing
+    torch.distributed.destroy_process_group = do_nothing
+    ranks.shard = checked_shard
     for argv in runs:
         sys.argv = ["train.py", *argv]
         files.run(train.main)
-    leave()                                                     # gloo's threads abort a process that ends without it
+    leave()                         # gloo's threads abort a process that ends without it
+
+
+def run_ranks(count, runs):
+    """-> whether all of the ranks ended well."""
+    context = torch.multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for rank in range(count):
+            args = (rank, count, f"{folder}/meeting", runs)
+            process = context.Process(target=run_rank, args=args)
+            process.start()
+            processes.append(process)
+        for process in processes:
+            process.join()
+    return all(process.exitcode == 0 for process in processes)
 
 
 if __name__ == "__main__":
-    for count, *runs in map(json.loads, sys.argv[1:]):
-        with tempfile.TemporaryDirectory() as folder:
-            fork = torch.multiprocessing.get_context("fork")
-            processes = [fork.Process(target=as_rank, args=(rank, count, f"{folder}/meeting", runs)) for rank in range(count)]
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join()
-        if any(process.exitcode for process in processes):
+    for argument in sys.argv[1:]:
+        count, *runs = json.loads(argument)
+        if not run_ranks(count, runs):
             sys.exit(1)

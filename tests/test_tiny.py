@@ -1,196 +1,347 @@
-"""The embedded default: a world in ScienceQA's layout, base models in the official formats, and the scripts on them."""
+"""The small world: its data, its two base models, and the scripts that use it by default."""
 
+import hashlib
 import json
-import random
+import sys
 from collections import Counter, defaultdict
+from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from sentencepiece import SentencePieceProcessor
 
+import checkpoints
 import data
 import generate
-import tiny
 import train
+from extras.scienceqa import SUBJECTS, load_sqa
 from files import LavinError
-from model import LaVIN
+from tiny import pretrain, world
 
 SIZES = (64, 12, 40)
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
-    """A small world in the place of the embedded default's data, and a directory without anything else to be in."""
+def small_world(tmp_path, monkeypatch):
+    """Where the scripts will draw their data, a smaller world than usual, in an empty directory."""
     root = tmp_path / "world"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(tiny.PATHS, "data_root", root)
-    monkeypatch.setattr(tiny, "SIZES", SIZES)
+    monkeypatch.setitem(world.PATHS, "data_root", root)
+    monkeypatch.setattr(world, "SIZES", SIZES)
     return root
 
 
-def test_the_world_is_scienceqa_in_its_real_layout_and_a_function_of_its_seed(tmp_path):
-    for name in ("a", "b"):
-        tiny.write_world(tmp_path / name, sizes=SIZES)
-    for split, size in zip(("train", "val", "test"), SIZES):
-        problems, samples = data.load_sqa(tmp_path / "a", split, use_captions=True)
-        assert len(samples) == size and sum(s.image is not None for s in samples) == size // 2
-        assert {s.id for s in samples if "Context: N/A" not in s.prompt} >= {p for p, q in problems.items() if q["image"]}
-    files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
+def read_results(path):
+    return json.loads(Path(path).read_text())["results"]
+
+
+# The data
+
+
+def test_the_world_has_scienceqas_layout(tmp_path):
+    world.write_world(tmp_path, sizes=SIZES)
+    for split, size in zip(world.SPLITS, SIZES):
+        problems, samples = load_sqa(tmp_path, split, use_captions=True)
+        with_picture = [s for s in samples if s.image is not None]
+        assert len(samples) == size
+        assert len(with_picture) == size // 2
+        for sample in with_picture:
+            assert problems[sample.id]["image"]
+            assert "Context: N/A" not in sample.prompt          # the caption is there
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 4 + sum(SIZES) // 2
-    for file in files:
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_the_world_is_a_function_of_its_seed(tmp_path):
+    for name in ("a", "b"):
+        world.write_world(tmp_path / name, sizes=SIZES)
+    for path in (tmp_path / "a").rglob("*"):
+        if path.is_file():
+            other = tmp_path / "b" / path.relative_to(tmp_path / "a")
+            assert path.read_bytes() == other.read_bytes(), path
+
+
+def test_a_version_of_the_world_never_changes(tmp_path):
+    """The base models were trained on version 1, and its tables are in the README.
+
+    Pictures draw from the same generator as the questions do, so a change to either shows.
+    """
+    world.write_world(tmp_path, sizes=SIZES)
+    digest = hashlib.sha256((tmp_path / "problems.json").read_bytes()).hexdigest()
+    assert world.VERSION == 1
+    assert digest == "44653193087e65c50b7d9de72024f9d9437f43f8fc7cd2a0ba2c31036638dea2"
 
 
 def test_nothing_can_be_guessed_from_the_text():
-    """A picture question with given choices has every one of them as its answer, equally often, wherever it stands."""
-    rng, answers, places = random.Random(0), defaultdict(Counter), defaultdict(Counter)
+    """Every choice of a picture question is equally often the answer, wherever it stands."""
+    rng = Random(0)
+    answers = defaultdict(Counter)      # {(question, choices): {the right choice: how often}}
+    positions = defaultdict(Counter)    # {number of choices: {position of the right one: …}}
     for _ in range(60_000):
-        item = tiny.seen(rng)
-        p = tiny.problem(item, rng, "train")
-        answers[p["question"], tuple(sorted(p["choices"]))][item.choices[0]] += 1
-        places[len(p["choices"])][p["answer"]] += 1
-    for (question, choices), right in answers.items():
-        assert len(right) == len(choices) and max(right.values()) < 2 * min(right.values()), (question, choices, right)
-    for n, counts in places.items():
+        item = world.picture_item(rng)
+        problem = world.problem(item, rng, "train")
+        choices = tuple(sorted(problem["choices"]))
+        answers[problem["question"], choices][item.choices[0]] += 1
+        positions[len(choices)][problem["answer"]] += 1
+    for (question, choices), counts in answers.items():
+        assert len(counts) == len(choices), (question, choices, counts)
+        assert max(counts.values()) < 2 * min(counts.values()), (question, choices, counts)
+    for n, counts in positions.items():
         assert max(counts.values()) < 1.1 * min(counts.values()), (n, counts)
 
 
 def test_every_skill_has_subjects_grades_and_reasons(tmp_path):
-    tiny.write_world(tmp_path / "world", sizes=(600, 2, 400))
-    problems = json.loads((tmp_path / "world/problems.json").read_text()).values()
-    train_split = [p for p in problems if p["split"] == "train"]
-    assert len({p["skill"] for p in train_split if p["image"]}) >= 10
-    assert len({p["skill"] for p in train_split if not p["image"]}) >= 6
-    assert {p["subject"] for p in train_split} == set(data.SUBJECTS)
-    assert {int(p["grade"][5:]) <= 6 for p in train_split} == {True, False}
-    assert {bool(p["hint"]) for p in train_split if p["image"]} == {True, False}
-    assert all(p["lecture"] and p["solution"] and p["choices"][p["answer"]] in p["solution"] for p in problems)
-    new = {p["split"] for p in problems if p["skill"].endswith("(new combinations)")}
-    assert new == {"test"}
+    world.write_world(tmp_path, sizes=(600, 2, 400))
+    problems = json.loads((tmp_path / "problems.json").read_text()).values()
+    shown = [p for p in problems if p["split"] == "train" and p["image"]]
+    told = [p for p in problems if p["split"] == "train" and not p["image"]]
+    assert len({p["skill"] for p in shown}) >= 10
+    assert len({p["skill"] for p in told}) >= 6
+    assert {p["subject"] for p in shown + told} == set(SUBJECTS)
+    assert {int(p["grade"].removeprefix("grade")) <= 6 for p in shown + told} == {True, False}
+    assert {bool(p["hint"]) for p in shown} == {True, False}
+    for p in problems:
+        assert p["lecture"]
+        assert p["choices"][p["answer"]] in p["solution"]
 
 
-def test_kept_combinations_are_never_shown_before_the_test():
-    rng = random.Random(0)
+def shows_new_pair(caption):
+    """Does a caption name a shape and a colour that are kept for the test split?"""
+    remarks = caption.split(", ")
+    shapes = [word for word in remarks if word in world.SHAPES]
+    colours = [word for word in remarks if word in world.COLOURS]
+    return bool(shapes and colours) and world.is_new(shapes[0], colours[0])
 
-    def met(caption):
-        shape, colour = ([word for word in caption.split(", ") if word in words] for words in (tiny.SHAPES, tiny.COLOURS))
-        return bool(shape and colour) and tiny.is_new(shape[0], colour[0])
 
-    assert sum(tiny.is_new(shape, colour) for shape in tiny.SHAPES for colour in tiny.COLOURS) == len(tiny.SHAPES)
-    scenes = [tiny.seen(rng) for _ in range(5000)]
-    assert not any(met(item.caption) or "(new" in item.skill for item in scenes)
-    assert all(met(item.caption) and "(new" in item.skill for item in (tiny.things(rng, True) for _ in range(100)))
-    asked = [tiny.described(rng) for _ in range(2000)]
-    assert not any(met(item.hint.partition("shows ")[2].removesuffix(".")) for item in asked)
-    *_, last_stage = tiny.CURRICULUM
-    texts = [tiny.document(rng, *last_stage[1:]) for _ in range(2000)]
-    assert any(met(words or "") for words, _ in texts)                      # LLaMA has read of them
+def test_there_is_a_new_pair_for_every_shape():
+    assert len(world.shape_colour_pairs(new=True)) == len(world.SHAPES)
+    n_pairs = len(world.SHAPES) * len(world.COLOURS)
+    assert len(world.shape_colour_pairs(new=False)) == n_pairs - len(world.SHAPES)
+
+
+def test_new_pairs_are_shown_in_the_test_split_alone(tmp_path):
+    world.write_world(tmp_path, sizes=(600, 100, 400))
+    problems = json.loads((tmp_path / "problems.json").read_text())
+    captions = json.loads((tmp_path / "captions.json").read_text())["captions"]
+    splits = set()
+    for pid, problem in problems.items():
+        is_new = problem["skill"].endswith("(new combinations)")
+        assert is_new == shows_new_pair(captions.get(pid, "")), problem
+        if is_new:
+            splits.add(problem["split"])
+    assert splits == {"test"}
+
+
+def test_new_pairs_are_not_described_in_training_but_read_about_in_pretraining():
+    rng = Random(0)
+    for _ in range(2000):
+        hint = world.described(rng).hint
+        scene = hint.removeprefix("The picture shows ").removesuffix(".")
+        assert not shows_new_pair(scene), hint
+    last_stage = pretrain.CURRICULUM[-1]
+    texts = [pretrain.document(rng, last_stage) for _ in range(2000)]
+    assert any(shows_new_pair(words or "") for words, _ in texts)
+
+
+# Pre-training
 
 
 def test_a_described_scene_stands_where_a_picture_would(lavin):
     sample = data.Sample("What is it?", " A star.", Image.new("RGB", (9, 9)))
-    shown = data.encode(sample, lavin.tokenizer, 2, 512)
-    tokens, labels, described = tiny.encode("one star", sample, lavin.tokenizer)
-    assert tokens[described] == lavin.tokenizer.encode("one star")
-    after = described.start + 2
-    assert tokens[:described.start] + tokens[described.stop:] == [*shown.tokens[:described.start], *shown.tokens[after:]]
-    assert labels[described.stop:] == shown.labels[after:].tolist()
+    shown = data.encode(sample, lavin.tokenizer, n_features=2, max_seq_len=512)
+    row = pretrain.encode_document("one star", sample, lavin.tokenizer)
+    start = row.description.start
+    end = row.description.stop
+    assert row.tokens[start:end] == lavin.tokenizer.encode("one star")
+    # Around the description, all is as around two features.
+    assert row.tokens[:start] == shown.tokens[:start].tolist()
+    assert row.tokens[end:] == shown.tokens[start + 2:].tolist()
+    assert row.labels[end:] == shown.labels[start + 2:].tolist()
 
 
-def test_what_is_said_of_something_is_not_blurred():
-    rng, words = random.Random(0), [item.caption for item in (tiny.seen(random.Random(i)) for i in range(200))]
-    chosen = {text for text in words for _ in range(20) if tiny.blur(text, rng)}
-    assert chosen == {text for text in words if not text.startswith(("a flag", "a bar chart"))}
-    assert not tiny.blur(None, rng)
+def test_captions_in_which_order_matters_are_not_blurred():
+    rng = Random(0)
+    captions = [world.picture_item(Random(i)).caption for i in range(200)]
+    for caption in captions:
+        is_blurred = any(pretrain.blur(caption, rng) for _ in range(20))
+        assert is_blurred != caption.startswith(("a flag", "a bar chart")), caption
+    assert not pretrain.blur(None, rng)
 
 
 def test_pretraining_writes_models_that_lavin_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny, "TOKENIZER_DOCUMENTS", 2000)
+    monkeypatch.setattr(pretrain, "TOKENIZER_DOCUMENTS", 2000)
     folder = tmp_path / "llama"
-    tiny.make_folder(folder, lambda temporary: tiny.pretrain_llama(temporary, steps=3, batch_size=4, n_scored=1))
-    tiny.pretrain_clip(tmp_path / "ViT.pt", steps=3, batch_size=12, n_pictures=200, n_scored=20)
-    lavin = LaVIN.load(folder, tmp_path / "ViT.pt")
-    picture = tiny.render(tiny.magnets(random.Random(0)), random.Random(0))
-    loss = lavin(lavin.batch([data.Sample("Will they repel?", "Yes.", picture), data.Sample("A word.", "Another.")]))
-    assert torch.isfinite(loss) and lavin.vit.conv1.weight.std() > 0
+    vit = tmp_path / "ViT.pt"
+
+    def write(temporary):
+        pretrain.pretrain_llama(temporary, steps=3, batch_size=4, n_scored=1)
+
+    world.make_folder(folder, write)
+    pretrain.pretrain_clip(vit, steps=3, batch_size=12, n_pictures=200, n_scored=20)
+    lavin = checkpoints.load(folder, vit)
+    picture = world.render(world.magnets(Random(0)), Random(0))
+    batch = lavin.batch([
+        data.Sample("Will they repel?", "Yes.", picture),
+        data.Sample("A word.", "Another."),
+    ])
+    assert torch.isfinite(lavin(batch))
+    assert lavin.vit.conv1.weight.std() > 0
     state = torch.load(folder / "consolidated.00.pth", weights_only=True)
-    assert {t.dtype for t in state.values()} == {torch.float16} and not any("adapter" in name for name in state)
+    for name, tensor in state.items():
+        assert tensor.dtype == torch.float16
+        assert "adapter" not in name
 
 
-def test_what_is_committed_answers_questions_about_described_scenes():
-    """The frozen LLaMA alone, on the CPU: the letters of new questions in words."""
-    llama = LaVIN.load(tiny.PATHS["llama"], tiny.PATHS["vit"])
-    scores = tiny.letter_scores(llama.llama, llama.tokenizer, n=3)
+def test_the_committed_tokenizer_is_what_pretraining_makes():
+    """So the corpus is still the one that the committed LLaMA was trained on."""
+    committed = data.load_tokenizer(world.PATHS["llama"])
+    made = SentencePieceProcessor(model_proto=pretrain.train_tokenizer(seed=0))
+    ids = list(range(1024))
+    assert made.id_to_piece(ids) == committed.id_to_piece(ids)
+
+
+def test_the_committed_llama_answers_questions_about_described_scenes():
+    """The frozen LLaMA alone, without LaVIN's training."""
+    lavin = checkpoints.load(world.PATHS["llama"], world.PATHS["vit"])
+    scores = pretrain.letter_scores(lavin.llama, lavin.tokenizer, n=3)
     assert sum(scores.values()) / len(scores) > 90, scores
 
 
-def test_train_and_generate_with_no_paths_take_the_embedded_default(call, world):
-    code, stdout, _ = call(train, "--data", "sqa", "--epochs", 1, "--workers", 0, "--eval-limit", 4)
-    assert code == 0 and "LLaMA" in stdout and "ViT-tiny.pt" in stdout and "lr 0.006" in stdout
-    assert (world / "world.json").exists() and Image.open("out/loss.png").size == (800, 440)
-    (world / "world.json").touch()
-    code, stdout, _ = call(generate, "--data", "sqa", "--by", "skill", "--workers", 0, "--predictions", "out/p.json")
-    assert code == 0 and "drawing" not in stdout and "new combinations" in stdout
-    predictions = json.loads(open("out/p.json").read())["results"]
-    code, stdout, _ = call(generate, "--data", "sqa", "--blank-images", "--workers", 0, "--predictions", "out/blank.json")
-    blanked = json.loads(open("out/blank.json").read())["results"]
-    problems, _ = data.load_sqa(world, "test")
-    assert all(blanked[pid] == index for pid, index in predictions.items() if not problems[pid]["image"])
+def test_pretraining_knows_two_models(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "vicuna"])
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    assert "vicuna: the models are llama and clip" in capsys.readouterr().err
+
+
+# The default of train.py and generate.py
+
+
+def test_train_and_generate_take_the_small_world_by_default(call, small_world):
+    code, stdout, _ = call(
+        train, "--data", "sqa", "--epochs", 1, "--workers", 0, "--eval-limit", 4)
+    assert code == 0
+    assert "embedded default" in stdout and "ViT-tiny.pt" in stdout and "lr 0.006" in stdout
+    assert (small_world / "world.json").exists()
+    assert Image.open("out/loss.png").size == (800, 440)
+
+    code, stdout, _ = call(
+        generate, "--data", "sqa", "--by", "skill", "--workers", 0,
+        "--predictions", "out/predictions.json")
+    assert code == 0
+    assert "new combinations" in stdout
+    assert "drawing" not in stdout                              # the world was there already
+    predictions = read_results("out/predictions.json")
+
+    code, _, _ = call(
+        generate, "--data", "sqa", "--blank-images", "--workers", 0,
+        "--predictions", "out/blank.json")
+    assert code == 0
+    blanked = read_results("out/blank.json")
+    problems, _ = load_sqa(small_world, "test")
+    for pid, index in predictions.items():
+        if not problems[pid]["image"]:
+            assert blanked[pid] == index
+
     code, stdout, _ = call(generate, "--data", "sqa", "--adapter", "none", "--workers", 0)
     assert code == 0 and "adapter none" in stdout
     code, stdout, _ = call(generate, "--show-routing")
-    assert code == 0 and Image.open("out/routing.png").size == (800, 440) and "text, untrained" in stdout
-    tiny.sheet("out/p.json", "out/sheet.png", 4)
+    assert code == 0 and "text, untrained" in stdout
+    assert Image.open("out/routing.png").size == (800, 440)
+    world.sheet("out/predictions.json", "out/sheet.png", n=4)
     assert Image.open("out/sheet.png").height == 2 * 170
 
 
-def test_real_weights_come_first_and_missing_ones_are_listed(call, world):
-    (world.parent / "weights").mkdir()
-    (world.parent / "weights/ViT-L-14.pt").touch()
+def test_real_weights_come_first_and_missing_ones_are_listed(call, small_world):
+    weights = small_world.parent / "weights"
+    weights.mkdir()
+    (weights / "ViT-L-14.pt").touch()
     code, _, stderr = call(train, "--data", "sqa")
-    assert code == 2 and "weights/7B/params.json" in stderr and "data/scienceqa/problems.json" in stderr
-    assert not world.exists()
+    assert code == 2
+    assert "weights/7B/params.json" in stderr
+    assert "data/scienceqa/problems.json" in stderr
+    assert not small_world.exists()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_half_made_world_is_never_left(world, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()],
+    ids=["full disk", "Ctrl-C"])
+def test_a_half_made_world_is_never_left(small_world, monkeypatch, error):
     def fail(*args):
         raise error
-    monkeypatch.setattr(tiny, "render", fail)
+
+    monkeypatch.setattr(world, "render", fail)
+    args = SimpleNamespace(data="sqa", llama=None, vit=None, data_root=None)
     with pytest.raises((LavinError, KeyboardInterrupt)):
-        tiny.prepare(SimpleNamespace(data="sqa", llama=None, vit=None, data_root=None))
-    assert not world.exists() and not list(world.parent.glob("*.tmp"))
+        world.prepare(args)
+    assert not small_world.exists()
+    assert not list(small_world.parent.glob("*.tmp"))
 
 
-def test_a_directory_that_cannot_be_written(call, world, monkeypatch):
-    monkeypatch.setitem(tiny.PATHS, "data_root", world / "file" / "scienceqa")
-    world.write_text("in the way")
+def test_a_directory_that_cannot_be_written(call, small_world, monkeypatch):
+    monkeypatch.setitem(world.PATHS, "data_root", small_world / "file" / "scienceqa")
+    small_world.write_text("in the way")
     code, _, stderr = call(train, "--data", "sqa")
-    assert code == 2 and "cannot be made" in stderr and len(stderr.splitlines()) == 1
+    assert code == 2
+    assert "cannot be made" in stderr
+    assert len(stderr.splitlines()) == 1
 
 
-def test_a_world_of_another_version_says_how_to_remake_it(call, world):
-    tiny.make_folder(world, tiny.write_world)
-    (world / "world.json").write_text('{"version": 0}')
+def test_a_world_of_another_version_says_how_to_make_it_anew(call, small_world):
+    world.make_folder(small_world, world.write_world)
+    (small_world / "world.json").write_text('{"version": 0}')
     code, _, stderr = call(train, "--data", "sqa")
-    assert code == 2 and "another version" in stderr and "python tiny.py" in stderr
+    assert code == 2
+    assert "another version" in stderr
+    assert "python -m tiny.world makes it anew" in stderr
 
 
-@pytest.mark.parametrize("flags, trained", [
-    (["--adapters", "none"], {"projector"}), (["--adapters", "llama"], {"projector", "llama", "modality_embedding"}),
-    (["--no-routing"], {"projector", "llama", "vit"}), ([], {"projector", "llama", "vit", "modality_embedding"})],
-    ids=["projector only", "llama only", "no routing", "all"])
-def test_ablations_train_what_they_say(call, world, flags, trained):
-    common = ("--data", "sqa", "--max-steps", 2, "--workers", 0, "--eval-limit", 0, "--lr", 0.1, "--dropout", 0)
-    assert call(train, *common, *flags)[0] == 0
-    after = LaVIN.load(tiny.PATHS["llama"], tiny.PATHS["vit"], "out/checkpoint.pth")
-    torch.manual_seed(data.mixed_seed(0, 0))
-    before = dict(LaVIN.load(tiny.PATHS["llama"], tiny.PATHS["vit"]).named_parameters())
-    changed = {name for name, p in after.named_parameters() if not torch.equal(p, before[name])}
+def test_a_llama_of_another_version_says_how_to_make_it_anew(small_world, monkeypatch):
+    llama = small_world.parent / "llama"
+    llama.mkdir()
+    (llama / "params.json").write_text('{"version": 0}')
+    monkeypatch.setitem(world.PATHS, "llama", llama)
+    args = SimpleNamespace(data=None, llama=None, vit=None, data_root=None)
+    with pytest.raises(LavinError, match="python -m tiny.pretrain makes it anew"):
+        world.prepare(args)
+
+
+# The ablations of train.py, for which bench/ablations.py needs the small world
+
+TRAINED = {
+    "projector only": (["--adapters", "none"], {"projector"}),
+    "adapters in LLaMA only": (
+        ["--adapters", "llama"], {"projector", "llama", "modality_embedding"}),
+    "without routing": (["--no-routing"], {"projector", "llama", "vit"}),
+    "MMA": ([], {"projector", "llama", "vit", "modality_embedding"}),
+}
+
+
+@pytest.mark.parametrize("flags, trained", TRAINED.values(), ids=TRAINED)
+def test_ablations_train_what_they_say(call, small_world, flags, trained):
+    common = ("--data", "sqa", "--max-steps", 2, "--workers", 0, "--eval-limit", 0, "--lr", 0.1,
+              "--dropout", 0)
+    code, _, stderr = call(train, *common, *flags)
+    assert code == 0, stderr
+    llama = world.PATHS["llama"]
+    vit = world.PATHS["vit"]
+    after = checkpoints.load(llama, vit, "out/checkpoint.pth")
+    torch.manual_seed(data.mixed_seed(0, 0))                    # as train.py starts
+    before = dict(checkpoints.load(llama, vit).named_parameters())
+    changed = set()
+    for name, p in after.named_parameters():
+        if not torch.equal(p, before[name]):
+            changed.add(name)
     if "--no-routing" in flags:
-        assert torch.equal(after.route(), torch.full_like(after.route(), 0.5))
-        changed = {name for name in changed if ".router." not in name}          # to zero
+        half = torch.full_like(after.route(), 0.5)
+        assert torch.equal(after.route(), half)
+        changed = {name for name in changed if ".router." not in name}      # these became zero
     assert {name.split(".")[0] for name in changed} == trained
-    code, _, stderr = call(train, *common, "--resume", "--adapters", "llama" if "llama" not in flags else "all")
-    assert code == 2 and "adapters" in stderr
+
+    other = "all" if "llama" in flags else "llama"
+    code, _, stderr = call(train, *common, "--resume", "--adapters", other)
+    assert code == 2
+    assert "adapters" in stderr

@@ -1,0 +1,640 @@
+"""How fast training and generation are, and how much memory they take.
+
+    python -m bench.speed train                 every row of the table that this machine can measure
+    python -m bench.speed train --shape 7B --micro-batch 4 --checkpointing --bits 4        one row
+    python -m bench.speed generate              the same for generation
+    python -m bench.speed experts               fast.ops.mix_experts against the form it replaces
+
+The models have the shapes of real ones and random weights. Prompts and answers are as long as
+ScienceQA's.
+
+train prints samples and tokens a second, peak memory, and the hours of 20 epochs of ScienceQA. It
+counts the arithmetic that the model needs from its shapes, and sets it against the rate at which
+the same machine multiplies large matrices, measured between the steps. --share adds the share of
+the step that the adapters take, and --pictures what it costs to decode real files.
+
+generate prints tokens a second of a single conversation. Each token needs all of LLaMA's weights
+once, so it sets the bytes read against the rate at which memory can be read. It also prints the
+speed of plain LLaMA without adapters, the time to the first token, with --sqa the time for all of
+ScienceQA's test split, and with --hf the speed of Hugging Face's generate on the same weights.
+"""
+
+import argparse
+import functools
+import itertools
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image
+
+import data
+import train
+from adapters import Adapter, AdapterConfig
+from checkpoints import allocate
+from extras import hf
+from fast.engine import Engine, continue_prompts
+from fast.fold import fold
+from fast.ops import keep_freed_memory, mix_experts
+from fast.quantize import quantize
+from fast.ranks import gradient_buffer
+from files import DTYPES, pick_device, run
+from model import LaVIN, LLaMA, LLaMAConfig, pick
+from vit import ViTConfig
+
+ROOT = Path(__file__).absolute().parent.parent
+SHAPES = {
+    "7B": (LLaMAConfig(), ViTConfig()),
+    "13B": (LLaMAConfig(dim=5120, n_layers=40, n_heads=40), ViTConfig()),
+    "mid": (LLaMAConfig(dim=512, n_layers=8, n_heads=8), ViTConfig(width=512, layers=12)),
+}
+# 48 quantiles by length of ScienceQA's training split: tokens of the prompt, tokens of the answer,
+# and whether there is a picture.
+PROBLEMS = [
+    (41, 16, 1), (52, 9, 0), (46, 21, 1), (61, 52, 0), (42, 108, 0), (44, 118, 1), (43, 134, 1),
+    (43, 145, 1), (45, 150, 1), (81, 118, 0), (45, 158, 0), (38, 171, 0), (39, 177, 1),
+    (68, 155, 0), (58, 170, 0), (67, 168, 1), (61, 180, 0), (45, 201, 1), (41, 211, 0),
+    (45, 213, 1), (39, 224, 1), (101, 166, 0), (64, 207, 0), (52, 222, 0), (65, 213, 0),
+    (51, 230, 0), (58, 227, 0), (110, 182, 1), (101, 196, 1), (39, 272, 1), (112, 206, 1),
+    (68, 260, 1), (74, 266, 1), (124, 226, 1), (91, 269, 1), (112, 259, 1), (62, 322, 1),
+    (124, 280, 1), (79, 340, 0), (61, 372, 0), (82, 368, 0), (107, 355, 0), (187, 290, 0),
+    (262, 232, 1), (75, 437, 0), (127, 404, 0), (69, 501, 0), (82, 525, 0)]
+BATCH = 32
+STEPS_OF_A_RUN = 20 * 398       # 20 epochs of 12,726 samples
+WARM_UP_STEPS = 3               # not timed; the blocks are compiled in them
+ROWS = {
+    "train": {
+        "cuda": [
+            "--shape 7B --micro-batch 8 --pictures --share",
+            "--shape 7B --micro-batch 4",
+            "--shape 7B --micro-batch 32 --checkpointing",
+            "--shape 13B --micro-batch 8",
+            "--shape 7B --micro-batch 4 --checkpointing --bits 4",
+            "--shape 13B --micro-batch 4 --checkpointing --bits 4",
+        ],
+        "cpu": [
+            "--shape mid --dtype fp32 --compile --micro-batch 16 --steps 5 --share",
+            "--shape mid --dtype bf16 --compile --micro-batch 16 --steps 5",
+        ],
+    },
+    "generate": {
+        "cuda": [
+            "--shape 7B --compile --sqa",
+            "--shape 7B --compile --bits 8",
+            "--shape 7B --compile --bits 4",
+        ],
+        "cpu": [
+            "--shape mid --dtype fp32 --compile --hf",
+            "--shape mid --dtype bf16 --compile --hf",
+        ],
+    },
+}
+
+
+# Models, samples and clocks
+
+
+class Tokenizer:
+    """Stands in for sentencepiece where no text is read. A picture's prefix has three tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        return [1, 2, 3]
+
+    def eos_id(self) -> int:
+        return -1               # no answer ends before its time
+
+
+def fill_at_random(module: nn.Module) -> None:
+    """Small numbers for the frozen matrices that have memory, 1 for norms and biases."""
+    for p in module.parameters():
+        if p.device.type == "meta" or p.requires_grad:
+            continue
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.02)
+        else:
+            nn.init.ones_(p)
+
+
+def build(shape: str, device: torch.device, dtype: torch.dtype, bits: int) -> LaVIN:
+    """A LaVIN with random weights, made block by block as checkpoints.load does."""
+    llama_config, vit_config = SHAPES[shape]
+    with torch.device("meta"):
+        lavin = LaVIN(llama_config, vit_config, AdapterConfig(), Tokenizer(), 512)
+    outside = [m for name, m in lavin.named_modules() if not name.startswith("llama.layers.")]
+    allocate(outside, device, dtype)
+    fill_at_random(lavin)
+    for block in lavin.llama.layers:
+        allocate(block.modules(), device, dtype)
+        fill_at_random(block)
+        if bits < 16:
+            quantize(block, bits)
+    lavin.init_trained()
+    return lavin.train()
+
+
+def encode_problems(lavin: LaVIN, pictures: list) -> list[data.Encoded]:
+    """Samples of PROBLEMS' lengths, each of them twice: three global batches of 32.
+
+    pictures: paths or pictures, which the samples take in turn.
+    """
+    encoded = []
+    for i, (n_prompt, n_answer, has_picture) in enumerate(PROBLEMS):
+        start = 1 + 3 + n_prompt            # BOS and the picture's prefix
+        image = None
+        if has_picture:
+            start += lavin.n_features
+            image = pictures[i % len(pictures)]
+        generator = np.random.default_rng(i)
+        tokens = generator.integers(10, 30000, start + n_answer + 1).astype(np.int32)[:511]
+        labels = tokens.copy()
+        labels[:start] = 0
+        encoded.append(data.Encoded(tokens, labels, image, str(i)))
+    return encoded * 2
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the GPU: it runs behind the CPU, which holds the clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe(args, device, dtype, compiled) -> str:
+    compile_state = "on" if compiled else "off"
+    return (f"{args.shape} {dtype} on {device}, {args.bits} bits, compile {compile_state}, "
+            f"torch {torch.__version__}")
+
+
+# Training
+
+
+def flops(lavin: LaVIN, batches: list[data.Batch]) -> int:
+    """The arithmetic that one step on these micro-batches needs, counted from the shapes.
+
+    For every token a matrix of n numbers takes 2 n operations forward and 2 n back to its input,
+    and if it is trained 2 n more for its own gradient. Attention takes its two products forward and
+    twice that back, in LLaMA half of it, since it is causal. Norms and the like are left out.
+    """
+    config = lavin.llama.config
+    C = config.dim
+    block = lavin.llama.layers[0]
+    n_block = 0                             # numbers in the frozen matrices of a block
+    for linear in [*block.attention.children(), *block.feed_forward.children()]:
+        n_block += linear.in_features * linear.out_features
+    V = lavin.vit.class_embedding.numel()
+    n_vit_tokens = len(lavin.vit.positional_embedding)
+    rank = lavin.adapter_config.rank
+
+    vit_token = 4 * 12 * V * V + 6 * 2 * V * rank + 12 * n_vit_tokens * V
+    count = 0
+    for batch in batches:
+        for T in batch.lengths.tolist():
+            count += config.n_layers * (4 * n_block * T + 6 * 2 * C * rank * T + 6 * T * T * C)
+        count += 4 * C * config.vocab_size * batch.n_answer
+        count += len(batch.pixels) * n_vit_tokens * len(lavin.vit.resblocks) * vit_token
+    return count
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large product of matrices, the best of ten."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    b = torch.randn(n, n, device=device).to(dtype)
+    best = 0.0
+    for _ in range(10):
+        synchronize(device)
+        began = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = max(best, 2 * n**3 / (time.perf_counter() - began))
+    return best
+
+
+def time_steps(lavin: LaVIN, loads) -> Iterator[float]:
+    """Train on each of `loads`, the micro-batches of a step. Yields the seconds of each step.
+
+    The time to fetch a load counts, the time that the caller takes between two steps does not.
+    """
+    optimizer = train.make_optimizer(lavin, train.Settings())
+    scaler = torch.amp.GradScaler(lavin.device.type, enabled=False)
+    gradients = gradient_buffer(lavin)
+    began = time.perf_counter()
+    for micro_batches in loads:
+        train.train_step(lavin, optimizer, scaler, gradients, micro_batches)
+        synchronize(lavin.device)
+        yield time.perf_counter() - began
+        began = time.perf_counter()
+
+
+def median_step(lavin: LaVIN, loads, n: int) -> float:
+    """The median seconds of n steps, after those that warm up."""
+    seconds = list(itertools.islice(time_steps(lavin, loads), WARM_UP_STEPS + n))
+    return statistics.median(seconds[WARM_UP_STEPS:])
+
+
+class IdentityAdapter(nn.Module):
+    """In an adapter's place: the same parameters for the optimizer, and nothing to compute."""
+
+    def __init__(self, adapter: Adapter, uses_w: bool):
+        super().__init__()
+        self.adapter = adapter
+        self.router = adapter.router
+        self.uses_w = uses_w        # so that backward reaches the routing
+
+    def forward(self, y, w):
+        if self.uses_w:
+            return y + 0 * w.sum()
+        return y
+
+
+def remove_adapters(lavin: LaVIN) -> None:
+    """Replace the adapters by the identity, without making the way back any shorter.
+
+    With nothing to train, backward would stop short of the first block. A trained factor of 1
+    behind the embeddings of both models keeps it going.
+    """
+    one = nn.Parameter(torch.ones((), device=lavin.device))
+
+    def times_one(module, inputs, y):
+        return (y * one).type_as(y)
+
+    for i, block in enumerate(lavin.llama.layers):
+        block.adapter = IdentityAdapter(block.adapter, uses_w=i == 0)
+    for block in lavin.vit.resblocks:
+        block.adapter = IdentityAdapter(block.adapter, uses_w=False)
+    lavin.vit.conv1.register_forward_hook(times_one)
+    lavin.llama.tok_embeddings.register_forward_hook(times_one)
+
+
+def measure_adapters_share(lavin, loads, step, n):
+    """Print what a step takes more than one without adapters, which `lavin` has no longer then."""
+    remove_adapters(lavin)
+    torch._dynamo.reset()
+    identity = median_step(lavin, loads, n)
+    share = 100 * (step / identity - 1)
+    print(f"  adapters' share {share:.1f} % over {identity:.3f} s with the identity in their place")
+
+
+def measure_pictures(lavin, plan, step, n):
+    """Print what a step takes when workers decode its pictures from files."""
+    workers = data.default_workers()
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for i in range(48):         # about of the size and detail of ScienceQA's pictures
+            files.append(Path(folder, f"{i}.png"))
+            Image.effect_noise((480, 300), 60).convert("RGB").save(files[i])
+        batches = data.Batches(encode_problems(lavin, files), plan, lavin.resolution)
+        loads = data.prefetch(batches, range(WARM_UP_STEPS + n), workers)
+        with_files = median_step(lavin, loads, n)
+    print(f"  with pictures decoded by {workers} workers {with_files / step:.3f} × that step")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held, on the GPU if it uses one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def prepare_training(args, device, dtype, compiled):
+    lavin = build(args.shape, device, dtype, args.bits)
+    lavin.llama.checkpointing = args.checkpointing
+    lavin.vit.checkpointing = args.checkpointing
+    if device.type == "cpu":
+        keep_freed_memory()
+    if compiled:
+        train.compile_blocks(lavin)
+    return lavin
+
+
+def measure_training(args) -> None:
+    torch.manual_seed(0)
+    device, dtype = pick_device(args.device, args.dtype)
+    compiled = args.compile
+    if compiled is None:
+        compiled = device.type == "cuda"
+    lavin = prepare_training(args, device, DTYPES[dtype], compiled)
+    white = Image.new("RGB", (lavin.resolution, lavin.resolution), "white")
+    encoded = encode_problems(lavin, [white])
+    plan = functools.partial(
+        data.global_batch, lengths=[len(e.tokens) for e in encoded], batch_size=BATCH,
+        micro_batch=args.micro_batch, seed=0)
+    batches = data.Batches(encoded, plan, lavin.resolution)
+    ready = [batches[i] for i in range(3)]
+    loads = itertools.cycle(ready)
+
+    seconds = []
+    rates = []
+    for step_seconds in itertools.islice(time_steps(lavin, loads), WARM_UP_STEPS + args.steps):
+        seconds.append(step_seconds)
+        # Between the steps, so that other work on the machine slows both alike.
+        rates.append(matrix_rate(device, DTYPES[dtype]))
+    step = statistics.median(seconds[WARM_UP_STEPS:])
+    checkpointing = "on" if args.checkpointing else "off"
+    print(f"{describe(args, device, dtype, compiled)}, micro-batch {args.micro_batch}, "
+          f"checkpointing {checkpointing}")
+    print_training(lavin, ready, step, statistics.median(rates), peak_memory(device))
+    if args.pictures:
+        measure_pictures(lavin, plan, step, args.steps)
+    if args.share:
+        measure_adapters_share(lavin, loads, step, args.steps)
+
+
+def print_training(lavin, ready, step, rate, peak):
+    """ready: the micro-batches of each step; step in seconds, rate in FLOP/s, peak in bytes."""
+    work = statistics.mean(flops(lavin, micro_batches) for micro_batches in ready)
+    tokens = 0                      # of an average step
+    for micro_batches in ready:
+        tokens += sum(len(batch.tokens) for batch in micro_batches) / len(ready)
+    hours = STEPS_OF_A_RUN * step / 3600
+    print(f"  step {step:.3f} s · {BATCH / step:.1f} samples/s · {tokens / step:.0f} tokens/s · "
+          f"{work / 1e12:.2f} TFLOP")
+    print(f"  {work / step / 1e12:.3f} TFLOP/s = {100 * work / step / rate:.0f} % of the matrix "
+          f"rate {rate / 1e12:.3f}")
+    print(f"  peak memory {peak / 1e9:.2f} GB · 20 epochs of ScienceQA {hours:.2f} h", flush=True)
+
+
+# Generation
+
+
+def memory_rate(device: torch.device) -> float:
+    """Bytes a second that memory gives: the best of copying (read and written) and of summing."""
+    a = torch.randn(2**28 if device.type == "cuda" else 2**26, device=device)
+    b = torch.ones_like(a)
+
+    def copy():
+        b.copy_(a)
+
+    best = 0.0
+    for _ in range(8):
+        for work, size in ((copy, 2 * a.nbytes), (a.sum, a.nbytes)):
+            synchronize(device)
+            began = time.perf_counter()
+            work()
+            synchronize(device)
+            best = max(best, size / (time.perf_counter() - began))
+    return best
+
+
+def make_prompt(lavin: LaVIN, n: int, has_picture: bool) -> data.Encoded:
+    """A prompt of n tokens in all."""
+    tokens = np.random.default_rng(n).integers(10, 30000, n).astype(np.int32)
+    image = None
+    if has_picture:
+        image = torch.zeros(3, lavin.resolution, lavin.resolution)
+    return data.Encoded(tokens, np.zeros_like(tokens), image, str(n))
+
+
+def run_greedy(engine: Engine, batch: data.Batch, n: int) -> tuple[float, float, list[int]]:
+    """Continue a prompt by n tokens, as a conversation does.
+
+    -> the seconds to the first token, the median seconds of the others, and all n ids.
+    """
+    engine.lengths.clear()
+    began = time.perf_counter()
+    logits = engine.prefill(batch)
+    ids = [int(pick(logits, temperature=0.0, top_p=1.0))]
+    first = time.perf_counter() - began
+    seconds = []
+    for _ in range(n - 1):
+        began = time.perf_counter()
+        logits = engine.step(ids[-1:])
+        ids.append(int(pick(logits, temperature=0.0, top_p=1.0)))
+        seconds.append(time.perf_counter() - began)
+    return first, statistics.median(seconds), ids
+
+
+def hf_state(llama: LLaMA) -> dict[str, torch.Tensor]:
+    """LLaMA's weights by Hugging Face's names, and with its order of rows in wq and wk."""
+    hf_names = {ours: theirs for theirs, ours in hf.LLAMA_NAMES.items()}
+    half = llama.config.head_dim // 2
+    state = {}
+    for name, tensor in llama.state_dict().items():
+        name = name.removesuffix(".weight")
+        if name.endswith((".wq", ".wk")):       # pairs (2i, 2i + 1) become (i, i + D/2)
+            tensor = tensor.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
+        if name.startswith("layers."):
+            _, layer, part = name.split(".", 2)
+            state[f"model.layers.{layer}.{hf_names[part]}.weight"] = tensor
+        else:
+            state[f"{hf_names[name]}.weight"] = tensor
+    return state
+
+
+def hf_model(llama: LLaMA, device: torch.device):
+    """The same LLaMA as a model of Hugging Face's, or None if transformers is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        return None
+    c = llama.config
+    config = transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.hidden_dim,
+        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, rms_norm_eps=c.norm_eps)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    model.to_empty(device=device).to(llama.norm.weight.dtype)
+    # RoPE's frequencies are not in the state, so they have to be computed anew.
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    model.load_state_dict(hf_state(llama))
+    return model
+
+
+def run_hf(model, batch: data.Batch, n: int) -> tuple[float, list[int]]:
+    """Seconds a token of Hugging Face's generate, the median of three runs, and the n ids.
+
+    The time to the first token is measured apart and taken off.
+    """
+    prompt = batch.tokens[None]
+    seconds = []
+    for _ in range(3):
+        took = {}
+        for n_tokens in (1, n):
+            began = time.perf_counter()
+            ids = model.generate(
+                prompt, max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False,
+                pad_token_id=0)
+            took[n_tokens] = time.perf_counter() - began
+        seconds.append((took[n] - took[1]) / (n - 1))
+    return statistics.median(seconds), ids[0, len(batch.tokens):].tolist()
+
+
+def without_biases(folded: LaVIN) -> LaVIN:
+    """Plain LLaMA: what a folded one is without the biases that the adapters left in it."""
+    for block in folded.llama.layers:
+        for linear in (block.attention.wq, block.attention.wk, block.attention.wv):
+            linear.bias = None
+    return folded
+
+
+def measure_conversation(text: LaVIN, plain: LaVIN, args) -> None:
+    """Print tokens a second at batch 1: folded, without adapters, by Hugging Face's generate."""
+    n = 200
+    device = text.device
+    batch = data.collate([make_prompt(text, 40, False)], text.resolution).to(device)
+    folded_engine = Engine(text, 1, 512, args.compile)
+    plain_engine = Engine(plain, 1, 512, args.compile)
+    for engine in (folded_engine, plain_engine):
+        run_greedy(engine, batch, 8)            # compiles, captures
+    rates = []
+    folded_steps = []
+    plain_steps = []
+    for _ in range(3):              # in turns, so that other work on the machine slows all alike
+        rates.append(memory_rate(device))
+        folded_steps.append(run_greedy(folded_engine, batch, n)[1])
+        _, seconds, plain_ids = run_greedy(plain_engine, batch, n)
+        plain_steps.append(seconds)
+    step = statistics.median(folded_steps)
+    plain_step = statistics.median(plain_steps)
+    rate = statistics.median(rates)
+
+    llama = text.llama
+    size = sum(t.nbytes for t in [*llama.parameters(), *llama.buffers()])
+    size -= llama.tok_embeddings.weight.nbytes          # of which a token reads one row
+    print(f"  batch 1: {1 / step:.1f} tokens/s = {100 * size / step / rate:.0f} % of what memory "
+          f"allows: {size / 1e9:.3f} GB a token at {rate / 1e9:.1f} GB/s")
+    print(f"  plain LLaMA without adapters {1 / plain_step:.1f} tokens/s", flush=True)
+
+    model = hf_model(plain.llama, device) if args.hf else None
+    if model is not None:
+        hf_step, hf_ids = run_hf(model, batch, n)
+        same = sum(a == b for a, b in zip(hf_ids, plain_ids))
+        print(f"  Hugging Face's generate {1 / hf_step:.1f} tokens/s: "
+              f"we are {hf_step / step:.2f} × as fast; {same} of {n} tokens equal")
+
+
+def measure_first_token(picture: LaVIN) -> None:
+    engine = Engine(picture, 1, 512)
+    batch = data.collate([make_prompt(picture, 300, True)], picture.resolution)
+    seconds = min(run_greedy(engine, batch, 2)[0] for _ in range(5))
+    print(f"  first token of 300 with a picture after {1e3 * seconds:.0f} ms", flush=True)
+
+
+def measure_test_split(text: LaVIN, picture: LaVIN, name: str, part: int, n_new: int) -> None:
+    """Print the seconds for the 4,241 problems of ScienceQA's test split, n_new tokens for each.
+
+    Only one in `part` of them is answered; the time is multiplied.
+    """
+    prompts = {0: [], 1: []}        # by modality
+    n = 4241 // part
+    for n_prompt, _, has_picture in itertools.islice(itertools.cycle(PROBLEMS), n):
+        length = n_prompt + 4 + text.n_features * has_picture
+        prompts[has_picture].append(make_prompt(text, length, bool(has_picture)))
+    began = time.perf_counter()
+    for modality, model in enumerate((text, picture)):
+        prompts[modality].sort(key=lambda prompt: len(prompt.tokens), reverse=True)
+        for _ in continue_prompts(model, prompts[modality], 64, n_new):
+            pass
+    seconds = part * (time.perf_counter() - began)
+    print(f"  ScienceQA's test split, {name}: {seconds:.0f} s ({part} times a part of {n})",
+          flush=True)
+
+
+def measure_generation(args) -> None:
+    torch.manual_seed(0)
+    device, dtype = pick_device(args.device, args.dtype)
+    lavin = build(args.shape, device, DTYPES[dtype], args.bits).eval()
+    print(describe(args, device, dtype, args.compile))
+    began = time.perf_counter()
+    text = fold(lavin, 0)
+    picture = fold(lavin, 1)
+    synchronize(device)
+    print(f"  folding for two modalities {time.perf_counter() - began:.2f} s")
+    plain = fold(lavin, 0)
+    if args.bits == 16:             # quantized matrices have taken no biases up
+        plain = without_biases(plain)
+    measure_conversation(text, plain, args)
+    measure_first_token(picture)
+    if args.sqa:
+        measure_test_split(text, picture, "stopping at the letter", part=4, n_new=5)
+        measure_test_split(text, picture, "64 new tokens each", part=12, n_new=64)
+
+
+# An adapter's experts
+
+
+def time_mixing(mix, h, w) -> float:
+    """The best of 20 times of a forward and backward pass, in seconds."""
+    best = float("inf")
+    for _ in range(20):
+        synchronize(h.device)
+        began = time.perf_counter()
+        mix(h, w).sum().backward()
+        synchronize(h.device)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def measure_experts(args) -> None:
+    """Print how much faster mix_experts is than Adapter.mixed, at 1,200 tokens."""
+    device, _ = pick_device(args.device, "fp32")
+    if device.type == "cpu":
+        keep_freed_memory()             # as training does
+    for width in (128, 512, 4096):
+        torch.manual_seed(0)
+        adapter = Adapter(width, AdapterConfig()).to(device)
+        h = torch.randn(1, 1200, adapter.down.out_features, device=device, requires_grad=True)
+        w = torch.rand(1, 1200, 2, device=device, requires_grad=True)
+
+        def mix_fast(h, w):
+            return mix_experts(h, w, adapter.up, adapter.up_bias)
+
+        fast = time_mixing(mix_fast, h, w)
+        plain = time_mixing(adapter.mixed, h, w)
+        print(f"width {width:5}: the plain form {1e3 * plain:.2f} ms, "
+              f"mix_experts {1e3 * fast:.2f} ms, {plain / fast:.1f} times less")
+
+
+def run_rows(what: str, device: torch.device) -> None:
+    """Measure each row in a process of its own, since peak memory is a process's."""
+    for row in ROWS[what][device.type]:
+        has_bf16 = device.type != "cpu" or "bf16" in Path("/proc/cpuinfo").read_text()
+        if what == "train" and "bf16" in row and not has_bf16:
+            print(f"{row}: this CPU has no bf16 instructions, and would take hours")
+            continue
+        command = [sys.executable, "-m", "bench.speed", what, *row.split()]
+        subprocess.run(command, cwd=ROOT, check=False)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["train", "generate", "experts"])
+    parser.add_argument("--shape", choices=SHAPES, help="measure one row (default: all rows)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--bits", type=int, choices=[16, 8, 4], default=16)
+    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--pictures", action="store_true", help="also with files to decode")
+    parser.add_argument("--share", action="store_true", help="also without adapters")
+    parser.add_argument("--sqa", action="store_true", help="also ScienceQA's test split")
+    parser.add_argument("--hf", action="store_true",
+                        help="also Hugging Face's generate, where transformers is installed")
+    parser.add_argument("--steps", type=int, default=9)
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    if args.what == "experts":
+        measure_experts(args)
+    elif args.shape is None:
+        device, _ = pick_device(args.device, "auto")
+        run_rows(args.what, device)
+    elif args.what == "train":
+        measure_training(args)
+    else:
+        measure_generation(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,562 @@
+"""The official files: LLaMA, CLIP and LaVIN's adapters, read and written. `load` builds a LaVIN.
+
+    python checkpoints.py FILE                  what is in a LaVIN checkpoint, released or ours
+    python checkpoints.py FILE --fold DIR       its adapters merged into LLaMA, for text only
+
+    LLaMA    DIR/params.json, DIR/consolidated.00.pth, .01.pth, …: Meta's layout, or a folder of
+             Hugging Face's (extras/hf.py)
+    CLIP     ViT-L-14.pt: OpenAI's TorchScript archive, or a plain state dict of the same names
+    LaVIN    checkpoint-19.pth: {"model": {name: tensor}, "args": argparse.Namespace}
+
+Everything is read strictly. A name that is missing or unknown, or a shape that does not fit, is a
+LavinError that names the file and the tensor.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import zipfile
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+import data
+from adapters import AdapterConfig
+from extras import hf
+from fast import ranks
+from fast.fold import fold
+from fast.quantize import n_quantized, quantize
+from files import (LavinError, check_names, fill, is_hf_folder, read_checkpoint, read_json, run,
+                   tensors_of, write_atomically)
+from model import LaVIN, LLaMA, LLaMAConfig
+from vit import ViTConfig
+
+# LLaMA
+
+
+def check_params(params: dict) -> None:
+    """ValueError for a value that LLaMAConfig cannot have."""
+    for name, value in params.items():
+        if name == "attention_bias":
+            valid = isinstance(value, bool)
+        elif name in ("norm_eps", "ffn_dim_multiplier", "rope_theta"):
+            valid = type(value) in (int, float) and value > 0
+        else:
+            valid = type(value) is int and value > 0
+        if not valid:
+            raise ValueError(f"{name} is {value!r}")
+
+
+def read_params(directory: str | Path, vocab_size: int) -> LLaMAConfig:
+    """params.json, or Hugging Face's config.json -> LLaMAConfig.
+
+    vocab_size is the tokenizer's, since Meta's file says -1.
+    """
+    if is_hf_folder(directory):
+        path = Path(directory, "config.json")
+        params = hf.read_config(directory)
+        if vocab_size > params["vocab_size"]:
+            raise LavinError(f"{path}: {params['vocab_size']} tokens, "
+                             f"but tokenizer.model has {vocab_size}")
+        vocab_size = params["vocab_size"]
+    else:
+        path = Path(directory, "params.json")
+        params = read_json(path)
+    try:
+        if params.get("use_scaled_rope"):
+            raise LavinError(f"{path}: scaled RoPE (LLaMA 3.1 and later) "
+                             "is not supported")
+        known = {}
+        for field in dataclasses.fields(LLaMAConfig):
+            if params.get(field.name) is not None:
+                known[field.name] = params[field.name]
+        known["vocab_size"] = vocab_size
+        check_params(known)
+        config = LLaMAConfig(**known)
+        if config.dim % config.n_heads or config.n_heads % config.n_kv_heads:
+            raise ValueError(f"dim {config.dim}, heads {config.n_heads}, "
+                             f"key heads {config.n_kv_heads} do not divide")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise LavinError(f"{path}: not LLaMA's parameters ({error})") from error
+    return config
+
+
+def allocate(modules, device: torch.device, dtype: torch.dtype) -> None:
+    """Give modules on the meta device memory, still unset: frozen in dtype, trained in fp32."""
+    for module in modules:
+        for name, p in list(module.named_parameters(recurse=False)):
+            p_dtype = torch.float32 if p.requires_grad else dtype
+            empty = torch.empty(p.shape, device=device, dtype=p_dtype)
+            parameter = nn.Parameter(empty, requires_grad=p.requires_grad)
+            setattr(module, name, parameter)
+
+
+def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What the official files hold of a module: all but its adapters."""
+    return {name: p for name, p in module.named_parameters() if not p.requires_grad}
+
+
+def slots(whole: torch.Tensor,
+          slices: list[torch.Tensor]) -> list[torch.Tensor] | None:
+    """The parts of `whole` that model-parallel slices fill, in order; None if they do not fit it.
+
+    Meta cuts wq, wk, wv, w1, w3 and output along dim 0, and wo, w2 and tok_embeddings along dim 1.
+    The norms are whole in every shard. The shapes alone tell which.
+    """
+    if all(s.shape == whole.shape for s in slices):
+        return [whole]
+    for dim in range(whole.dim()):
+        sizes = []
+        for s in slices:
+            rest = list(s.shape)
+            if s.dim() == whole.dim():
+                sizes.append(rest[dim])
+                rest[dim] = whole.shape[dim]
+            if rest != list(whole.shape):
+                sizes = []
+                break
+        if sizes and sum(sizes) == whole.shape[dim]:
+            return list(whole.split(sizes, dim))
+    return None
+
+
+class MappedShards:
+    """The files of a LLaMA, mapped and not read: a tensor stays on disk until it is touched.
+
+    Touched pages count as memory until their map is dropped. So the maps are made anew before more
+    than the largest tensor of a shard, or 16 MB, has been touched.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = directory
+        self.is_hf = is_hf_folder(directory)
+        if self.is_hf:
+            self.files = [Path(directory)]
+        else:
+            self.files = sorted(Path(directory).glob("consolidated.*.pth"))
+        self.open()
+        largest = max(tensor.nbytes for tensor in self.shards[0].values())
+        self.budget = max(2**24, largest)
+
+    def open(self) -> None:
+        self.shards = []                # drops the old maps before there are new ones
+        self.touched = 0
+        if self.is_hf:
+            self.shards = [hf.read_llama(self.directory)]
+        else:
+            self.shards = [tensors_of(read_checkpoint(file, mmap=True), file)
+                           for file in self.files]
+
+    def check_names(self, expected: list[str]) -> None:
+        for file, shard in zip(self.files, self.shards):
+            found = [name for name in shard if not name.endswith("rope.freqs")]     # we compute it
+            check_names(file, expected, found)
+
+    def slices(self, name: str) -> list[torch.Tensor]:
+        """The tensor's slice in each shard. The caller must not keep them longer than needed."""
+        size = self.shards[0][name].nbytes
+        if self.touched + size > self.budget:
+            self.open()
+        self.touched += size
+        return [shard[name] for shard in self.shards]
+
+
+def copy_tensor(shards: MappedShards, name: str, target: torch.Tensor,
+                config: LLaMAConfig) -> None:
+    """Copy a tensor of the files into `target`, its slices joined."""
+    slices = shards.slices(name)
+    if shards.is_hf:
+        slices = [hf.to_meta(name, slices[0], config)]
+    parts = slots(target, slices)
+    if parts is None:
+        found = " + ".join(str(tuple(s.shape)) for s in slices)
+        wanted = tuple(target.shape)
+        raise LavinError(f"{shards.directory}: {name} is {found} in "
+                         f"{len(shards.files)} shard(s), but params.json and tokenizer "
+                         f"ask for {wanted}; is a consolidated.NN.pth missing?")
+    for part, piece in zip(parts, slices):
+        part.copy_(piece)
+
+
+def read_delta(delta: str | Path, llama: LLaMA, names: list[str],
+               directory: str | Path) -> dict:
+    """A folder of Hugging Face's, to be added to the LLaMA of `directory`, as Vicuna's is."""
+    tensors = hf.read_llama(delta)
+    for name in names:
+        wanted = llama.get_parameter(name).shape
+        if name not in tensors or tensors[name].shape != wanted:
+            raise LavinError(f"{delta}: {name} is missing or of another shape than in "
+                             f"{directory}; this delta belongs to another model")
+    return tensors
+
+
+@torch.no_grad()
+def load_llama(llama: LLaMA, directory: str | Path, device: torch.device, dtype: torch.dtype,
+               delta: str | Path | None = None) -> Iterator[nn.Module]:
+    """Copy LLaMA's files into the frozen weights of `llama`, tensor by tensor.
+
+    The blocks come on the meta device. Each is given memory when its turn comes, and yielded when
+    it is full, so that the caller can make it smaller before the next one comes.
+    """
+    shards = MappedShards(directory)
+    names = list(frozen_parameters(llama))
+    shards.check_names(names)
+    deltas = read_delta(delta, llama, names, directory) if delta else {}
+
+    def copy(name):
+        parameter = llama.get_parameter(name)
+        if not delta:
+            copy_tensor(shards, name, parameter, llama.config)
+            return
+        whole = torch.empty_like(parameter, dtype=torch.float32)
+        copy_tensor(shards, name, whole, llama.config)
+        # Deltas have Hugging Face's order of rows in wq and wk, and must be permuted before.
+        whole.add_(hf.to_meta(name, deltas[name], llama.config))
+        parameter.copy_(whole)
+
+    for name in names:
+        if not name.startswith("layers."):
+            copy(name)
+    for i, block in enumerate(llama.layers):
+        allocate(block.modules(), device, dtype)
+        for name in names:
+            if name.startswith(f"layers.{i}."):
+                copy(name)
+        yield block
+
+
+def save_folded(lavin: LaVIN, directory: str | Path) -> None:
+    """LLaMA of a LaVIN that is folded for text, in Meta's layout, fp16.
+
+    params.json says "attention_bias": true, so a reader that knows no biases refuses the files
+    instead of leaving the biases out. LavinError for what that layout cannot hold.
+    """
+    if lavin.folded_for != 0:
+        raise ValueError("fold for modality 0 first: for pictures, Meta's layout has "
+                         "no place for the ViT and the projector")
+    if n_quantized(lavin.llama):
+        raise LavinError("--fold: quantized matrices have no place in Meta's layout; "
+                         "leave --bits out")
+    directory = Path(directory)
+    if any(directory.glob("consolidated.*.pth")):
+        raise LavinError(f"--fold {directory}: holds a model already; "
+                         "choose another folder")
+    params = {}
+    for field in dataclasses.fields(LLaMAConfig):
+        value = getattr(lavin.llama.config, field.name)
+        if value is not None:
+            params[field.name] = value
+    state = {}
+    for name, p in lavin.llama.state_dict().items():
+        state[name] = p.to(torch.float16) if p.dtype == torch.float32 else p
+    tokenizer = lavin.tokenizer.serialized_model_proto()
+    write_atomically(directory / "tokenizer.model",
+                     lambda path: path.write_bytes(tokenizer))
+    write_atomically(directory / "params.json",
+                     lambda path: path.write_text(json.dumps(params)))
+    write_atomically(directory / "consolidated.00.pth",
+                     lambda path: torch.save(state, path))
+
+
+# CLIP
+
+
+def is_torchscript(path: str | Path) -> bool:
+    """Is this a TorchScript archive, as OpenAI's are? LavinError for one that would run code."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        if not any("/code/" in name for name in archive.namelist()):
+            return False
+        # TorchScript's reader runs code for a class that restores itself. It takes /CODE/ for
+        # /code/, and one of two entries of the same name, so every entry is searched.
+        for entry in archive.infolist():
+            if b"__setstate__" in archive.read(entry):
+                raise LavinError(f"{path}: would run code when it is read, "
+                                 "which no CLIP archive does; not loaded")
+    return True
+
+
+def read_clip_state(path: str | Path) -> dict:
+    """{OpenAI's name: tensor} of an archive, a state dict, or a folder of Hugging Face's."""
+    try:
+        if Path(path).is_dir():
+            return hf.read_clip(path)
+        if is_torchscript(path):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        return read_checkpoint(path)
+    except LavinError:
+        raise
+    except Exception as error:      # damaged bytes make the readers raise anything
+        raise LavinError(f"{path}: not a readable CLIP archive; truncated? "
+                         "fetch it again") from error
+
+
+def read_clip(path: str | Path) -> tuple[dict, ViTConfig]:
+    """CLIP's image encoder -> ({our name: tensor}, ViTConfig). Every size is read off the tensors.
+
+    Raises LavinError if it is not a CLIP ViT.
+    """
+    unused = ("visual.ln_post.", "visual.proj")
+    state = {}
+    for name, tensor in tensors_of(read_clip_state(path), path).items():
+        if name.startswith("visual.") and not name.startswith(unused):
+            name = name.removeprefix("visual.").removeprefix("transformer.")
+            state[name] = tensor
+    try:
+        width, _, patch, _ = state["conv1.weight"].shape
+        n_patches = len(state["positional_embedding"]) - 1
+        side = round(n_patches ** 0.5)
+    except (KeyError, TypeError, ValueError) as error:
+        raise LavinError(f"{path}: not a CLIP ViT ({error!r}); take ViT-L-14.pt") from error
+    blocks = {name.split(".")[1] for name in state if name.startswith("resblocks.")}
+    if len(blocks) < 4 or width % 64:
+        raise LavinError(f"{path}: {len(blocks)} blocks of width {width}; "
+                         "features need 4 blocks, and heads a multiple of 64")
+    return state, ViTConfig(width, len(blocks), patch, side * patch)
+
+
+# LaVIN's adapters
+
+
+def official_table(lavin: LaVIN) -> dict[str, tuple]:
+    """{official name: (our parameter, an expert's number or None, is it a convolution there?)}.
+
+    This is the one place that knows both. The authors call the down-projection conv_A, the experts'
+    up-projections conv_B and conv_D, and the router expert_weights. (In the projector conv_A and
+    conv_B are its two layers.)
+    """
+    table = {"adapter_modality_embedding.weight": (lavin.modality_embedding, None, False)}
+    for name, p in lavin.projector.named_parameters():
+        table[f"adapter_proj.{name}"] = (p, None, False)
+    adapters = {}
+    for i, block in enumerate(lavin.llama.layers):
+        adapters[f"layers.{i}.adapter_attn"] = block.adapter
+    for i, block in enumerate(lavin.vit.resblocks):
+        adapters[f"backbone.visual.transformer.resblocks.{i}.adapter_attn"] = block.adapter
+    for prefix, adapter in adapters.items():
+        router = adapter.router
+        table[f"{prefix}.conv_A.weight"] = (adapter.down.weight, None, True)
+        table[f"{prefix}.conv_A.bias"] = (adapter.down.bias, None, False)
+        table[f"{prefix}.conv_B.weight"] = (adapter.up, 0, True)
+        table[f"{prefix}.conv_B.bias"] = (adapter.up_bias, 0, False)
+        table[f"{prefix}.conv_D.weight"] = (adapter.up, 1, True)
+        table[f"{prefix}.conv_D.bias"] = (adapter.up_bias, 1, False)
+        table[f"{prefix}.expert_weights.weight"] = (router.weight, None, False)
+        table[f"{prefix}.expert_weights.bias"] = (router.bias, None, False)
+    return table
+
+
+def to_official(lavin: LaVIN, grad: bool = False) -> dict[str, torch.Tensor]:
+    """{official name: what is trained, in the official shape}; it shares memory with the model.
+
+    grad: the gradients instead, 0 where there is none.
+    """
+    official = {}
+    for name, (p, expert, is_convolution) in official_table(lavin).items():
+        tensor = p.detach()
+        if grad:
+            tensor = torch.zeros_like(p) if p.grad is None else p.grad
+        if expert is not None:
+            tensor = tensor[expert]
+        if is_convolution:
+            tensor = tensor[..., None]      # its kernel has length 1
+        official[name] = tensor
+    return official
+
+
+def official_checkpoint(lavin: LaVIN, format: str, bits: int = 16) -> dict:
+    """{"model", "args"} as the authors' code writes and reads it, tensors on the CPU."""
+    config = lavin.adapter_config
+    args = Namespace(
+        adapter_type="attn",
+        visual_adapter_type="router",
+        adapter_dim=config.rank,
+        adapter_scale=config.scale,
+        temperature=config.tau,
+        hidden_proj=config.projector_dim,
+        dropout=config.dropout,
+        n_prompt=lavin.n_features,
+        max_seq_len=lavin.max_seq_len,
+        prompt_format=format,
+        bits=f"{bits}bit")
+    model = {}
+    for name, tensor in to_official(lavin).items():
+        model[name] = tensor.cpu().clone()
+    return {"model": model, "args": args}
+
+
+def read_adapter(path: str | Path) -> tuple[dict, AdapterConfig, dict]:
+    """A LaVIN checkpoint, released or ours -> ({official name: tensor}, AdapterConfig, settings).
+
+    Rank and the projector's size come from the shapes; τ, scale and dropout from the file's `args`,
+    or the defaults where it has none. The settings are those of the training run: all of them in
+    our files ("config"), the context and the prompt format in the authors'.
+    Raises LavinError if it is not such a file.
+    """
+    checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
+        raise LavinError(f'{path}: not a LaVIN checkpoint: it has no "model"')
+    state = {}
+    for name, tensor in tensors_of(checkpoint["model"], path).items():
+        state[name.removeprefix("module.")] = tensor        # "module." is DistributedDataParallel's
+    try:
+        args = vars(checkpoint.get("args") or Namespace())
+        config = AdapterConfig(
+            rank=len(state["layers.0.adapter_attn.conv_A.weight"]),
+            projector_dim=len(state["adapter_proj.conv_A.weight"]),
+            tau=float(args.get("temperature", AdapterConfig.tau)),
+            scale=float(args.get("adapter_scale", AdapterConfig.scale)),
+            dropout=float(args.get("dropout", AdapterConfig.dropout)))
+        settings = {
+            "max_seq_len": args.get("max_seq_len"),
+            "format": args.get("prompt_format"),
+            "step": checkpoint.get("step"),
+            "epoch": checkpoint.get("epoch")}
+        settings |= checkpoint.get("config", {})
+    except (KeyError, TypeError, ValueError) as error:
+        raise LavinError(f"{path}: not a LaVIN checkpoint ({error!r})") from error
+    return state, config, settings
+
+
+# All of it together
+
+
+def check_not_folded(llama: str | Path, config: LLaMAConfig) -> None:
+    """LavinError if adapters are folded into this LLaMA already."""
+    if config.attention_bias:
+        raise LavinError(f"{llama}: adapters are folded into it already; take the LLaMA "
+                         "that they were trained with, or --adapter none")
+
+
+def check_context(max_seq_len: int, tokenizer, vit_config: ViTConfig) -> None:
+    """LavinError if a picture alone fills the context."""
+    n_prefix = 2 + len(data.picture_prefix(tokenizer))      # modality token and BOS come first
+    n_picture = n_prefix + vit_config.n_features
+    if max_seq_len <= n_picture:
+        raise LavinError(f"--max-seq-len {max_seq_len} has no room for text: "
+                         f"a picture takes {n_picture}")
+
+
+def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, *,
+         device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+         max_seq_len: int | None = None, tau: float | None = None,
+         dropout: float | None = None, bits: int = 16, fsdp: bool = False,
+         delta: str | Path | None = None) -> LaVIN:
+    """LLaMA's folder, CLIP's file and a LaVIN checkpoint, or None to begin afresh -> LaVIN.
+
+    It is in eval mode, its frozen weights in dtype, the trained ones in fp32. max_seq_len, tau and
+    dropout are as given, else as in the checkpoint, else 512, 10 and 0.1. bits 8 or 4 quantizes
+    LLaMA, and fsdp cuts it into a part for each rank, block by block as it is read. delta: a folder
+    of Hugging Face's that is added to LLaMA. LavinError for files that are damaged or do not fit.
+    """
+    config = AdapterConfig()
+    settings = {}
+    if adapter:
+        state, config, settings = read_adapter(adapter)
+    if tau is not None:
+        config.tau = tau
+    if dropout is not None:
+        config.dropout = dropout
+    max_seq_len = max_seq_len or settings.get("max_seq_len") or 512
+
+    tokenizer = data.load_tokenizer(llama)
+    vit_state, vit_config = read_clip(vit)
+    llama_config = read_params(llama, tokenizer.vocab_size())
+    check_context(max_seq_len, tokenizer, vit_config)
+    if adapter:
+        check_not_folded(llama, llama_config)
+
+    with torch.device("meta"):                      # no memory yet: dtype and device come first
+        lavin = LaVIN(llama_config, vit_config, config, tokenizer, max_seq_len)
+    outside = [module for name, module in lavin.named_modules()
+               if not name.startswith("llama.layers.")]
+    allocate(outside, device, dtype)
+    fill(frozen_parameters(lavin.vit), vit_state, vit)
+    del vit_state                                   # 0.6 GB less while LLaMA is read
+    for block in load_llama(lavin.llama, llama, device, dtype, delta):
+        if bits < 16:
+            quantize(block, bits)
+        if fsdp:
+            ranks.shard(block, torch.device(device))
+    lavin.init_trained()
+    if adapter:
+        fill(to_official(lavin), state, adapter)    # views: filling them fills the model
+    return lavin.eval()
+
+
+# python checkpoints.py FILE
+
+
+PARTS = {"layers": "LLaMA", "backbone": "ViT", "adapter_proj": "projector",
+         "adapter_modality_embedding": "modality embedding"}
+SHOWN = ("step", "epoch", "data", "format", "epochs", "batch_size", "lr", "max_seq_len",
+         "seed", "bits", "adapters", "routing")
+
+
+def describe(path: str | Path) -> dict:
+    """Print what a checkpoint is -> its settings."""
+    state, config, settings = read_adapter(path)
+    counts = Counter()
+    widths = {}
+    for name, tensor in state.items():
+        part = PARTS.get(name.split(".")[0], name.split(".")[0])
+        counts[part] += tensor.numel()
+        if name.endswith("adapter_attn.conv_A.weight"):
+            widths.setdefault(part, []).append(tensor.shape[1])
+    total = sum(counts.values())
+    shown = " · ".join(f"{part} {count:,}" for part, count in counts.items())
+    print(f"{path}: {total:,} trained parameters: {shown}")
+    blocks = [f"{part} of {len(w)} blocks, {w[0]} wide" for part, w in widths.items()]
+    print(" · ".join(blocks))
+    print(f"rank {config.rank} · projector's hidden size {config.projector_dim} · "
+          f"τ {config.tau:g} · scale {config.scale:g} · dropout {config.dropout:g}")
+    known = []
+    for name in SHOWN:
+        value = settings.get(name)
+        if isinstance(value, list):
+            value = " ".join(value)
+        if value is not None:
+            known.append(f"{name} {value}")
+    print(" · ".join(known))
+    return settings
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Say what is in a LaVIN checkpoint.")
+    parser.add_argument("file")
+    parser.add_argument("--llama", help="the LLaMA that it belongs to, to show the "
+                        "routing weights (default: the one it was trained with)")
+    parser.add_argument("--vit", help="its CLIP (default: the one it was trained with)")
+    parser.add_argument("--fold", metavar="DIR", help="write LLaMA with the adapters "
+                        "merged into it, for text only: Meta's layout, fp16, biases for "
+                        "wq, wk and wv")
+    args = parser.parse_args()
+    settings = describe(args.file)
+    llama = args.llama or settings.get("llama")
+    vit = args.vit or settings.get("vit")
+    known = llama and vit and os.path.exists(llama) and os.path.exists(vit)
+    if not known and args.fold:
+        raise LavinError("--fold needs the LLaMA that the adapters belong to: "
+                         "--llama DIR --vit FILE")
+    if not known:
+        print("routing  depends on LLaMA too; --llama DIR --vit FILE shows it")
+        return
+
+    lavin = load(llama, vit, args.file, delta=settings.get("delta"))
+    for i, (text, picture) in enumerate(lavin.route().tolist(), 1):
+        print(f"layer {i:3}   text {text[0]:.3f} {text[1]:.3f}"
+              f"   picture {picture[0]:.3f} {picture[1]:.3f}")
+    if args.fold:
+        save_folded(fold(lavin, 0), args.fold)
+        print(f"written: {args.fold}; ask it with python generate.py "
+              f"--llama {args.fold} --vit {vit} --adapter none --prompt …")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Pictures, and a tour through the core."""

@@ -1,0 +1,1 @@
+"""More ways in and out: other formats, data sets, scoring, chat, page."""

@@ -1,0 +1,147 @@
+"""Benchmarks of the chatbot: MME (arXiv 2306.13394), and captions in the form of COCO's evaluation.
+
+MME is a folder for each subtask. Every picture has a text of the same name, beside it or, where
+the pictures are in images/, in questions_answers_YN/. The text has two lines, "question<tab>Yes" or
+"question<tab>No". A subtask's score is its accuracy plus its accuracy+, both in percent: accuracy+
+counts the pictures of which both questions were answered correctly.
+"""
+
+from pathlib import Path
+
+from data import Sample
+from extras.instructions import instruction_prompt, split_folder
+from files import LavinError, read_json
+
+PERCEPTION = ("existence", "count", "position", "color", "posters",
+              "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation",
+             "code_reasoning")
+PICTURES = (".jpg", ".png", ".jpeg")
+
+
+# MME
+
+
+def read_questions(picture, subtask):
+    """The questions about a picture in the folder `subtask` -> [(question, True for yes)]."""
+    path = picture.with_suffix(".txt")
+    if not path.exists():
+        path = subtask / "questions_answers_YN" / f"{picture.stem}.txt"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f"its questions, {path.name}, cannot be read ({error})"
+        raise LavinError(f"{picture}: {reason}") from error
+    questions = []
+    for number, line in enumerate(text.strip().splitlines(), 1):
+        question, _, answer = line.rpartition("\t")
+        question = question.strip()
+        answer = answer.strip().lower()
+        if not question or answer not in ("yes", "no"):
+            raise LavinError(f"{path} line {number}: not a question, a tab, and Yes or No")
+        questions.append((question, answer == "yes"))
+    return questions
+
+
+def load_mme(folder: str | Path) -> tuple[list[Sample], dict[str, bool]]:
+    """-> ([Sample], {its id, "subtask/picture/number": True for yes}).
+
+    Raises LavinError, with the file and the line, for what is missing or not in MME's form.
+    """
+    if not Path(folder).is_dir():
+        raise LavinError(f"--data mme:{folder}: there is no such folder")
+    samples = []
+    truths = {}
+    for subtask in sorted(Path(folder).iterdir()):
+        if not subtask.is_dir():
+            continue
+        for picture in sorted(subtask.rglob("*")):
+            if picture.suffix.lower() not in PICTURES:
+                continue
+            for number, (question, truth) in enumerate(read_questions(picture, subtask), 1):
+                identity = f"{subtask.name}/{picture.stem}/{number}"
+                prompt = instruction_prompt(question, has_picture=True)
+                samples.append(Sample(prompt, "", picture, identity))
+                truths[identity] = truth
+    if not samples:
+        raise LavinError(f"--data mme:{folder}: holds no folder of pictures with questions")
+    return samples, truths
+
+
+def yes_or_no(text: str) -> bool | None:
+    """True, False, or None where a text begins with neither. MME looks at four letters."""
+    start = text.strip().lower()[:4]
+    if "yes" in start:
+        return True
+    if "no" in start:
+        return False
+    return None
+
+
+def mme_scores(outputs: dict[str, str], truths: dict[str, bool]) -> dict:
+    """{id: text}, {id: truth} -> {subtask: (accuracy, accuracy+, their sum)}, in percent.
+
+    Under "perception" and "cognition" are the sums of the scores of their subtasks.
+    """
+    subtasks = {}                   # {subtask: {picture: [was this question answered correctly?]}}
+    for identity, truth in truths.items():
+        subtask, picture, _ = identity.split("/")
+        pictures = subtasks.setdefault(subtask, {})
+        pictures.setdefault(picture, []).append(yes_or_no(outputs[identity]) == truth)
+    scores = {}
+    for subtask, pictures in subtasks.items():
+        n_questions = sum(len(answers) for answers in pictures.values())
+        n_correct = sum(sum(answers) for answers in pictures.values())
+        n_both = sum(all(answers) for answers in pictures.values())
+        accuracy = 100 * n_correct / n_questions
+        accuracy_plus = 100 * n_both / len(pictures)
+        scores[subtask] = (accuracy, accuracy_plus, accuracy + accuracy_plus)
+    perception = sum(scores[subtask][2] for subtask in PERCEPTION if subtask in scores)
+    cognition = sum(scores[subtask][2] for subtask in COGNITION if subtask in scores)
+    return scores | {"perception": perception, "cognition": cognition}
+
+
+def mme_table(scores: dict) -> str:
+    """The scores as text: a row for each subtask, then the two sums."""
+    rows = [f"{'subtask':24}{'accuracy':>10}{'accuracy+':>11}{'score':>10}"]
+    for name, value in scores.items():
+        if isinstance(value, tuple):
+            accuracy, accuracy_plus, total = value
+            rows.append(f"{name:24}{accuracy:>10.2f}{accuracy_plus:>11.2f}{total:>10.2f}")
+    for name in ("perception", "cognition"):
+        rows.append(f"{name:24}{scores[name]:>31.2f}")
+    return "\n".join(rows)
+
+
+# Captions
+
+
+def load_captions(source: str, prompt: str) -> list[Sample]:
+    """FILE[:IMAGES] -> [Sample]: `prompt` about each picture, under the picture's id.
+
+    FILE is {"images": [{id, file_name}, …]}, as COCO's annotations are; IMAGES is the folder of the
+    pictures (default: that of FILE). Raises LavinError for what is missing or not in this form.
+    """
+    path, folder = split_folder(source)
+    folder = Path(folder or Path(path).parent)
+    content = read_json(path)
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list) or not images:
+        raise LavinError(f'{path}: holds no list "images", as COCO\'s annotations do')
+    prompt = instruction_prompt(prompt, has_picture=True)
+    samples = []
+    for number, image in enumerate(images, 1):
+        if not names_picture(image, folder):
+            reason = f'has no "id" or its "file_name" is not in {folder}'
+            raise LavinError(f"{path}: image {number} {reason}")
+        picture = folder / image["file_name"]
+        samples.append(Sample(prompt, "", picture, image["id"]))
+    return samples
+
+
+def names_picture(image, folder):
+    """Does this entry of "images" have an id and the name of a file in the folder?"""
+    if not isinstance(image, dict) or not isinstance(image.get("id"), int | str):
+        return False
+    name = image.get("file_name")
+    return isinstance(name, str) and (folder / name).is_file()

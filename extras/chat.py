@@ -1,0 +1,245 @@
+"""A conversation, perhaps about a picture. Its cache of keys and values lasts from turn to turn.
+
+    python generate.py --chat [--image x.png]
+    python generate.py --serve                  the same as a page
+
+Each turn is an instruction in the authors' form, its response and EOS, as --multi-turn trains them.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import data
+from data import Sample
+from extras.instructions import instruction_prompt
+from fast.engine import Engine
+from fast.fold import fold
+from files import LavinError, write_atomically
+from model import LaVIN, pick
+
+HELP = """\
+/image FILE   show a picture and start over
+/reset        start over
+/save FILE    write the conversation to a file
+/quit         end
+Ctrl-C        stop an answer"""
+
+
+Picture = str | Path | Image.Image | torch.Tensor       # a tensor holds pixels (3, R, R)
+
+
+@dataclass
+class Turn:
+    question: str
+    prompt: list[int]                                       # the question's tokens
+    answer: list[int] = field(default_factory=list)         # the answer's, without EOS
+
+    def length(self):
+        """Its tokens, EOS included."""
+        return len(self.prompt) + len(self.answer) + 1
+
+
+def common_prefix_length(a: list[int], b: list[int]) -> int:
+    """How many tokens two sequences have in common from the start."""
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
+
+
+class Conversation:
+    """A LaVIN, the turns so far, and what the cache holds of them.
+
+    start: the Encoded in front of the turns: BOS and the picture.
+    cached: the tokens whose keys and values are in the engine's cache.
+    dropped: how many of the oldest turns the newest question had no room for.
+    """
+
+    def __init__(self, lavin: LaVIN, image: Picture | None = None, compiled: bool = False):
+        self.lavin = lavin
+        self.compiled = compiled
+        self.engines = {}                                   # {modality: Engine}, made when needed
+        self.dropped = 0
+        self.show(image)
+
+    def show(self, image: Picture | None) -> None:
+        """Start over with this picture, or with none.
+
+        Raises LavinError if it cannot be read; the conversation then stays as it is.
+        """
+        start = self.lavin.encode(Sample("", image=image), prompt_only=True)
+        start = data.with_pixels(start, self.lavin.resolution)
+        modality = 0 if image is None else 1
+        if modality not in self.engines:
+            folded = fold(self.lavin, modality)
+            context = self.lavin.max_seq_len - 1            # the modality token takes one place
+            self.engines[modality] = Engine(folded, 1, context, self.compiled)
+        self.engine = self.engines[modality]
+        self.image = image
+        self.start = start
+        self.turns = []
+        self.cached = []
+
+    def text(self, turn: Turn) -> str:
+        """A turn's answer."""
+        return self.lavin.tokenizer.decode(turn.answer)
+
+    def prompt(self, question: str) -> str:
+        return instruction_prompt(question, has_picture=self.start.image is not None)
+
+    def recall(self, turns: Iterable[tuple[str, str]]) -> None:
+        """Continue from these turns, [(question, answer)], instead of the conversation's own."""
+        tokenizer = self.lavin.tokenizer
+        self.turns = []
+        for question, answer in turns:
+            prompt = self.prompt(question)
+            prompt_ids = tokenizer.encode(prompt)
+            # As in training, prompt and answer are tokenized as one string.
+            both = tokenizer.encode(prompt + answer)
+            self.turns.append(Turn(question, prompt_ids, both[len(prompt_ids):]))
+
+    def open_turn(self, question, room):
+        """Append a turn, and drop old ones until `room` tokens are left for its answer.
+
+        -> the number of turns dropped. Raises LavinError if the question alone is too long.
+        """
+        sample = Sample(self.prompt(question), image=self.start.image)
+        alone = self.lavin.encode(sample, prompt_only=True).tokens.tolist()
+        free = self.lavin.max_seq_len - 1 - len(alone) - room
+        dropped = 0
+        while self.turns and sum(turn.length() for turn in self.turns) > free:
+            del self.turns[0]
+            dropped += 1
+        self.turns.append(Turn(question, alone[len(self.start.tokens):]))
+        return dropped
+
+    def sequence(self):
+        """The tokens up to where the newest answer begins."""
+        ids = self.start.tokens.tolist()
+        for turn in self.turns[:-1]:
+            ids += [*turn.prompt, *turn.answer, self.lavin.tokenizer.eos_id()]
+        return ids + self.turns[-1].prompt
+
+    def next_logits(self):
+        """The logits (1, vocabulary) of the newest answer's first token.
+
+        Only what the cache does not hold yet goes through the model. That is at least the last
+        token: the cache may hold its keys and values, but nobody kept its logits.
+        """
+        ids = self.sequence()
+        known = common_prefix_length(self.cached, ids[:-1])
+        # The cache is cut back to what both sequences have in common; the rest is overwritten.
+        self.cached = ids[:known]
+        if known:
+            self.engine.lengths[:] = [known]
+            logits = self.engine.extend(ids[known:])
+        else:
+            self.engine.lengths.clear()
+            no_labels = np.zeros(len(ids), dtype=np.int32)
+            whole = replace(self.start, tokens=np.array(ids), labels=no_labels)
+            logits = self.engine.prefill(data.collate([whole], self.lavin.resolution))
+        self.cached = ids
+        return logits
+
+    def say(self, question: str, max_new_tokens: int = 256, temperature: float = 0.0,
+            top_p: float = 1.0) -> Iterator[str]:
+        """Ask. Yields the answer's text piece by piece.
+
+        If the context is too small, the oldest turns are dropped; self.dropped is their number. If
+        the caller stops early, the turn keeps the part of the answer that has come. Raises
+        LavinError if the question alone does not fit.
+        """
+        context = self.lavin.max_seq_len - 1
+        eos = self.lavin.tokenizer.eos_id()
+        self.dropped = self.open_turn(question, room=min(max_new_tokens, context // 4))
+        turn = self.turns[-1]
+        shown = 0                                           # characters of the answer
+        logits = self.next_logits()
+        while True:
+            token = int(pick(logits, temperature, top_p))
+            if token == eos:
+                break
+            turn.answer.append(token)
+            text = self.text(turn)
+            # Several tokens may make up one character; until it is whole, it is shown as U+FFFD.
+            if not text.endswith("\ufffd"):
+                yield text[shown:]
+                shown = len(text)
+            if len(turn.answer) == max_new_tokens or len(self.cached) + 1 >= context:
+                break
+            logits = self.engine.step([token])
+            self.cached.append(token)
+        yield self.text(turn)[shown:]
+
+
+# In the terminal
+
+
+def save(conversation: Conversation, path: str) -> None:
+    """Write the conversation as text. Raises LavinError if that is not possible."""
+    text = f"Image: {conversation.image or 'N/A'}\n"
+    for turn in conversation.turns:
+        answer = conversation.text(turn)
+        text += f"\nInstruction: {turn.question}\nResponse: {answer}\n"
+
+    def write(temporary):
+        Path(temporary).write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+    print(f"written: {path}")
+
+
+def print_answer(conversation, question, how):
+    """Print the answer as it comes. Ctrl-C stops it."""
+    is_first = True
+    try:
+        for piece in conversation.say(question, **how):
+            if is_first and conversation.dropped:
+                print(f"(the first {conversation.dropped} turn(s) no longer fit the context of "
+                      f"{conversation.lavin.max_seq_len} tokens and are forgotten)")
+            is_first = False
+            print(piece, end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        print(" (stopped)")
+
+
+def answer_line(conversation, line, how):
+    """Do what a line says: a command, or a question."""
+    command, _, path = line.partition(" ")
+    path = os.path.expanduser(path.strip())
+    if command == "/image" and path:
+        conversation.show(path)
+    elif command == "/reset":
+        conversation.show(conversation.image)
+    elif command == "/save" and path:
+        save(conversation, path)
+    elif line.startswith("/"):
+        print(HELP)
+    elif line:
+        print_answer(conversation, line, how)
+
+
+def talk(lavin: LaVIN, image: str | None, how: dict, compiled: bool = False) -> None:
+    """The loop of --chat, until /quit or the end of the input. how: what Conversation.say takes."""
+    conversation = Conversation(lavin, image, compiled)
+    print(HELP)
+    while True:
+        try:
+            line = input("> ").strip()
+            if line.split(" ")[0] == "/quit":
+                return
+            answer_line(conversation, line, how)
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(/quit ends it)")
+        except LavinError as error:
+            print(f"error: {error}")

@@ -1,0 +1,228 @@
+"""Hugging Face's folders, read as if they were in the official layouts: LLaMA and CLIP.
+
+A folder has config.json and model.safetensors or pytorch_model.bin; of a large model, several such
+files and an index. Two things differ from the files of Meta and OpenAI. The tensors have other
+names: the two tables below translate them. And in wq and wk the rows of a head have another order,
+because RoPE pairs channel i with i + D/2 there and channel 2i with 2i + 1 here. What our model
+cannot do (biases, scaled RoPE, tied embeddings, another architecture) is refused by name.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+
+from files import LavinError, read_checkpoint, read_json, tensors_of
+
+# Hugging Face's name -> Meta's. Those of a layer stand behind "model.layers.N." and "layers.N.".
+LLAMA_NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+# Hugging Face's name -> OpenAI's. OpenAI keeps q, k and v in one matrix, in_proj.
+CLIP_NAMES = {
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.patch_embedding.weight": "conv1.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "pre_layrnorm": "ln_pre",                               # Hugging Face's own spelling
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+# A folder's files
+
+
+def weight_files(folder):
+    """The files with a folder's tensors. LavinError if there are none, or if one is missing."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        files = sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise LavinError(f"{folder}: holds neither model*.safetensors nor pytorch_model*.bin")
+    found = {file.name for file in files}
+    for index in folder.glob("*.index.json"):
+        try:
+            names = sorted(read_json(index).get("weight_map", {}).values())     # {tensor: file}
+        except (AttributeError, TypeError) as error:
+            raise LavinError(f"{index}: not an index of files ({error!r})") from error
+        for name in names:
+            # A folder may have an index for each of the two formats. Only one of them is read.
+            if name.endswith(files[0].suffix) and name not in found:
+                raise LavinError(f"{folder}: {name} is missing, which the index names")
+    return files
+
+
+def read_safetensors(file):
+    """{name: tensor} of one file, mapped."""
+    try:
+        from safetensors.torch import load_file             # an optional package, needed here alone
+    except ImportError as error:
+        raise LavinError(f"{file}: pip install safetensors, which reads such files") from error
+    try:
+        return load_file(file)
+    except Exception as error:                              # damaged bytes make it raise anything
+        reason = "not a readable safetensors file; truncated? fetch it again"
+        raise LavinError(f"{file}: {reason}") from error
+
+
+def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    """{name: tensor} of all the files in a folder, mapped: their bytes stay on disk until used."""
+    tensors = {}
+    for file in weight_files(Path(folder)):
+        if file.suffix == ".bin":
+            tensors |= tensors_of(read_checkpoint(file, mmap=True), file)
+        else:
+            tensors |= read_safetensors(file)
+    return tensors
+
+
+def check_supported(path, config, supported):
+    """LavinError for the first setting that our model does not support.
+
+    supported: {name: the values we support}. A setting that config.json leaves out counts as the
+    first of them.
+    """
+    for name, values in supported.items():
+        value = config.get(name, values[0])
+        if value not in values:
+            allowed = " or ".join(repr(v) for v in values)
+            raise LavinError(f"{path}: {name} {value!r} is not supported, only {allowed}")
+
+
+# LLaMA
+
+
+def read_config(folder: str | Path) -> dict:
+    """config.json of a LLaMA -> {field of LLaMAConfig: value}.
+
+    Raises LavinError if it is that of another architecture, or asks for what our model cannot do.
+    """
+    path = Path(folder, "config.json")
+    config = read_json(path)
+    try:
+        return llama_fields(path, config)
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise LavinError(f"{path}: not LLaMA's configuration ({error!r})") from error
+
+
+def llama_fields(path, config):
+    """What read_config returns; raises anything for fields that are missing or of another type."""
+    # Newer files keep RoPE's settings in rope_parameters, older ones in rope_scaling, rope_theta.
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = config.get("rope_theta", rope.get("rope_theta", 10000.0))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    settings = dict(config)
+    settings["rope_scaling"] = None if rope_type == "default" else rope
+    settings["head_dim"] = config.get("head_dim") or head_dim
+    check_supported(path, settings, {
+        "model_type": ("llama",),
+        "hidden_act": ("silu",),
+        "rope_scaling": (None,),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "tie_word_embeddings": (False, None),
+        "head_dim": (head_dim,),
+    })
+    return {
+        "dim": config["hidden_size"],
+        "n_layers": config["num_hidden_layers"],
+        "n_heads": config["num_attention_heads"],
+        "n_kv_heads": config.get("num_key_value_heads"),
+        "hidden_dim": config["intermediate_size"],
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "vocab_size": config["vocab_size"],
+    }
+
+
+def read_llama(folder: str | Path) -> dict[str, torch.Tensor]:
+    """{Meta's name: tensor}, mapped. The rows of wq and wk are still in Hugging Face's order."""
+    state = {}
+    for name, tensor in read_tensors(folder).items():
+        if "rotary_emb" in name:                            # RoPE's frequencies: we compute them
+            continue
+        stem, _, kind = name.rpartition(".")                # kind: "weight"
+        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
+        if layer:
+            number, part = layer.groups()
+            state[f"layers.{number}.{LLAMA_NAMES.get(part, part)}.{kind}"] = tensor
+        else:
+            state[f"{LLAMA_NAMES.get(stem, stem)}.{kind}"] = tensor
+    return state
+
+
+def to_meta(name: str, tensor: torch.Tensor, config) -> torch.Tensor:
+    """The tensor called `name` with its rows in Meta's order. config: the LLaMAConfig.
+
+    In wq and wk, rows i and i + D/2 of a head of D rows become rows 2i and 2i + 1.
+    """
+    if not name.endswith(("wq.weight", "wk.weight")):
+        return tensor
+    heads = tensor.unflatten(0, (-1, 2, config.head_dim // 2))      # (H, 2, D/2, C)
+    return heads.transpose(1, 2).flatten(0, 2)                      # (H * D, C)
+
+
+# CLIP
+
+
+def check_clip(folder):
+    """LavinError if config.json is not that of a CLIP whose image encoder ours computes."""
+    path = Path(folder, "config.json")
+    config = read_json(path)
+    try:
+        check_supported(path, config, {"model_type": ("clip_vision_model", "clip")})
+        vision = config.get("vision_config", config)
+        heads = vision.get("hidden_size", 768) // 64        # a head of CLIP's has 64 channels
+        check_supported(path, vision, {
+            "hidden_act": ("quick_gelu",),
+            "num_attention_heads": (heads,),
+        })
+    except (AttributeError, TypeError) as error:
+        raise LavinError(f"{path}: not CLIP's configuration ({error!r})") from error
+
+
+def is_unused(name):
+    """What LaVIN does not use: the text tower, and what follows the image encoder's last block."""
+    unused = ("post_layernorm", "visual_projection", "text_", "logit_scale")
+    return name.startswith(unused) or name.endswith("position_ids")
+
+
+def read_clip(folder: str | Path) -> dict[str, torch.Tensor]:
+    """A CLIPVisionModel or CLIPModel -> {OpenAI's name, "visual." in front: tensor}."""
+    check_clip(folder)
+    state = {}
+    in_proj = {}                                            # {name: {"q": tensor, "k": …, "v": …}}
+    for name, tensor in read_tensors(folder).items():
+        name = name.removeprefix("vision_model.")
+        if is_unused(name):
+            continue
+        for hf_name, openai_name in CLIP_NAMES.items():
+            name = name.replace(hf_name, openai_name)
+        part = re.fullmatch(r"(.+)\.self_attn\.([qkv])_proj\.(weight|bias)", name)
+        if part:
+            block, which, kind = part.groups()
+            in_proj.setdefault(f"visual.{block}.attn.in_proj_{kind}", {})[which] = tensor
+        else:
+            state[f"visual.{name}"] = tensor
+    try:
+        for name, parts in in_proj.items():
+            state[name] = torch.cat([parts["q"], parts["k"], parts["v"]])
+    except (KeyError, RuntimeError) as error:
+        raise LavinError(f"{folder}: not a CLIP image encoder ({error!r})") from error
+    return state

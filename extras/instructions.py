@@ -1,0 +1,430 @@
+"""Instructions to learn from: public data sets, and files of your own.
+
+    alpaca:FILE.json            a list of {instruction, input, output}
+    llava:FILE.json[:IMAGES]    a list of {id, image, conversations: [{from, value}, …]}
+    jsonl:FILE[:IMAGES]         on each line {instruction or prompt, answer or output, image},
+                                or {image, conversations}
+    all_data:FILE[:IMAGES]      the authors' mixture:
+                                {"all": [{instruction, answer, image, image_source, qid}, …]}
+
+IMAGES is the folder of the pictures (default: that of FILE). COCO's pictures are found with and
+without COCO_train2014_ in front of their names.
+
+A row that cannot be used becomes a BadRow, which says where it is in the file and what is wrong.
+Whatever a row holds, reading it raises nothing else.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
+
+import data
+from data import Encoded, Sample
+from files import LavinError, read_json, write_atomically
+
+KINDS = ("alpaca", "llava", "jsonl", "all_data")
+
+
+@dataclass
+class BadRow:
+    """A row that cannot be used."""
+    place: str          # the file, and the number of the row or line in it
+    reason: str
+
+    def __str__(self):
+        return f"{self.place}: {self.reason}"
+
+
+# A row
+
+
+def instruction_prompt(instruction: str, more: str = "", has_picture: bool = False) -> str:
+    """The prompt for an instruction, to the letter as the authors' code makes it.
+
+    more: the row's input. Without one, a space is left in front of the newline where there is no
+    picture (the authors' form for Alpaca), and none where there is one (theirs for LLaVA). The
+    released adapters were trained on both. Double spaces are made single once: three become two.
+    A prompt that says "Response:" itself stays as it is.
+    """
+    if "Response:" in instruction:
+        return instruction.strip()
+    if more or not has_picture:
+        instruction = f"{instruction} {more}"
+    prompt = f"Instruction: {instruction}\nResponse:"
+    return prompt.replace("  ", " ").strip()
+
+
+def text_field(row, *names, needed=True):
+    """The text under the first of these names that the row has.
+
+    Raises ValueError if it is not text, and, where it is needed, if it is missing or empty.
+    """
+    value = ""
+    for name in names:
+        if row.get(name) is not None:
+            value = row[name]
+            break
+    if not isinstance(value, str):
+        raise ValueError(f"{names[0]!r} is not text")
+    try:
+        value.encode()              # JSON can hold half of a pair of surrogates
+    except UnicodeEncodeError:
+        raise ValueError(f"{names[0]!r} is not Unicode text") from None
+    if needed and not value.strip():
+        missing = " or ".join(repr(name) for name in names)
+        raise ValueError(f"{missing} is missing or empty")
+    return value
+
+
+@functools.cache
+def list_folder(folder):
+    """The names in a folder, read once. To ask the disk for each of 158,000 pictures is slow."""
+    if not os.path.isdir(folder):
+        return frozenset()
+    return frozenset(os.listdir(folder))
+
+
+def find_image(row, folder):
+    """The path of a row's picture, or None if it has none. Raises ValueError if it is not there."""
+    name = text_field(row, "image", needed=False)
+    if not name:
+        return None
+    if row.get("image_source") == "sqa":                    # ScienceQA's own layout
+        name = f"train/{text_field(row, 'qid')}/{name}"
+    prefix = "COCO_train2014_"
+    base = os.path.basename(name)
+    bare = base.removeprefix(prefix)
+    variants = (
+        name,
+        name.replace(base, prefix + base),
+        name.replace(base, bare),
+        f"train2014/{prefix}{bare}",
+    )
+    for variant in variants:
+        path = os.path.join(folder, variant)
+        if os.path.basename(path) in list_folder(os.path.dirname(path)):
+            return path
+    raise ValueError(f"no picture {name!r} in {folder}")
+
+
+def pairs_of_conversation(conversation, has_picture):
+    """[{from, value}, …] -> [(prompt, answer), …]. The picture's mark, <image>, is left out."""
+    if not isinstance(conversation, list) or len(conversation) < 2 or len(conversation) % 2:
+        raise ValueError("'conversations' is not a list of questions, each with its answer")
+    texts = []
+    for i, turn in enumerate(conversation):
+        speakers = ("human", "user") if i % 2 == 0 else ("gpt", "assistant")
+        if not isinstance(turn, dict) or turn.get("from") not in speakers:
+            raise ValueError(f"turn {i + 1} is not from {speakers[0]}")
+        text = text_field(turn, "value").replace("<image>", "").strip()
+        if not text:
+            raise ValueError(f"turn {i + 1} says nothing")
+        texts.append(text)
+    pairs = []
+    for question, answer in zip(texts[::2], texts[1::2]):
+        prompt = instruction_prompt(question, has_picture=has_picture)
+        pairs.append((prompt, answer))
+    return pairs
+
+
+def samples_of_row(row, folder, place, multi_turn=False):
+    """A row of any of the kinds -> [Sample]. Raises ValueError with what is wrong with it.
+
+    A conversation becomes a sample for each turn. With multi_turn it becomes one: the last turn,
+    with those before as its history, whose answers carry loss as well.
+    """
+    if not isinstance(row, dict):
+        raise ValueError("is not an object")
+    image = find_image(row, folder)
+    if "conversations" in row:
+        pairs = pairs_of_conversation(row["conversations"], image is not None)
+    else:
+        instruction = text_field(row, "instruction", "prompt")
+        more = text_field(row, "input", needed=False)
+        prompt = instruction_prompt(instruction, more, has_picture=image is not None)
+        pairs = [(prompt, text_field(row, "answer", "output").strip())]
+    if multi_turn:
+        prompt, answer = pairs[-1]
+        return [Sample(prompt, answer, image, place, history=tuple(pairs[:-1]))]
+    return [Sample(prompt, answer, image, place) for prompt, answer in pairs]
+
+
+# A file
+
+
+def iterate_lines(path):
+    """Yield (place, row) for each line of JSON; the row is a BadRow where the line is not JSON."""
+    try:
+        # Bytes that are not UTF-8 pass through here, so that the row they are in can be named.
+        with open(path, encoding="utf-8", errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, 1):
+                place = f"{path} line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    row = BadRow(place, f"not JSON ({error})")
+                yield place, row
+    except OSError as error:
+        raise LavinError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def iterate_rows(kind, path):
+    """Yield (place, row) for each row of a file of this kind."""
+    if kind == "jsonl":
+        yield from iterate_lines(path)
+        return
+    content = read_json(path)
+    if isinstance(content, dict):
+        content = content.get("all")
+    if not isinstance(content, list):
+        raise LavinError(f'{path}: neither a list of rows nor one under "all"')
+    for number, row in enumerate(content, 1):
+        yield f"{path} row {number}", row
+
+
+def split_folder(source: str) -> tuple[str, str]:
+    """FILE[:IMAGES] -> (file, folder or ""). A colon may also be part of the file's name."""
+    if ":" not in source or os.path.exists(source):
+        return source, ""
+    path, _, folder = source.rpartition(":")
+    return path, folder
+
+
+def parse_source(source: str) -> tuple[str, str, str]:
+    """A source of --data -> (kind, file, folder of the pictures).
+
+    A FILE alone is taken as jsonl if its name ends so, else as alpaca. Raises LavinError if the
+    kind, the file or the folder does not exist.
+    """
+    if os.path.isfile(source):
+        kind = "jsonl" if source.endswith(".jsonl") else "alpaca"
+        source = f"{kind}:{source}"
+    kind, _, rest = source.partition(":")
+    if kind not in KINDS or not rest:
+        forms = ", ".join(f"{kind}:FILE" for kind in KINDS)
+        raise LavinError(f"--data {source}: give sqa, or one of {forms}")
+    path, folder = split_folder(rest)
+    if not os.path.isfile(path):
+        raise LavinError(f"--data {source}: there is no file {path}")
+    if folder and not os.path.isdir(folder):
+        raise LavinError(f"--data {source}: there is no folder {folder}")
+    return kind, path, folder or os.path.dirname(os.path.abspath(path))
+
+
+def is_picture(path):
+    """Does the file begin as a picture does? That takes 0.1 ms, where decoding it takes 6 ms."""
+    try:
+        with Image.open(path):
+            return True
+    except Exception:               # Pillow's readers raise anything
+        return False
+
+
+def bad_pictures(samples, reasons):
+    """A BadRow for each sample whose picture is among {path: why it cannot be used}."""
+    bad_rows = []
+    for sample in samples:
+        if sample.image in reasons:
+            bad_rows.append(BadRow(sample.id, reasons[sample.image]))
+    return bad_rows
+
+
+def read_instructions(source: str, multi_turn: bool = False,
+                      look: bool = False) -> tuple[list[Sample], list[BadRow]]:
+    """Read a source of --data -> ([Sample], [BadRow]). Raises LavinError if there is no such file.
+
+    multi_turn: make one sample of a conversation. look: open every picture, far enough to see that
+    it is one.
+    """
+    kind, path, folder = parse_source(source)
+    samples = []
+    bad_rows = []
+    for place, row in iterate_rows(kind, path):
+        if isinstance(row, BadRow):
+            bad_rows.append(row)
+            continue
+        try:
+            samples += samples_of_row(row, folder, place, multi_turn)
+        except ValueError as error:
+            bad_rows.append(BadRow(place, str(error)))
+    if look:
+        reasons = {}
+        for image in {sample.image for sample in samples if sample.image}:
+            if not is_picture(image):
+                reasons[image] = f"{image}: not a picture"
+        bad_rows += bad_pictures(samples, reasons)
+        samples = [sample for sample in samples if sample.image not in reasons]
+    return samples, bad_rows
+
+
+# Tokens
+
+# Tokenizing fewer samples than this takes seconds; more take minutes.
+MANY = 20_000
+
+
+def cache_key(samples, tokenizer, n_features, max_seq_len):
+    """A hash of everything that the tokens depend on. Other tokens are never taken for them."""
+    version = 1                     # of tokenize and encode in data.py: raise it when they change
+    key = hashlib.sha256(tokenizer.serialized_model_proto())
+    key.update(f"{n_features} {max_seq_len} {version}".encode())
+    for sample in samples:
+        # Of the picture, only whether there is one changes the tokens.
+        fields = [sample.prompt, sample.answer, sample.history, sample.image is None]
+        key.update(json.dumps(fields).encode())
+    return key.hexdigest()[:16]
+
+
+def write_tokens(path, samples, tokenizer, n_features, max_seq_len):
+    """Tokenize all samples into one int32 array: the lengths, all the tokens, all the labels."""
+    lengths = []
+    tokens = []
+    labels = []
+    for sample in tqdm(samples, desc="tokenizing", file=sys.stdout):
+        encoded = data.encode(sample, tokenizer, n_features, max_seq_len)
+        lengths.append(len(encoded.tokens))
+        tokens.append(encoded.tokens)
+        labels.append(encoded.labels)
+    flat = np.concatenate([np.array(lengths, dtype=np.int32), *tokens, *labels])
+
+    def write(temporary):
+        with open(temporary, "wb") as file:                 # np.save would add .npy to a name
+            np.save(file, flat)
+
+    write_atomically(path, write)
+
+
+def read_tokens(path, samples):
+    """The [Encoded] of what write_tokens wrote, mapped: the tokens stay on disk until used."""
+    flat = np.load(path, mmap_mode="c").view(np.ndarray)
+    lengths = flat[:len(samples)]
+    tokens, labels = flat[len(samples):].reshape(2, -1)
+    encoded = []
+    start = 0
+    for sample, length in zip(samples, lengths.tolist()):
+        end = start + length
+        encoded.append(Encoded(tokens[start:end], labels[start:end], sample.image, sample.id))
+        start = end
+    return encoded
+
+
+def encode_all(samples: list[Sample], tokenizer: SentencePieceProcessor, n_features: int,
+               max_seq_len: int, folder: str | Path | None) -> list[Encoded]:
+    """[Sample] -> [Encoded]. The tokens of many are kept in folder/tokens-KEY.npy for the next run.
+
+    folder None: nothing is written.
+    """
+    if len(samples) < MANY or folder is None:
+        return [data.encode(sample, tokenizer, n_features, max_seq_len) for sample in samples]
+    key = cache_key(samples, tokenizer, n_features, max_seq_len)
+    path = Path(folder, f"tokens-{key}.npy")
+    if not path.exists():
+        write_tokens(path, samples, tokenizer, n_features, max_seq_len)
+    return read_tokens(path, samples)
+
+
+# What a source holds
+
+
+def histogram(values: list[int], unit: str, n: int = 10) -> list[str]:
+    """The lines of a histogram of whole numbers, in at most n ranges."""
+    lowest = min(values)
+    highest = max(values)
+    width = math.ceil((highest + 1 - lowest) / n)
+    starts = range(lowest, highest + 1, width)
+    counts = [0] * len(starts)
+    for value in values:
+        counts[(value - lowest) // width] += 1
+    lines = []
+    for start, count in zip(starts, counts):
+        bar = "█" * round(40 * count / max(counts))
+        lines.append(f"  {start:>6} – {start + width - 1:<6} {unit} {count:>7}  {bar}")
+    return lines
+
+
+def show(sample: Sample, encoded: Encoded, tokenizer: SentencePieceProcessor) -> str:
+    """A sample as the model sees it. What carries loss stands between » and «."""
+    shown = ""
+    has_loss = False
+    for token, label in zip(encoded.tokens.tolist(), encoded.labels.tolist()):
+        if has_loss != (label != 0):
+            has_loss = not has_loss
+            shown += "»" if has_loss else "«"
+        if token != 0:
+            # sentencepiece writes a space as ▁, and a byte that no piece covers as <0x..>.
+            shown += tokenizer.id_to_piece(token).replace("▁", " ").replace("<0x0A>", "\n")
+        elif not shown.endswith("[picture]"):               # once for all of a picture's features
+            shown += "[picture]"
+    if has_loss:
+        shown += "«"
+    title = f"{sample.id}, {sample.image}" if sample.image else sample.id
+    return f"{title}\n{shown}"
+
+
+def check_pictures(samples):
+    """Decode every picture -> [BadRow] of the samples whose picture cannot be decoded."""
+    paths = sorted({sample.image for sample in samples if sample.image})
+    reasons = {}
+    for path in tqdm(paths, desc="pictures", file=sys.stdout):
+        try:
+            data.load_pixels(path, 1)
+        except LavinError as error:
+            reasons[path] = str(error)
+    return bad_pictures(samples, reasons)
+
+
+def print_lengths(samples, tokenizer, n_features, max_seq_len):
+    """Print how long the samples are, what max_seq_len cuts off, and the first sample."""
+    no_limit = 10**9
+    lengths = []
+    n_cut = 0
+    n_lost = 0                      # cut before the answer: nothing can be learned from it
+    for sample in samples:
+        whole = data.encode(sample, tokenizer, n_features, no_limit)
+        cut = data.encode(sample, tokenizer, n_features, max_seq_len)
+        lengths.append(len(whole.tokens))
+        n_cut += len(cut.tokens) < len(whole.tokens)
+        n_lost += not cut.labels.any()
+    print(f"{sum(lengths):,} tokens, {np.mean(lengths):.0f} on average, {max(lengths)} at most; "
+          f"at --max-seq-len {max_seq_len} {n_cut} are cut, {n_lost} of them before the answer")
+    for line in histogram(lengths, "tokens"):
+        print(line)
+    first = data.encode(samples[0], tokenizer, n_features, max_seq_len)
+    print("the first sample, with the tokens that carry loss between » and «:")
+    print(show(samples[0], first, tokenizer))
+
+
+def check_samples(name: str, samples: list[Sample], bad_rows: list[BadRow],
+                  tokenizer: SentencePieceProcessor, n_features: int, max_seq_len: int) -> int:
+    """Print what a source holds and what is wrong with it -> the number of its bad rows.
+
+    name: the source's. bad_rows: those found when it was read; the rows whose picture cannot be
+    decoded are added to them. n_features: the number of tokens that a picture takes.
+    """
+    bad_rows = bad_rows + check_pictures(samples)
+    for row in bad_rows:
+        print(row)
+    n_pictures = sum(sample.image is not None for sample in samples)
+    print(f"{name}: {len(samples)} samples, {n_pictures} with a picture; {len(bad_rows)} bad rows")
+    if samples:
+        print_lengths(samples, tokenizer, n_features, max_seq_len)
+    return len(bad_rows)
+
+
+def check(source: str, tokenizer: SentencePieceProcessor, n_features: int, max_seq_len: int,
+          multi_turn: bool = False) -> int:
+    """Read a source of --data and print what check_samples does -> the number of its bad rows."""
+    samples, bad_rows = read_instructions(source, multi_turn)
+    return check_samples(source, samples, bad_rows, tokenizer, n_features, max_seq_len)

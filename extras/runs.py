@@ -1,0 +1,383 @@
+"""What surrounds a training run: its data, what it says, its log, its signals, the ablations."""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+import data
+from adapters import Adapter
+from checkpoints import read_clip
+from extras import instructions, plot
+from extras.scienceqa import load_sqa
+from fast import ranks
+from fast.quantize import n_quantized
+from files import DEFAULTS, LavinError, tokenizer_path, write_atomically
+from router import Router
+
+# Data
+
+
+@dataclass
+class TrainingSet:
+    encoded: list[data.Encoded]                     # of all sources, concatenated
+    sizes: list[int]                                # of each source
+    held_out: dict[str, list[data.Encoded]]         # by source
+
+    def __post_init__(self):
+        self.lengths = [len(e.tokens) for e in self.encoded]
+
+
+def read_sources(settings) -> dict[str, list[data.Sample]]:
+    """Read every source of --data. LavinError for bad rows, unless --skip-bad leaves them out."""
+    sources = {}
+    for source in settings.data:
+        if source == "sqa":
+            _, samples = load_sqa(settings.data_root, "train", settings.format,
+                                       settings.captions)
+            sources[source] = samples
+            continue
+        samples, bad_rows = instructions.read_instructions(
+            source, settings.multi_turn, look=settings.skip_bad)
+        if bad_rows and not settings.skip_bad:
+            raise LavinError(f"{bad_rows[0]} ({len(bad_rows)} bad row(s) in all: "
+                             f"python train.py --data {source} --check lists them, --skip-bad "
+                             "leaves them out)")
+        if bad_rows:
+            print(f"skipped  {len(bad_rows)} bad rows of {source}, the first of them {bad_rows[0]}")
+        if not samples:
+            raise LavinError(f"--data {source}: holds no sample")
+        sources[source] = samples
+    return sources
+
+
+def make_training_set(lavin: nn.Module, sources: dict[str, list[data.Sample]],
+                      settings) -> TrainingSet:
+    """Tokenize all samples once, and hold some out.
+
+    Samples whose answer is cut off entirely are counted and left out.
+    """
+    encoded = []
+    sizes = []
+    held_out = {}
+    folder = None if settings.dry_run else settings.out
+    for number, (source, samples) in enumerate(sources.items()):
+        with ranks.first():
+            all_encoded = instructions.encode_all(
+                samples, lavin.tokenizer, lavin.n_features, lavin.max_seq_len, folder)
+        kept = [e for e in all_encoded if (e.labels != 0).any()]
+        title = f"{source}: " if len(sources) > 1 else ""
+        say_what_was_kept(title, kept, len(all_encoded))
+        if not kept:
+            raise LavinError(f"--max-seq-len {settings.max_seq_len} cuts off the answer of every "
+                             f"sample of {source}; raise it")
+        trained, held = hold_out(kept, settings.val_fraction, settings.seed, number)
+        if not trained:
+            raise LavinError(f"--val-fraction {settings.val_fraction} holds out all of {source}; "
+                             "lower it")
+        encoded += trained
+        sizes.append(len(trained))
+        if held:
+            held_out[source] = held
+    return TrainingSet(encoded, sizes, held_out)
+
+
+def say_what_was_kept(title, kept, n_read):
+    n_pictures = sum(e.image is not None for e in kept)
+    n_tokens = sum(len(e.tokens) for e in kept)
+    print(f"data     {title}{len(kept)} samples, {n_pictures} with a picture, {n_tokens:,} tokens; "
+          f"left out, because their answer is cut off entirely: {n_read - len(kept)}")
+
+
+def hold_out(encoded, fraction, seed, number):
+    """-> (samples to train on, samples held out), drawn from the seed and the source's number."""
+    n_held = round(fraction * len(encoded))
+    if n_held == 0:
+        return encoded, []
+    generator = torch.Generator().manual_seed(data.mixed_seed(seed, number))
+    order = torch.randperm(len(encoded), generator=generator).tolist()
+    shuffled = [encoded[i] for i in order]
+    return shuffled[n_held:], shuffled[:n_held]
+
+
+@torch.no_grad()
+def held_out_losses(lavin: nn.Module, held_out: dict, settings) -> dict[str, float]:
+    """{source: mean loss of the answer tokens that were held out of it}, over all ranks."""
+    losses = {}
+    lavin.eval()
+    for source, encoded in held_out.items():
+        plan = evaluation_plan(len(encoded), settings.micro_batch)
+        batches = data.Batches(encoded, plan.__getitem__, lavin.resolution, ranks.rank(),
+                               ranks.count())
+        loss = torch.zeros((), dtype=torch.float64, device=lavin.device)
+        n_answer = 0
+        for (batch,) in data.prefetch(batches, range(len(plan)), settings.workers):
+            loss += lavin(batch.to(lavin.device)) * batch.n_answer
+            n_answer += batch.n_answer
+        sums = torch.stack([loss, torch.full_like(loss, n_answer)])
+        loss, n_answer = ranks.total(sums).tolist()
+        losses[source] = loss / n_answer
+    lavin.train()
+    return losses
+
+
+def evaluation_plan(n_samples, batch_size):
+    """Indices in order, cut into batches, one of them for each rank in every item."""
+    chosen = []
+    for start in range(0, n_samples, batch_size):
+        chosen.append(range(start, min(start + batch_size, n_samples)))
+    plan = []
+    for start in range(0, len(chosen), ranks.count()):
+        plan.append(chosen[start:start + ranks.count()])
+    return plan
+
+
+def check_data(settings, small_llama: str | Path) -> int:
+    """--check: say what every source of --data holds -> 1 if any of its rows is bad, else 0.
+
+    This needs a tokenizer, but no model. Where there is no LLaMA yet, small_llama's is taken.
+    """
+    llama = settings.llama or DEFAULTS["llama"]
+    if not settings.llama and not tokenizer_path(llama).exists():
+        llama = small_llama
+    tokenizer = data.load_tokenizer(llama)
+    print(f"tokens are counted with {tokenizer_path(llama)}")
+    vit = settings.vit or DEFAULTS["vit"]
+    n_features = 6                      # ViT-L/14's
+    if settings.vit or os.path.exists(vit):
+        n_features = read_clip(vit)[1].n_features
+    n_bad = 0
+    for source in settings.data:
+        if source == "sqa":
+            root = settings.data_root or DEFAULTS["data_root"]
+            _, samples = load_sqa(
+                root, "train", settings.format, settings.captions)
+            bad_rows = []
+        else:
+            samples, bad_rows = instructions.read_instructions(
+                source, settings.multi_turn)
+        n_bad += instructions.check_samples(
+            source, samples, bad_rows, tokenizer, n_features, settings.max_seq_len)
+    return 1 if n_bad else 0
+
+
+# Ablations
+
+
+def freeze(lavin: nn.Module, adapters: str, routing: bool) -> None:
+    """The paper's ablations: adapters stay the identity, routers say ½ for both experts."""
+    left_out = []
+    if adapters in ("llama", "none"):
+        left_out += lavin.vit.resblocks
+    if adapters == "none":
+        left_out += lavin.llama.layers
+    for block in left_out:
+        for module in block.modules():
+            if isinstance(module, Adapter):
+                module.requires_grad_(False)
+    if not routing:
+        for module in lavin.modules():
+            if isinstance(module, Router):
+                module.requires_grad_(False)
+                module.weight.zero_()
+                module.bias.zero_()
+    if not routing or adapters == "none":
+        lavin.modality_embedding.requires_grad_(False)
+
+
+# What a run says
+
+
+def count_parameters(module, trained):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad == trained)
+
+
+def print_counts(title, counts):
+    shown = " · ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+    print(f"{title:8} {sum(counts.values()):,} parameters: {shown}")
+
+
+def describe(lavin: nn.Module, settings, steps_per_epoch: int) -> None:
+    """Say once what follows from the settings."""
+    print_counts("trained", {
+        "adapters and routers in LLaMA": count_parameters(lavin.llama, trained=True),
+        "in the ViT": count_parameters(lavin.vit, trained=True),
+        "projector": count_parameters(lavin.projector, trained=True),
+        "modality embedding": lavin.modality_embedding.numel()})
+    print_counts("frozen", {
+        "LLaMA": count_parameters(lavin.llama, trained=False) + n_quantized(lavin.llama),
+        "ViT": count_parameters(lavin.vit, trained=False),
+        "projector": count_parameters(lavin.projector, trained=False)})
+
+    micro_batch = min(settings.micro_batch, settings.batch_size)
+    line = (f"batch    {settings.batch_size} in micro-batches of {micro_batch} · "
+            f"context {settings.max_seq_len} tokens")
+    if ranks.count() > 1:
+        line += f" · {ranks.count()} ranks"
+    print(line)
+
+    n_steps = settings.epochs * steps_per_epoch
+    line = (f"steps    {n_steps} = {settings.epochs} epochs × {steps_per_epoch} · "
+            f"peak lr {settings.lr:.3g} · τ {settings.tau:g}")
+    if settings.max_steps:
+        line += f" · stops after {settings.max_steps}"
+    print(line)
+
+    compiled = "on" if settings.compile else "off"
+    line = f"device   {lavin.device} · {settings.dtype} · compile {compiled}"
+    if settings.bits < 16:
+        line += f" · LLaMA in {settings.bits} bits"
+    if settings.fsdp:
+        line += " · fsdp"
+    print(line)
+
+
+def ways_to_save_memory(settings) -> str:
+    """The flags that would make a run smaller that does not fit into memory."""
+    ways = []
+    if settings.micro_batch > 1:
+        ways.append(f"--micro-batch {settings.micro_batch // 2}")
+    if not settings.checkpointing:
+        ways.append("--checkpointing")
+    if settings.bits == 16 and not settings.fsdp:
+        ways.append("--bits 8")
+    if settings.bits > 4 and not settings.fsdp:
+        ways.append("--bits 4")
+    if ranks.count() > 1 and settings.bits == 16 and not settings.fsdp:
+        ways.append("--fsdp")
+    ways.append("a lower --max-seq-len")
+    return ", ".join(ways)
+
+
+# Its log
+
+
+def is_done(line: str, last_step: int) -> bool:
+    """Is this a whole line of metrics.jsonl, of a step up to last_step?"""
+    try:
+        return json.loads(line)["step"] <= last_step
+    except (ValueError, TypeError, KeyError):       # half a line: the machine went down
+        return False
+
+
+def open_metrics(out: str, first_step: int):
+    """OUT/metrics.jsonl, for further lines.
+
+    A resumed run drops the lines of steps that it will do again. A new run in the place of an older
+    one renames what that left to *.old.
+    """
+    path = Path(out, "metrics.jsonl")
+    lines = []
+    if first_step > 0 and path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
+            if is_done(line, first_step):
+                lines.append(line + "\n")
+    if first_step == 0:
+        for old in (Path(out, "checkpoint.pth"), path):
+            if old.exists():
+                print(f"note     {old} of an earlier run is now {old}.old; "
+                      "--resume would have gone on with it")
+                old.replace(f"{old}.old")
+    write_atomically(path, lambda temporary: temporary.write_text("".join(lines)))
+    return open(path, "a", buffering=1)
+
+
+def draw_losses(out: str) -> None:
+    """OUT/loss.png from OUT/metrics.jsonl: the loss of every step, and a running mean."""
+    steps = []
+    losses = []
+    for text in Path(out, "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        if "loss" in line:
+            steps.append(line["step"])
+            losses.append(line["loss"])
+    if not losses:                                  # the log of a finished run was deleted
+        return
+    n = max(1, len(losses) // 50)
+    means = []
+    for i in range(len(losses)):
+        window = losses[max(0, i - n):i + 1]
+        means.append(sum(window) / len(window))
+    plot.lines(Path(out, "loss.png"), f"Loss of {out}", "step", steps,
+               {"loss": losses, f"mean of {n + 1}": means})
+
+
+class Log:
+    """A run's progress bar and metrics.jsonl, a line for each step; at the end its loss.png.
+
+    On ranks other than 0 it is silent.
+    """
+
+    def __init__(self, settings, first_step: int, n_steps: int):
+        self.out = settings.out
+        self.epochs = settings.epochs
+        if ranks.rank() == 0:
+            self.metrics = open_metrics(self.out, first_step)
+        else:
+            self.metrics = open(os.devnull, "w")
+        self.bar = tqdm(total=n_steps, initial=first_step, unit="step", file=sys.stdout)
+        self.began = time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        self.bar.close()
+        self.metrics.close()
+        if error is None and ranks.rank() == 0:
+            draw_losses(self.out)
+
+    def step(self, step, epoch, loss, lr, n_samples, norm):
+        """Log one step; the time since the last one gives the speed."""
+        now = time.perf_counter()
+        speed = n_samples / (now - self.began)
+        self.began = now
+        line = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "samples_per_s": speed,
+                "grad_norm": norm if math.isfinite(norm) else None}
+        self.metrics.write(json.dumps(line) + "\n")
+        memory = ""
+        if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+            memory = f" {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+        self.bar.set_description(f"epoch {math.ceil(epoch)}/{self.epochs}", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.3f} {speed:.1f} samples/s{memory}", refresh=False)
+        self.bar.update()
+
+    def held_out(self, step, losses):
+        self.metrics.write(json.dumps({"step": step, "held_out": losses}) + "\n")
+        shown = " · ".join(f"{source} {loss:.3f}" for source, loss in losses.items())
+        self.bar.write(f"held out {shown}", file=sys.stdout)
+
+
+# Its signals
+
+
+class StopSignals:
+    """In a `with`, counts SIGINT and SIGTERM instead of ending at once, so that a step can finish
+    and be saved. The second signal of a kind ends the run as usual.
+    """
+
+    def __enter__(self):
+        self.count = 0
+        self.first = signal.SIGTERM     # what ended the run, if it was another rank that heard it
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.hear)
+        return self
+
+    def hear(self, number, frame):
+        if self.count == 0:
+            self.first = number
+        self.count += 1
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,105 @@
+"""ScienceQA's files: problems.json, pid_splits.json, captions.json and the pictures, all checked.
+
+    DIR/problems.json                           {id: problem}
+    DIR/pid_splits.json                         {"train": [id, …], "val": …, "test": …}
+    DIR/captions.json                           {"captions": {id: text}}
+    DIR/images/{train,val,test}/{id}/image.png
+
+What is wrong is a LavinError that names the file, the problem and the field.
+"""
+
+import re
+from pathlib import Path
+
+from data import LETTERS, Sample, check_format, sqa_prompt
+from files import LavinError, read_json
+
+SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+
+
+def problem_fault(problem) -> str | None:
+    """What is wrong with a problem of problems.json, or None."""
+    texts = ("question", "hint", "lecture", "solution", "split", "subject", "grade")
+    if not isinstance(problem, dict):
+        return "is not an object"
+    for field in (*texts, "choices", "answer", "image"):
+        if field not in problem:
+            return f"lacks the field {field!r}"
+        if field in texts and not isinstance(problem[field], str):
+            return f"has a {field!r} that is not text"
+    choices = problem["choices"]
+    answer = problem["answer"]
+    only_text = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+    if not only_text or not 1 <= len(choices) <= len(LETTERS):
+        return f"does not have 1 to {len(LETTERS)} texts as choices"
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        return f"has the answer {answer!r}, outside its {len(choices)} choices"
+    if problem["subject"] not in SUBJECTS:
+        return f"has the subject {problem['subject']!r}, which is not one of ScienceQA's"
+    if not re.fullmatch(r"grade\d{1,2}", problem["grade"]):
+        return f"has the grade {problem['grade']!r}, which is not one of ScienceQA's"
+    if not isinstance(problem["image"], str | None):
+        return f"has the image {problem['image']!r}, neither a file name nor null"
+    return None
+
+
+def read_problems(root: Path) -> dict:
+    """problems.json -> {id: problem}, every field checked."""
+    path = root / "problems.json"
+    problems = read_json(path)
+    if not isinstance(problems, dict):
+        raise LavinError(f"{path}: not an object, as ScienceQA's is")
+    for pid, problem in problems.items():
+        fault = problem_fault(problem)
+        if fault:
+            raise LavinError(f"{path}: problem {pid} {fault}")
+    return problems
+
+
+def read_split(root: Path, split: str, problems: dict) -> list[str]:
+    """The ids of a split from pid_splits.json. All splits are checked, not only this one."""
+    path = root / "pid_splits.json"
+    splits = read_json(path)
+    if not isinstance(splits, dict):
+        raise LavinError(f"{path}: not an object, as ScienceQA's is")
+    for name, pids in splits.items():
+        if not isinstance(pids, list):
+            raise LavinError(f"{path}: split {name!r} is not a list of ids")
+        for pid in pids:
+            if str(pid) not in problems:
+                raise LavinError(f"{path}: split {name!r} names problem {pid}, "
+                                 "which problems.json lacks")
+    if split not in splits:
+        raise LavinError(f"{path}: no split {split!r}; it has {', '.join(splits)}")
+    if not splits[split]:
+        raise LavinError(f"{path}: split {split!r} is empty")
+    return [str(pid) for pid in splits[split]]
+
+
+def read_captions(root: Path) -> dict[str, str]:
+    path = root / "captions.json"
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("captions"), dict):
+        raise LavinError(f'{path}: not an object with an object "captions", as ScienceQA\'s is')
+    return content["captions"]
+
+
+def load_sqa(root: str | Path, split: str, format: str = "QCM-ALE",
+             use_captions: bool = False) -> tuple[dict, list[Sample]]:
+    """One split of ScienceQA -> ({id: problem}, [Sample]); captions go into the context."""
+    check_format(format)
+    root = Path(root)
+    problems = read_problems(root)
+    pids = read_split(root, split, problems)
+    captions = read_captions(root) if use_captions else {}
+    chosen = {pid: problems[pid] for pid in pids}
+    samples = []
+    for pid, problem in chosen.items():
+        image = None
+        if problem["image"]:
+            image = root / "images" / problem["split"] / pid / problem["image"]
+            if not image.is_file():
+                raise LavinError(f"problem {pid}: {image}: no such picture")
+        prompt, answer = sqa_prompt(problem, format, captions.get(pid, ""))
+        samples.append(Sample(prompt, answer, image, pid))
+    return chosen, samples

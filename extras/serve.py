@@ -1,0 +1,296 @@
+"""LaVIN as a page: python generate.py --serve [PORT], then open http://127.0.0.1:8000.
+
+    GET /           page.html
+    GET /about      {"model", "context", "route": [layers, 2 modalities, 2 experts]}
+    POST /ask       {"question", "turns": [[question, answer], …], "image": base64 or null}
+
+The answer to /ask is a line of JSON for each event:
+    {"waiting": n}      n others come first
+    {"forgotten": n}    the context has no room for the n oldest turns
+    {"text": piece}     the next piece of the answer
+    {"end": true}       the answer is complete
+    {"error": why}      there is none
+
+The server keeps no conversations: a page sends its own along with every question. One question is
+answered at a time. The cache of the last conversation is reused as far as the next one begins
+alike, so a follow-up question costs only its own tokens.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import data
+from extras.chat import Conversation
+from files import LavinError
+from model import LaVIN
+
+PAGE = Path(__file__).with_name("page.html")
+# The page loads nothing from anywhere else, and shows its pictures from memory.
+CONTENT_SECURITY_POLICY = ("default-src 'self'; script-src 'unsafe-inline'; "
+                           "style-src 'unsafe-inline'; img-src blob: data:")
+MAX_REQUEST = 20_000_000        # bytes
+MAX_PIXELS = 50_000_000
+MAX_TEXT = 20_000               # characters
+MAX_TURNS = 100
+MAX_WAITING = 20                # questions
+
+
+# A question
+
+
+def read_picture(text, resolution):
+    """base64 -> pixels (3, R, R). LavinError if it is no picture, or one that is too large."""
+    try:
+        image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+        is_small = image.width * image.height <= MAX_PIXELS     # known before it is decoded
+        if is_small:
+            return data.load_pixels(image, resolution)
+    except Exception as error:      # Pillow's readers raise anything
+        raise LavinError("this is not a picture that can be read") from error
+    millions = MAX_PIXELS // 10**6
+    raise LavinError(f"the picture has more than {millions} million pixels; take a smaller one")
+
+
+def is_turn(turn):
+    return isinstance(turn, list) and len(turn) == 2
+
+
+def parse_question(body: bytes, resolution: int) -> tuple[str, list, torch.Tensor | None]:
+    """The body of POST /ask -> (question, turns, pixels or None).
+
+    Raises LavinError with what is wrong with it.
+    """
+    try:
+        asked = json.loads(body)
+        question = asked["question"]
+        turns = asked.get("turns", [])
+        image = asked.get("image")
+        if not isinstance(turns, list) or not all(is_turn(turn) for turn in turns):
+            raise ValueError("turns are not pairs")
+        texts = [question]
+        for turn in turns:
+            texts += turn
+        "".join(texts).encode()     # raises for what is no text, or text that is not Unicode
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise LavinError("not a question in the form that extras/serve.py describes") from error
+    if not question.strip():
+        raise LavinError("there is no question")
+    if max(len(text) for text in texts) > MAX_TEXT:
+        raise LavinError(f"this is longer than {MAX_TEXT:,} characters; ask it shorter")
+    pixels = None if image is None else read_picture(image, resolution)
+    return question.strip(), turns[-MAX_TURNS:], pixels
+
+
+# Answers, one at a time
+
+
+class Queue:
+    """First come, first served. Everyone who waits holds a ticket; the first ticket is served."""
+
+    def __init__(self):
+        self.waiting = []                                   # tickets
+        self.changed = threading.Condition()
+
+    def enter(self) -> object:
+        """-> a ticket, the last in the queue. Raises LavinError if the queue is full."""
+        ticket = object()
+        with self.changed:
+            if len(self.waiting) == MAX_WAITING:
+                raise LavinError(
+                    f"{MAX_WAITING} questions are waiting already; try again in a while")
+            self.waiting.append(ticket)
+        return ticket
+
+    def n_before(self, ticket: object) -> int:
+        """How many come first."""
+        return self.waiting.index(ticket)
+
+    def wait(self, ticket: object, n: int) -> None:
+        """Wait until it is no longer n who come first, but two seconds at most."""
+        def has_moved():
+            return self.waiting.index(ticket) != n
+
+        with self.changed:
+            self.changed.wait_for(has_moved, timeout=2)
+
+    def leave(self, ticket: object) -> None:
+        with self.changed:
+            self.waiting.remove(ticket)
+            self.changed.notify_all()
+
+
+class Desk:
+    """The model, the queue for it, and the conversation whose cache it keeps."""
+
+    def __init__(self, lavin: LaVIN, how: dict, compiled: bool):
+        """how: what Conversation.say takes."""
+        self.lavin = lavin
+        self.how = how
+        self.queue = Queue()
+        self.route = lavin.route().tolist()
+        self.conversation = Conversation(lavin, None, compiled)
+
+    def answer(self, question: str, turns: list, pixels: torch.Tensor | None) -> Iterator[dict]:
+        """Wait in the queue, then answer. Yields the events.
+
+        The caller must close this generator, even if it stops early: else the queue is blocked.
+        """
+        ticket = self.queue.enter()
+        try:
+            while n := self.queue.n_before(ticket):
+                # Repeated every two seconds: sending it shows whether anybody still listens.
+                yield {"waiting": n}
+                self.queue.wait(ticket, n)
+            yield from self.say(question, turns, pixels)
+        finally:
+            self.queue.leave(ticket)
+
+    def say(self, question, turns, pixels):
+        """The events of the answer itself."""
+        if not same_picture(pixels, self.conversation.start.image):
+            self.conversation.show(pixels)
+        self.conversation.recall(turns)
+        is_first = True
+        for text in self.conversation.say(question, **self.how):
+            if is_first and self.conversation.dropped:
+                yield {"forgotten": self.conversation.dropped}
+            is_first = False
+            yield {"text": text}
+        yield {"end": True}
+
+
+def same_picture(a, b):
+    """Are these the same pixels, or both None?"""
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a, b)
+
+
+# HTTP
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection. It has a thread of its own."""
+    timeout = 60                    # seconds that a connection may be silent
+
+    def reply(self, status, content, kind="application/json"):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Security-Policy", CONTENT_SECURITY_POLICY)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def refuse(self, status, why):
+        self.reply(status, json.dumps({"error": why}).encode())
+
+    def do_GET(self):
+        if self.path == "/":
+            self.reply(200, PAGE.read_bytes(), "text/html; charset=utf-8")
+        elif self.path == "/about":
+            desk = self.server.desk
+            about = {
+                "model": self.server.model_name,
+                "context": desk.lavin.max_seq_len,
+                "route": desk.route,
+            }
+            self.reply(200, json.dumps(about).encode())
+        else:
+            self.refuse(404, "there is / and /about, and /ask to post to")
+
+    def do_POST(self):
+        """A question, as JSON alone: a browser lets no other site send that here."""
+        is_json = self.headers.get_content_type() == "application/json"
+        length = self.headers.get("Content-Length", "")
+        if self.path != "/ask" or not is_json or not re.fullmatch("[0-9]{1,12}", length):
+            self.refuse(400, "post JSON of a known length to /ask")
+            return
+        length = int(length)
+        if length > MAX_REQUEST:
+            self.read_past(min(length, 4 * MAX_REQUEST))
+            megabytes = MAX_REQUEST // 10**6
+            self.refuse(413, f"this is larger than {megabytes} MB; take a smaller picture")
+            return
+        try:
+            body = self.rfile.read(length)
+            question, turns, pixels = parse_question(body, self.server.desk.lavin.resolution)
+        except LavinError as error:
+            self.refuse(400, str(error))
+            return
+        self.stream_answer(question, turns, pixels)
+
+    def read_past(self, n):
+        """Read n bytes and drop them: a browser listens only after it has sent everything."""
+        while n > 0:
+            n_read = len(self.rfile.read(min(n, 2**20)))
+            if n_read == 0:
+                return
+            n -= n_read
+
+    def stream_answer(self, question, turns, pixels):
+        """Send the events as they come. The end of the connection ends the answer (HTTP/1.0)."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-ndjson")
+        self.send_header("X-Accel-Buffering", "no")         # nginx, in front of us, passes them on
+        self.end_headers()
+        try:
+            with contextlib.closing(self.server.desk.answer(question, turns, pixels)) as events:
+                for event in events:
+                    self.send(event)
+        except LavinError as error:
+            self.send({"error": str(error)})
+
+    def send(self, event):
+        self.wfile.write(json.dumps(event).encode() + b"\n")
+        self.wfile.flush()
+
+    def handle(self):
+        try:
+            super().handle()
+        except (ConnectionError, TimeoutError):
+            pass                                            # whoever asked has gone
+
+    def log_message(self, *_):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """Listens from the start; its desk comes when the model is loaded."""
+    daemon_threads = True           # Ctrl-C does not wait for answers
+    request_queue_size = 64         # connections that nobody has accepted yet
+
+    def __init__(self, host: str, port: int, model_name: str):
+        super().__init__((host, port), Handler)
+        self.host = host
+        self.model_name = model_name
+        self.desk = None
+
+
+def listen(host: str, port: int, model_name: str) -> Server:
+    """Bind the address, before minutes are spent on loading a model. port 0: any that is free.
+
+    Raises LavinError if that is not possible.
+    """
+    try:
+        return Server(host, port, model_name)
+    except (OSError, OverflowError) as error:
+        raise LavinError(f"--serve {port} --host {host}: cannot listen there ({error}); "
+                         "choose another port or address") from error
+
+
+def serve(server: Server, lavin: LaVIN, how: dict, compiled: bool) -> None:
+    """Answer until Ctrl-C. how: what Conversation.say takes."""
+    with server:
+        server.desk = Desk(lavin, how, compiled)
+        print(f"http://{server.host}:{server.server_port} · Ctrl-C ends it", flush=True)
+        server.serve_forever()

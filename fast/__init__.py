@@ -1,0 +1,1 @@
+"""The same numbers as the plain code, sooner or in less memory."""

@@ -1,0 +1,343 @@
+"""Generation with a cache: prompts are read in one pass, then continued a token at a time.
+
+LaVIN.generate computes the whole sequence again for every token. The engine says the same tokens,
+and computes each of them once: the keys and values of earlier tokens are kept in a cache.
+
+A row of the cache belongs to one prompt. Prompts are concatenated when they are read, so no work is
+done for padding. Then every step adds one token to each row. When a row has ended, the next waiting
+prompt takes its place, so no step is spent on finished rows (continuous batching). On a GPU a step
+of a folded model is captured once as a CUDA graph and replayed: one call for the CPU to make
+instead of a thousand.
+
+Shapes: n rows in use, S positions in each; H heads, K key/value heads, D their width, L layers,
+C the model's width, T tokens of all prompts that are read together.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+from fast.ops import is_one_token, one_token_product
+from model import LaVIN, pick
+
+# The two kinds of passes, as the cache of one layer: model.Attention calls attend(q, k, v)
+
+
+class PromptCache:
+    """A layer's cache in a pass that reads prompts, or further tokens of them.
+
+    keys and values (rows, K, S, D); spans: for each prompt (its row, the position at which its new
+    tokens begin, their number).
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, spans: list[tuple]):
+        self.keys = keys
+        self.values = values
+        self.spans = spans
+
+    def attend(self, q, k, v):
+        """q (1, H, T, D), k and v (1, K, T, D), prompts concatenated -> (1, H, T, D)."""
+        grouped = q.shape[1] != k.shape[1]
+        lengths = [length for _, _, length in self.spans]
+        parts = zip(self.spans, q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2))
+        outputs = []
+        for (row, start, length), q_i, k_i, v_i in parts:
+            end = start + length
+            self.keys[row, :, start:end] = k_i[0]
+            self.values[row, :, start:end] = v_i[0]
+            mask = None
+            if start > 0:               # a conversation goes on: earlier tokens are seen as well
+                k_i = self.keys[row:row + 1, :, :end]
+                v_i = self.values[row:row + 1, :, :end]
+                mask = torch.ones(length, end, dtype=torch.bool, device=q.device).tril(start)
+            y_i = F.scaled_dot_product_attention(
+                q_i, k_i, v_i, mask, is_causal=mask is None, enable_gqa=grouped)
+            outputs.append(y_i)
+        return torch.cat(outputs, dim=2)
+
+
+class StepCache:
+    """A layer's cache in a step, which adds one token to each of the first n rows.
+
+    keys and values (rows, K, S, D); rows (n,); positions (n,) of the new tokens; mask (n, 1, 1, S):
+    the positions that each of them sees. S may be cut to what is in use.
+    """
+
+    def __init__(self, keys, values, rows, positions, mask):
+        self.keys = keys
+        self.values = values
+        self.rows = rows
+        self.positions = positions
+        self.mask = mask
+
+    def attend(self, q, k, v):
+        """q (n, H, 1, D), k and v (n, K, 1, D) -> (n, H, 1, D)."""
+        self.keys[self.rows, :, self.positions] = k[:, :, 0].type_as(self.keys)
+        self.values[self.rows, :, self.positions] = v[:, :, 0].type_as(self.values)
+        n, _, _, S = self.mask.shape
+        k = self.keys[:n, :, :S]                                        # (n, K, S, D)
+        v = self.values[:n, :, :S]
+        if not torch.compiler.is_compiling():
+            grouped = q.shape[1] != k.shape[1]
+            return F.scaled_dot_product_attention(q, k, v, self.mask, enable_gqa=grouped)
+
+        # The fused kernel is made for many queries. For a single one the compiler does better with
+        # sums. H/K query heads share a key head.
+        q = q.unflatten(1, (k.shape[1], -1)).float()                    # (n, K, H/K, 1, D)
+        k = k[:, :, None].float()                                       # (n, K, 1, S, D)
+        v = v[:, :, None].float()
+        scores = (q * k).sum(-1) / q.shape[-1] ** 0.5                   # (n, K, H/K, S)
+        p = scores.masked_fill(~self.mask, -torch.inf).softmax(-1)
+        y = (p[..., None] * v).sum(-2)                                  # (n, K, H/K, D)
+        return y.flatten(1, 2)[:, :, None]                              # (n, H, 1, D)
+
+
+# A compiled step
+
+
+class OneTokenLinear(nn.Module):
+    """nn.Linear, at the speed of memory where a compiled step decodes a single token."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(self, x):
+        if not is_one_token(x):
+            return F.linear(x, self.weight, self.bias)
+        if self.weight.dtype == torch.float32:      # the library's product is as fast then
+            y = F.linear(x, self.weight)
+        else:
+            y = one_token_product(self.weight, x)
+        if self.bias is not None:
+            y = y + self.bias
+        return y
+
+
+def compile_steps(llama: nn.Module) -> None:
+    """Compile the blocks and `output` of a LLaMA, its matrices changed to OneTokenLinear."""
+    holders = [llama]
+    for block in llama.layers:
+        holders += [block.attention, block.feed_forward]
+    for holder in holders:
+        for name, child in list(holder.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(holder, name, OneTokenLinear(child))
+    for module in [*llama.layers, llama.output]:
+        module.compile()
+
+
+# The engine
+
+
+class Engine:
+    """The cache of a LaVIN, and the passes that fill it. The rows in use are always the first."""
+
+    def __init__(self, lavin: LaVIN, rows: int, max_tokens: int, compiled: bool = False):
+        """A cache of `rows` rows, each with room for max_tokens tokens.
+
+        compiled: torch.compile the steps. That changes the modules of `lavin`, so it should be a
+        folded copy (fast/fold.py). The reading of prompts is never compiled.
+        """
+        llama = lavin.llama
+        self.lavin = lavin
+        self.rows = rows
+        self.max_tokens = max_tokens
+        self.compiled = compiled
+        self.lengths = []       # tokens in each row in use
+        self.graphs = {}        # CUDA graphs, by the number of rows
+        shape = (rows, llama.config.n_kv_heads, max_tokens, llama.config.head_dim)
+        dtype = llama.norm.weight.dtype
+        self.keys = [torch.zeros(shape, device=lavin.device, dtype=dtype) for _ in llama.layers]
+        self.values = [torch.zeros(shape, device=lavin.device, dtype=dtype) for _ in llama.layers]
+        # A folded model needs no weights for its experts. Otherwise each row has some.
+        self.routed = None
+        self.w = None
+        if lavin.folded_for is None:
+            with torch.no_grad():
+                self.routed = lavin.route()
+            n_layers, _, n_experts = self.routed.shape
+            self.w = torch.zeros(n_layers, rows, 1, n_experts, device=lavin.device)
+        if compiled:
+            compile_steps(llama)
+
+    @torch.inference_mode()
+    def prefill(self, batch: data.Batch) -> torch.Tensor:
+        """Read prompts into the next free rows -> the logits behind each (prompts, vocabulary)."""
+        batch = batch.to(self.lavin.device)
+        lengths = batch.lengths.tolist()
+        first = len(self.lengths)
+        with self.lavin.autocast():
+            x = self.lavin.embed(batch)                                 # (1, T, C)
+            w = self.lavin.expert_weights(batch, self.routed)           # (L, 1, T, 2)
+        if w is not None:
+            ends = batch.lengths.cumsum(0).to(x.device) - 1
+            self.w[:, first:first + len(lengths), 0] = w[:, 0, ends]
+        self.lengths += lengths
+        spans = [(first + i, 0, length) for i, length in enumerate(lengths)]
+        return self._read(x, w, spans)
+
+    @torch.inference_mode()
+    def extend(self, ids: list[int]) -> torch.Tensor:
+        """Read further tokens of the only row in use -> the logits behind them (1, vocabulary)."""
+        x = self.lavin.llama.tok_embeddings(torch.tensor([ids], device=self.lavin.device))
+        w = None if self.w is None else self.w[:, :1]
+        logits = self._read(x, w, [(0, self.lengths[0], len(ids))])
+        self.lengths[0] += len(ids)
+        return logits
+
+    def _read(self, x, w, spans):
+        """x (1, T, C), the tokens of all spans, through LLaMA -> logits behind each span, fp32."""
+        positions = torch.cat([torch.arange(start, start + length) for _, start, length in spans])
+        ends = torch.tensor([length for _, _, length in spans]).cumsum(0) - 1
+        caches = [PromptCache(keys, values, spans) for keys, values in zip(self.keys, self.values)]
+        eager = contextlib.nullcontext()
+        if self.compiled:
+            eager = torch.compiler.set_stance("force_eager")
+        with self.lavin.autocast(), eager:
+            x = self.lavin.llama(x, w, positions.to(x.device), caches=caches)
+            return self.lavin.llama.output(x[0, ends.to(x.device)]).float()
+
+    @torch.inference_mode()
+    def step(self, ids: list[int]) -> torch.Tensor:
+        """Add the newest token of each row -> the logits of the next, (n, vocabulary), fp32."""
+        tokens = torch.tensor(ids)
+        positions = torch.tensor(self.lengths)
+        self.lengths = [length + 1 for length in self.lengths]
+        device = self.lavin.device
+        if device.type == "cuda" and self.w is None:
+            return self.replay_step(tokens, positions)
+        n_seen = max(self.lengths)
+        if self.compiled:               # round up, so that the compiler meets few shapes
+            n_seen = min(self.max_tokens, math.ceil(n_seen / 64) * 64)
+        return self.one_step(tokens.to(device), positions.to(device), n_seen)
+
+    def one_step(self, ids, positions, n_seen):
+        """Tokens ids (n,) at positions (n,), all below n_seen -> logits (n, vocabulary), fp32."""
+        n = len(ids)
+        w = None if self.w is None else self.w[:, :n]
+        rows = torch.arange(n, device=ids.device)
+        seen = torch.arange(n_seen, device=ids.device)
+        mask = seen <= positions[:, None, None, None]                   # (n, 1, 1, S)
+        caches = [StepCache(keys, values, rows, positions, mask)
+                  for keys, values in zip(self.keys, self.values)]
+        with self.lavin.autocast():
+            x = self.lavin.llama.tok_embeddings(ids[:, None])           # (n, 1, C)
+            if self.compiled and n == 1:
+                x = x.float()           # as one_token_product computes; no rounding in between
+            x = self.lavin.llama(x, w, positions[:, None], caches=caches)
+            return self.lavin.llama.output(x)[:, 0].float()
+
+    def replay_step(self, ids, positions):
+        """one_step as a CUDA graph, for the next power of two of rows.
+
+        A graph is captured when it is first needed and then replayed on the same tensors. Rows that
+        are not in use write to their first position; the next prompt overwrites it.
+        """
+        n = len(ids)
+        size = min(self.rows, 1 << (n - 1).bit_length())
+        ids = F.pad(ids, (0, size - n)).to(self.lavin.device)
+        positions = F.pad(positions, (0, size - n)).to(self.lavin.device)
+        if size not in self.graphs:
+            self.graphs[size] = self._capture(ids, positions)
+        graph, graph_ids, graph_positions, logits = self.graphs[size]
+        graph_ids.copy_(ids)
+        graph_positions.copy_(positions)
+        graph.replay()
+        return logits[:n]
+
+    def _capture(self, ids, positions):
+        """-> (the graph of one_step, the tensors that it reads ids and positions from, logits)."""
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):          # compile and warm up; writing the same again does no harm
+                self.one_step(ids, positions, self.max_tokens)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            logits = self.one_step(ids, positions, self.max_tokens)
+        return graph, ids, positions, logits
+
+    def retire(self, row: int) -> None:
+        """Free a row. The last row in use takes its place."""
+        last = len(self.lengths) - 1
+        length = self.lengths[last]
+        if row < last:
+            for cached in itertools.chain(self.keys, self.values):
+                cached[row, :, :length] = cached[last, :, :length]
+            if self.w is not None:
+                self.w[:, row] = self.w[:, last]
+            self.lengths[row] = length
+        self.lengths.pop()
+
+
+@dataclass
+class Answer:
+    number: int                         # of its prompt
+    n_prompt: int                       # tokens
+    ids: list[int] = field(default_factory=list)
+
+
+def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], rows: int, max_new_tokens: int,
+                     temperature: float = 0.0, top_p: float = 1.0,
+                     done: Callable[[list[int]], bool] | None = None, compiled: bool = False,
+                     longest: int | None = None) -> Iterator[tuple[int, list[int]]]:
+    """Continue prompts, up to `rows` at a time. Yields (number of a prompt, its new ids) when done.
+
+    Prompts are taken when a row is free for them, so they need not be in memory all at once;
+    longest is then the number of tokens of the longest of them. An answer ends before EOS, after
+    max_new_tokens, at the end of the context, or when done(its ids) is true.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
+    if longest is None:
+        longest = max((len(encoded.tokens) for encoded in prompts), default=0)
+    context = lavin.max_seq_len - 1             # the modality token counts, but is not in a row
+    eos = lavin.tokenizer.eos_id()
+    engine = Engine(lavin, rows, min(longest + max_new_tokens, context), compiled)
+    waiting = enumerate(prompts)
+    active: list[Answer] = []                   # one for each row in use
+
+    while True:
+        fresh = list(itertools.islice(waiting, rows - len(active)))
+        logits = []                             # in the order of the rows: old ones, then fresh
+        if active:
+            logits.append(engine.step([answer.ids[-1] for answer in active]))
+        if fresh:
+            batch = data.collate([encoded for _, encoded in fresh], lavin.resolution)
+            logits.append(engine.prefill(batch))
+            active += [Answer(number, len(encoded.tokens)) for number, encoded in fresh]
+        if not active:
+            return
+        tokens = pick(torch.cat(logits), temperature, top_p).tolist()
+        for row in reversed(range(len(active))):        # from behind: retiring moves the last row
+            answer = active[row]
+            ended = tokens[row] == eos
+            if not ended:
+                answer.ids.append(tokens[row])
+                ended = (len(answer.ids) == max_new_tokens
+                         or answer.n_prompt + len(answer.ids) >= context
+                         or done is not None and done(answer.ids))
+            if ended:
+                engine.retire(row)
+                active[row] = active[-1]
+                active.pop()
+                yield answer.number, answer.ids
+
+
+def generate(lavin: LaVIN, samples: list[data.Sample], max_new_tokens: int = 64,
+             temperature: float = 0.0, top_p: float = 1.0, rows: int = 32) -> list[str]:
+    """LaVIN.generate, `rows` samples at a time over a cache."""
+    prompts = [lavin.encode(sample, prompt_only=True) for sample in samples]
+    rows = min(len(prompts), rows)
+    answers = dict(continue_prompts(lavin, prompts, rows, max_new_tokens, temperature, top_p))
+    return [lavin.tokenizer.decode(answers[i]) for i in range(len(prompts))]

@@ -1,0 +1,98 @@
+"""Folding: adapters merged into the matrices behind them. Adapted LLaMA then costs what LLaMA does.
+
+For one modality the experts' weights w are constants (router.py). Then the adapter is one affine
+map, A(y) = y + U (D y + d) + u, where D and d are the weight and bias of `down`, and U and u those
+of the two experts, mixed. So every matrix W behind it can do the adapter's work exactly:
+
+    W A(y) = (W + W U D) y + W (U d + u)
+
+The ViT keeps its adapters. Every token of a picture has weights of its own there, so there is no
+single matrix to merge into.
+"""
+
+import copy
+import dataclasses
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from adapters import Adapter
+from model import LaVIN
+
+
+class NoAdapter(nn.Module):
+    """In an adapter's place once it is merged into wq, wk and wv."""
+
+    def forward(self, y, w):
+        return y
+
+
+class ConstantAdapter(nn.Module):
+    """y + U (D y + d) + u: an adapter with its experts already mixed.
+
+    It stands in front of quantized matrices. To merge into one of these would round it once more.
+    """
+
+    def __init__(self, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor):
+        super().__init__()
+        self.down = nn.Parameter(down, requires_grad=False)     # D (r, C)
+        self.up = nn.Parameter(up, requires_grad=False)         # U (C, r)
+        self.bias = nn.Parameter(bias, requires_grad=False)     # U d + u (C,)
+
+    def forward(self, y, w):
+        return y + F.linear(F.linear(y, self.down), self.up, self.bias)
+
+
+def constant_matrices(adapter: Adapter, w: torch.Tensor):
+    """U (C, r) and U d + u (C,) of an adapter whose experts have the weights w (2,)."""
+    # An expert's two groups are one block-diagonal matrix.
+    up_0 = torch.block_diag(*adapter.up[0].chunk(2))            # (C, r)
+    up_1 = torch.block_diag(*adapter.up[1].chunk(2))
+    up = adapter.scale * (w[0] * up_0 + w[1] * up_1)
+    bias = adapter.scale * (w @ adapter.up_bias) + up @ adapter.down.bias
+    return up, bias
+
+
+def merge(adapter: Adapter, w: torch.Tensor, matrices: list[nn.Module],
+          dtype: torch.dtype) -> nn.Module:
+    """Merge an adapter into the matrices that read its output -> what takes its place."""
+    up, bias = constant_matrices(adapter, w)
+    down = adapter.down.weight                                  # (r, C)
+    if not isinstance(matrices[0], nn.Linear):                  # quantized
+        return ConstantAdapter(down.to(dtype), up.to(dtype), bias.to(dtype))
+    for linear in matrices:
+        W = linear.weight.float()
+        merged_bias = W @ bias
+        if linear.bias is not None:                             # of a LLaMA that was folded before
+            merged_bias = linear.bias.float() + merged_bias
+        merged = torch.addmm(W, W @ up, down)                   # W + W U D
+        linear.weight = nn.Parameter(merged.to(dtype), requires_grad=False)
+        linear.bias = nn.Parameter(merged_bias.to(dtype), requires_grad=False)
+    return NoAdapter()
+
+
+@torch.no_grad()
+def fold(lavin: LaVIN, modality: int) -> LaVIN:
+    """-> a LaVIN for one modality (0 text only, 1 with a picture), without adapters in its LLaMA.
+
+    wq, wk and wv are copied; all other tensors are shared with `lavin`, which stays as it is. It
+    should be in eval mode, so that no dropout is folded in.
+    Raises ValueError if `lavin` is folded already or there is no such modality.
+    """
+    if lavin.folded_for is not None:
+        raise ValueError(f"fold({modality}): this LaVIN is folded for {lavin.folded_for} already")
+    if modality not in (0, 1):
+        raise ValueError(f"fold({modality}): the modalities are 0 and 1")
+    # deepcopy takes what its memo holds instead of copying it.
+    shared = [*lavin.parameters(), *lavin.buffers(), lavin.tokenizer]
+    folded = copy.deepcopy(lavin, memo={id(thing): thing for thing in shared})
+    dtype = lavin.llama.norm.weight.dtype
+    routed = lavin.route()                                      # (L, 2 modalities, 2 experts)
+    for block, w in zip(folded.llama.layers, routed[:, modality]):
+        attention = block.attention
+        matrices = [attention.wq, attention.wk, attention.wv]
+        block.adapter = merge(block.adapter, w, matrices, dtype)
+    folded.folded_for = modality
+    folded.llama.config = dataclasses.replace(lavin.llama.config, attention_bias=True)
+    return folded

@@ -1,0 +1,154 @@
+"""LLaMA's frozen matrices in 8 or 4 bits.
+
+8 bits: whole numbers, with a scale for each row.
+4 bits: NF4 of QLoRA (arXiv 2305.14314). Blocks of 64 numbers are divided by their largest and
+rounded to 16 levels, which are equally likely under a normal distribution. The blocks' scales are
+themselves kept in 8 bits. That makes 4.13 bits a number.
+
+A matrix is dequantized tile by tile where it is used, forward and backward, so it never exists as a
+whole. What is trained stays as it was, and so do embeddings, norms and `output`, in 16 bits.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from fast.ops import is_one_token, one_token_product
+from files import LavinError
+
+BLOCK = 64              # numbers that share a scale
+GROUP = 256             # scales that share a scale of their own
+TILE = 2**22            # numbers that are dequantized at a time, about
+
+
+def nf4_levels() -> torch.Tensor:
+    """QLoRA's 16 levels (appendix E): quantiles of the normal distribution, scaled to [-1, 1].
+
+    7 of them lie below 0, 8 above, and 0 is one itself.
+    """
+    def quantiles(n):
+        p = torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1]
+        return torch.special.ndtri(p)
+
+    levels = torch.cat([-quantiles(8), torch.zeros(1), quantiles(9).flip(0)])
+    return (levels / levels.max()).float()
+
+
+def quantize_8bit(weight: torch.Tensor):
+    """(out, in) -> codes (out, in) int8 and scales (out, 1) fp32."""
+    largest = weight.float().abs().amax(1, keepdim=True)
+    scales = largest.clamp(min=1e-12) / 127
+    codes = (weight / scales).round().to(torch.int8)
+    return codes, scales
+
+
+def quantize_4bit(weight: torch.Tensor):
+    """(out, in) -> (codes, scales, group_scales, mean, pairs).
+
+    codes uint8: two of 4 bits in each; scales int8, of which GROUP share a scale in group_scales,
+    after their mean was taken off; pairs (256, 2): what each uint8 stands for.
+    """
+    if weight.numel() % BLOCK:
+        shape = tuple(weight.shape)
+        raise LavinError(f"--bits 4: a matrix of {shape} cannot be cut into blocks of {BLOCK}; "
+                         "take --bits 8")
+    levels = nf4_levels().to(weight.device)
+    blocks = weight.flatten().unflatten(0, (-1, BLOCK)).float()             # (blocks, 64)
+    scales = blocks.abs().amax(1).clamp(min=1e-12)                          # (blocks,)
+    boundaries = (levels[1:] + levels[:-1]) / 2
+    codes = torch.bucketize(blocks / scales[:, None], boundaries, out_int32=True)
+    codes = codes.to(torch.uint8).unflatten(1, (-1, 2))                     # (blocks, 32, 2)
+    codes = (codes[..., 0] * 16 + codes[..., 1]).flatten()
+    pairs = torch.cartesian_prod(levels, levels)                            # (256, 2)
+
+    mean = scales.mean()
+    padding = -len(scales) % GROUP
+    groups = F.pad(scales - mean, (0, padding)).unflatten(0, (-1, GROUP))   # (groups, 256)
+    group_scales = groups.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    scale_codes = (groups / group_scales).round().to(torch.int8)
+    return codes, scale_codes, group_scales, mean, pairs
+
+
+def dequantize(rows: slice, width: int, codes, scales, group_scales=None, mean=None, pairs=None):
+    """Some rows of what quantize_8bit or quantize_4bit made: (rows, width) fp32."""
+    if pairs is None:                                                       # 8 bits
+        return codes[rows] * scales[rows]
+    first = rows.start * width
+    last = rows.stop * width
+    numbers = F.embedding(codes[first // 2:last // 2].int(), pairs)         # (…, 2)
+    block_scales = (scales * group_scales + mean).flatten()
+    block_scales = block_scales[first // BLOCK:last // BLOCK]
+    return (numbers.view(-1, BLOCK) * block_scales[:, None]).view(-1, width)
+
+
+class QuantizedProduct(torch.autograd.Function):
+    """x (…, in) -> x Wᵀ (…, out) for a quantized W.
+
+    Backward dequantizes W once more, so between the two passes only the codes are kept. There is a
+    gradient for x alone, since W is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx, x, tiles, *quantized):
+        width = x.shape[-1]
+        ctx.tiles = tiles
+        ctx.width = width
+        ctx.save_for_backward(*quantized)
+        outputs = []
+        for rows in tiles:
+            W = dequantize(rows, width, *quantized).to(x.dtype)
+            outputs.append(F.linear(x, W))
+        return torch.cat(outputs, dim=-1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        quantized = ctx.saved_tensors       # checkpointing allows to ask for these only once
+        x_grad = 0
+        for rows in ctx.tiles:
+            W = dequantize(rows, ctx.width, *quantized).to(gradient.dtype)
+            x_grad = x_grad + gradient[..., rows] @ W
+        return x_grad, None, *[None] * len(quantized)
+
+
+class QuantizedLinear(nn.Module):
+    """nn.Linear with its frozen weight in 8 or 4 bits; a bias stays as it is."""
+
+    def __init__(self, weight: torch.Tensor, bits: int, bias: torch.Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        tensors = quantize_8bit(weight) if bits == 8 else quantize_4bit(weight)
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(f"quantized{i}", tensor, persistent=False)
+        n_rows = max(1, TILE // self.in_features // BLOCK) * BLOCK          # whole blocks
+        self.tiles = []
+        for start in range(0, self.out_features, n_rows):
+            self.tiles.append(slice(start, min(start + n_rows, self.out_features)))
+
+    def forward(self, x):
+        if is_one_token(x):
+            all_rows = slice(0, self.out_features)
+            W = dequantize(all_rows, self.in_features, *self.buffers())
+            y = one_token_product(W, x)
+        else:
+            y = QuantizedProduct.apply(x, self.tiles, *self.buffers())
+        if self.bias is not None:
+            y = y + self.bias
+        return y
+
+
+def quantize(block: nn.Module, bits: int) -> None:
+    """Quantize the seven matrices of one of LLaMA's blocks, in place."""
+    for module in (block.attention, block.feed_forward):
+        for name, linear in list(module.named_children()):
+            quantized = QuantizedLinear(linear.weight.detach(), bits, linear.bias)
+            setattr(module, name, quantized)
+
+
+def n_quantized(module: nn.Module) -> int:
+    """How many numbers of a module are quantized."""
+    total = 0
+    for child in module.modules():
+        if isinstance(child, QuantizedLinear):
+            total += child.in_features * child.out_features
+    return total

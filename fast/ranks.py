@@ -1,0 +1,88 @@
+"""Many GPUs, one run: `torchrun --nproc-per-node 8 train.py --data sqa`.
+
+Every rank holds a copy of all that is trained, and takes its share of a global batch's
+micro-batches. A step sums one buffer over the ranks, that of the gradients: 15 MB for 7B, whatever
+the batch. DDP would do the same, but once a micro-batch instead of once a step.
+With --fsdp the frozen matrices are cut into as many parts as there are ranks, and put together
+block by block when a block is computed. Without torchrun there is one rank, and nothing here does
+anything.
+"""
+
+import contextlib
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from files import LavinError
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def count() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(device: torch.device) -> None:
+    """Meet the other ranks. From then on only rank 0 prints."""
+    if "RANK" not in os.environ:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+@contextlib.contextmanager
+def first():
+    """`with first():` lets rank 0 do the body before all others do."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and dist.is_initialized():
+        dist.barrier()
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, in place. LavinError if one of them has ended."""
+    if dist.is_initialized():
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise LavinError(f"another rank has ended; its own message says why ({reason})"
+                             ) from error
+    return tensor
+
+
+def gradient_buffer(lavin: nn.Module) -> torch.Tensor:
+    """One flat fp32 tensor that holds all gradients: every p.grad becomes a view of its part.
+
+    It can be zeroed, measured and summed over ranks in one call instead of one a parameter.
+    """
+    trained = [p for p in lavin.parameters() if p.requires_grad]
+    sizes = [p.numel() for p in trained]
+    buffer = torch.zeros(sum(sizes), device=lavin.device)
+    for p, part in zip(trained, buffer.split(sizes)):
+        p.grad = part.view_as(p)
+    return buffer
+
+
+def shard(block: nn.Module, device: torch.device) -> None:
+    """Cut a block's frozen matrices into a part for each rank. What is trained stays whole."""
+    from torch.distributed.device_mesh import init_device_mesh      # takes a second to import
+    from torch.distributed.fsdp import fully_shard
+    # Norms stay whole as well: router.route uses one of them outside of the block's forward.
+    whole = {p for p in block.parameters() if p.requires_grad or p.dim() == 1}
+    mesh = init_device_mesh(device.type, (count(),))
+    fully_shard(block, mesh=mesh, ignored_params=whole)

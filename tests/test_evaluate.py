@@ -1,0 +1,131 @@
+"""Scores and tables, and when an answer is complete."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoints
+from conftest import LLAMA, VIT
+from extras import evaluate
+from extras.scienceqa import load_sqa
+from fast import engine
+
+# Scores
+
+
+def problem(subject, grade, hint, image, answer):
+    return {
+        "subject": f"{subject} science",
+        "grade": f"grade{grade}",
+        "hint": hint,
+        "image": image,
+        "answer": answer,
+    }
+
+
+@pytest.fixture
+def problems():
+    return {
+        "1": problem("natural", 1, "h", "image.png", 0),
+        "2": problem("natural", 6, "", None, 1),
+        "3": problem("social", 7, "", "image.png", 2),
+        "4": problem("language", 12, "h", None, 0),
+        "5": problem("language", 12, "h", None, 0),
+    }
+
+
+def test_scores(problems):
+    """Of the problems that are predicted; the fifth is not."""
+    scores = evaluate.sqa_scores(problems, {"1": 0, "2": 0, "3": 2, "4": -1})
+    assert np.isclose(scores.pop("AVG"), 50)
+    assert scores == {
+        "NAT": 50, "SOC": 100, "LAN": 0,
+        "TXT": 50, "IMG": 100, "NO": 0,
+        "G1-6": 50, "G7-12": 50,
+    }
+
+
+def test_a_column_without_problems_has_no_score(problems):
+    scores = evaluate.sqa_scores(problems, {"1": 0})
+    assert np.isnan(scores["SOC"])
+    assert scores["AVG"] == 100
+
+
+def test_the_table_says_how_many_of_how_many(problems):
+    table = evaluate.sqa_table(problems, {"1": 0, "2": 0})
+    header, _, fractions = table.split("\n")
+    assert header.split() == list(evaluate.COLUMNS)
+    assert fractions.split() == ["1/2", "0/0", "0/0", "1/1", "1/1", "0/1", "1/2", "0/0", "1/2"]
+
+
+def test_the_table_by_a_field_counts_every_value():
+    problems = {
+        "0": {"skill": "count", "answer": 1},
+        "1": {"skill": "count", "answer": 1},
+        "2": {"skill": "count", "answer": 1},
+        "3": {"skill": "map", "answer": 1},
+        "4": {"skill": "map", "answer": 1},
+    }
+    table = evaluate.sqa_table_by("skill", problems, {"0": 1, "1": 0, "2": 1, "3": -1})
+    rows = [row.split() for row in table.split("\n")]
+    assert rows == [["count", "66.67", "2/3"], ["map", "0.00", "0/1"]]
+
+
+# Answers
+
+
+class ScriptedEngine:
+    """In place of fast.engine.Engine: to every prompt it says SAID."""
+
+    SAID = "The answer is B. BECAUSE: it is so."
+
+    def __init__(self, lavin, rows, max_tokens, compiled=False):
+        self.script = [*lavin.tokenizer.encode(self.SAID), lavin.tokenizer.eos_id()]
+        self.vocab_size = lavin.llama.config.vocab_size
+        self.n_said = []                    # tokens, of each row in use
+
+    def logits(self):
+        tokens = [self.script[n] for n in self.n_said]
+        return F.one_hot(torch.tensor(tokens), self.vocab_size).float()
+
+    def prefill(self, batch):
+        n_new = len(batch.lengths)
+        self.n_said += [0] * n_new
+        return self.logits()[-n_new:]
+
+    def step(self, ids):
+        self.n_said = [n + 1 for n in self.n_said]
+        return self.logits()
+
+    def retire(self, row):
+        self.n_said[row] = self.n_said[-1]
+        self.n_said.pop()
+
+
+def test_a_sample_ends_as_soon_as_its_letter_is_out(sqa, monkeypatch):
+    """Where the format has the answer first. Where the reasons come first, all of it is needed."""
+    monkeypatch.setattr(engine, "Engine", ScriptedEngine)
+    lavin = checkpoints.load(LLAMA, VIT, max_seq_len=300)
+    problems, samples = load_sqa(sqa, "test")
+    samples = [sample for sample in samples if sample.image is None]
+    answer_first = evaluate.answer_all(lavin, samples, "QCM-ALE")
+    assert set(answer_first.values()) == {"The answer is B"}
+    reasons_first = evaluate.answer_all(lavin, samples, "QCM-LEA")
+    assert set(reasons_first.values()) == {ScriptedEngine.SAID}
+    predictions, _ = evaluate.score(lavin, problems, samples, "QCM-ALE")
+    assert set(predictions.values()) == {1}
+
+
+def test_a_letter_that_is_no_choice_is_not_an_answer(sqa, monkeypatch, capsys):
+    """No problem of the miniature has five choices."""
+    lavin = checkpoints.load(LLAMA, VIT, max_seq_len=300)
+    problems, samples = load_sqa(sqa, "test")
+
+    def answer_e(lavin, samples, format, **how):
+        return {sample.id: "The answer is E." for sample in samples}
+
+    monkeypatch.setattr(evaluate, "answer_all", answer_e)
+    predictions, _ = evaluate.score(lavin, problems, samples, "QCM-ALE")
+    assert set(predictions.values()) == {-1}
+    assert "12 of 12" in capsys.readouterr().out

@@ -1,0 +1,251 @@
+"""fast/ops.py: every function against the few plain lines that it equals."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from adapters import Adapter, AdapterConfig
+from conftest import ROOT, difference, relative_error
+from fast.ops import cross_entropy, is_one_token, mix_experts, one_token_product, rotate
+from model import rope_angles
+
+BF16_ERROR = 2**-8      # of a number that is rounded to bf16, relative
+
+
+# rotate
+
+
+def plain_rotate(x, cos, sin):
+    """a' = a cos − b sin, b' = a sin + b cos, for pairs (a, b) of neighbouring channels."""
+    rotated = torch.empty_like(x)
+    a = x[..., 0::2]
+    b = x[..., 1::2]
+    rotated[..., 0::2] = a * cos - b * sin
+    rotated[..., 1::2] = a * sin + b * cos
+    return rotated
+
+
+def compile_recording(function):
+    """-> (the compiled function, a list that receives the source of every graph)."""
+    sources = []
+
+    def backend(graph_module, inputs):
+        sources.append(graph_module.code)
+        return graph_module.forward
+
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend, fullgraph=True), sources
+
+
+@pytest.mark.parametrize("positions", [
+    torch.arange(7)[None],
+    torch.tensor([[0, 1, 2, 3, 0, 1, 2], [3, 9, 81, 500, 2047, 0, 5]]),
+], ids=["one row of positions", "one for each sample"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rotate(positions, compiled):
+    """Both branches, values and gradients, against the plain lines in fp32."""
+    function = rotate
+    sources = []
+    if compiled:
+        function, sources = compile_recording(rotate)
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 3, 16, requires_grad=True)
+    gradient = torch.randn(2, 7, 3, 16)
+    rope = rope_angles(positions, 16, 10000.0)
+
+    rotated = function(x, rope)
+    expected = plain_rotate(x, *rope)
+    assert rotated.shape == x.shape
+    assert difference(rotated, expected) < 1e-6
+    x_grad, = torch.autograd.grad(rotated, x, gradient)
+    expected_grad, = torch.autograd.grad(expected, x, gradient)
+    assert difference(x_grad, expected_grad) < 1e-6
+    if compiled:
+        assert len(sources) == 1
+        assert "complex" not in sources[0]          # the branch that the compiler can compile
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rotate_computes_in_fp32(compiled):
+    """bf16 in, bf16 out: only the result is rounded."""
+    function = rotate
+    if compiled:
+        function, _ = compile_recording(rotate)
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 3, 16).bfloat16()
+    rope = rope_angles(torch.arange(7)[None], 16, 10000.0)
+    rotated = function(x, rope)
+    expected = plain_rotate(x.float(), *rope)
+    assert rotated.dtype == torch.bfloat16
+    error = (rotated.float() - expected).abs()
+    assert (error <= BF16_ERROR * expected.abs() + 1e-6).all()
+
+
+# mix_experts
+
+
+def with_gradients(function, h, w, adapter, out_grad):
+    """-> the function's result, and its gradients to h, w and the adapter's two parameters."""
+    h = h.clone().requires_grad_()
+    w = w.clone().requires_grad_()
+    y = function(h, w)
+    inputs = (h, w, adapter.up, adapter.up_bias)
+    gradients = torch.autograd.grad(y, inputs, out_grad.type_as(y))
+    return [y, *gradients]
+
+
+@pytest.mark.parametrize("n_weights", [7, 1], ids=["each token", "each sample"])
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_mix_experts(n_weights, dtype, allowed):
+    """Against Adapter.mixed, the paper's formula; bf16 as under autocast."""
+    torch.manual_seed(0)
+    adapter = Adapter(64, AdapterConfig())
+    for p in (adapter.up, adapter.up_bias):
+        torch.nn.init.normal_(p)
+    h = torch.randn(3, 7, 8)
+    w = torch.randn(3, n_weights, 2).softmax(-1)
+    out_grad = torch.randn(3, 7, 64)
+
+    def mix(h, w):
+        return mix_experts(h, w, adapter.up, adapter.up_bias)
+
+    exact = with_gradients(adapter.mixed, h, w, adapter, out_grad)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = with_gradients(mix, h, w, adapter, out_grad)
+        plain = with_gradients(adapter.mixed, h, w, adapter, out_grad)
+    names = ("value", "gradient of h", "gradient of w", "gradient of up", "gradient of up_bias")
+    for name, a, b, c in zip(names, ours, plain, exact):
+        assert a.shape == b.shape, name
+        assert relative_error(a, b) < allowed, name
+        assert relative_error(a, c) < allowed, name
+
+
+@pytest.mark.parametrize("n_weights", [7, 1], ids=["each token", "each sample"])
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_an_adapter_mixes_as_the_paper_does(n_weights, dtype, allowed):
+    """Adapter.forward, which calls mix_experts, against y + s · Adapter.mixed."""
+    torch.manual_seed(0)
+    adapter = Adapter(64, AdapterConfig(scale=0.5)).eval()
+    for p in (adapter.up, adapter.up_bias):
+        torch.nn.init.normal_(p)
+    y = torch.randn(3, 7, 64).to(dtype)
+    w = torch.randn(3, n_weights, 2).softmax(-1)
+    expected = y.float() + 0.5 * adapter.mixed(adapter.down(y.float()), w)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        adapted = adapter(y, w)
+    assert adapted.dtype == dtype
+    assert relative_error(adapted.float(), expected) < allowed
+
+
+# cross_entropy
+
+
+@pytest.mark.parametrize("n", [0, 1, 128, 300])
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_cross_entropy(n, dtype, allowed):
+    """Against F.cross_entropy: the loss, its gradient times a factor, and the loss alone."""
+    torch.manual_seed(0)
+    x = torch.randn(n, 32).to(dtype).requires_grad_()
+    weight = torch.randn(500, 32).to(dtype)
+    targets = torch.randint(0, 500, (n,))
+    expected = F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum")
+    expected_grad, = torch.autograd.grad(3 * expected, x)
+
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = cross_entropy(x, weight, targets)
+        with torch.no_grad():                       # no gradient is made then
+            assert cross_entropy(x, weight, targets) == loss
+    x_grad, = torch.autograd.grad(3 * loss, x)
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+    assert difference(loss, expected) <= allowed * max(1, expected)
+    assert x_grad.shape == x.shape
+    assert x_grad.dtype == dtype
+    assert difference(x_grad, expected_grad) <= allowed * 3 * weight.abs().max()
+
+
+# one_token_product
+
+
+@pytest.mark.parametrize("n_out", [352, 64, 13, 3])
+@pytest.mark.parametrize("x_dtype, weight_dtype", [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),                # as in a compiled step of a bf16 model
+    (torch.bfloat16, torch.bfloat16),
+])
+def test_one_token_product(n_out, x_dtype, weight_dtype):
+    """Against F.linear in fp32. Only a bf16 result is rounded; the sum is not."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 128).to(x_dtype)
+    weight = torch.randn(n_out, 128).to(weight_dtype)
+    product = one_token_product(weight, x)
+    expected = F.linear(x.float(), weight.float())
+    assert product.shape == (1, 1, n_out)
+    assert product.dtype == x_dtype
+    error = (product.float() - expected).abs()
+    rounding = BF16_ERROR if x_dtype == torch.bfloat16 else 0
+    assert (error <= rounding * expected.abs() + 1e-4).all()
+
+
+def test_one_token_product_rounds_less_than_a_product_in_bf16():
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 4096)
+    weight = torch.randn(64, 4096).bfloat16()
+    exact = F.linear(x, weight.float())
+    usual = F.linear(x.bfloat16(), weight)
+    assert relative_error(one_token_product(weight, x), exact) < 1e-5
+    assert relative_error(usual.float(), exact) > 1e-3
+
+
+def test_only_a_compiled_step_of_one_row_is_one_token():
+    """(1, 1, C), compiled and without gradients: nothing else."""
+    def answer(x):
+        return x + 1 if is_one_token(x) else x
+
+    compiled, _ = compile_recording(answer)
+    zero = torch.zeros(1, 1, 4)
+    with torch.no_grad():
+        assert difference(compiled(zero), 1) == 0
+        assert difference(answer(zero), 0) == 0
+        for shape in ((2, 1, 4), (1, 2, 4), (1, 4)):
+            assert difference(compiled(torch.zeros(shape)), 0) == 0
+    assert difference(compiled(zero), 0) == 0       # training
+
+
+# keep_freed_memory
+
+
+MEMORY = """
+import torch
+from fast.ops import keep_freed_memory
+
+def rss():
+    for line in open("/proc/self/status"):
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+
+def growth():
+    before = rss()
+    large = torch.ones(2**24)           # 64 MB
+    del large
+    return rss() - before
+
+growth()
+print(growth())
+keep_freed_memory()
+print(growth())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_is_kept():
+    """The MB that a tensor of 64 MB leaves behind when it is freed: before the call, after it."""
+    result = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True,
+                            text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    before, after = [float(line) for line in result.stdout.split()]
+    assert before < 8
+    assert after > 56

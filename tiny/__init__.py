@@ -1,0 +1,1 @@
+"""The embedded default: a small world with its data and two small base models."""

@@ -1,0 +1,569 @@
+"""The small world's two base models, pre-trained from nothing: a LLaMA and a CLIP.
+
+    python -m tiny.pretrain              make tiny/llama and tiny/ViT-tiny.pt anew, in about an hour
+    python -m tiny.pretrain llama        make one of them: llama or clip
+
+LLaMA is trained on text of the world: facts, and questions about scenes that are described in
+words. It never sees a picture. CLIP is trained contrastively on rendered scenes and their captions,
+with a text tower that is then dropped. Both are written in the official formats, so the rest of the
+code does not know where they come from.
+"""
+
+import argparse
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
+
+import data
+from adapters import Adapter, AdapterConfig
+from data import Sample
+from extras.instructions import instruction_prompt
+from files import read_json, run, write_atomically
+from model import LLaMA, LLaMAConfig
+from tiny.world import (
+    CAPITALS, COLOURS, COUNTS, DIRECTIONS, GOODS, KINDS, LANGUAGE, MATERIALS, NAMES, OBJECTS,
+    OPPOSITES, PAST, PATHS, PICTURE_SKILLS, POSITIONS, ROOT, SHAPES, TEXT_SKILLS, VERSION, Item,
+    kinds, make_folder, opposites, past_tense, picture_item, problem, render, things)
+from vit import LayerNorm, ViTConfig, VisionTransformer
+
+LLAMA_STEPS = 5000
+CLIP_STEPS = 1600
+
+
+# The corpus
+
+
+@dataclass
+class Stage:
+    """A stretch of LLaMA's pre-training, and the shares of its texts."""
+    end: float                  # the step at which it ends
+    registers: float            # share of registers, the rest are questions
+    links: tuple[str, ...]      # what stands between a word and its letter in a register
+    drills: float               # share of drills among the questions
+    taught: float = 0           # share of TAUGHT among the other questions
+    new: float = 0              # among scenes, share of the pairs that are kept for the test split
+
+
+# By far the hardest thing to learn here is to choose a letter, and everything rests on it. So it is
+# taught in stages, from its densest form to the questions themselves.
+LINKS = (" is ", "? The answer is ", ". The answer is ")
+CURRICULUM = (
+    Stage(end=360, registers=1, links=(" ",), drills=0),
+    Stage(end=560, registers=1, links=(" ", *LINKS), drills=0),
+    Stage(end=800, registers=0.3, links=LINKS, drills=1),
+    Stage(end=1400, registers=0.1, links=LINKS, drills=0.4),
+    Stage(end=math.inf, registers=0.03, links=LINKS, drills=1 / 7, taught=0.2, new=1 / 6),
+)
+TAUGHT = (opposites, past_tense, kinds, kinds)      # skills with more facts than the others
+FORMS = {"QCM-ALE": 8, "QCM-A": 3, "QCM-EA": 2, "Instruction": 2}       # with their weights
+
+
+def all_words():
+    """Every word that is the choice of some question."""
+    words = [
+        *COLOURS, *SHAPES, *COUNTS, *POSITIONS, *DIRECTIONS, *NAMES, *GOODS, *OBJECTS, *MATERIALS,
+        *KINDS]
+    for pair in OPPOSITES + PAST:
+        words += pair
+    for _, capital in CAPITALS:
+        words.append(capital)
+    return words
+
+
+WORDS = all_words()
+
+
+def register(rng: Random, links: tuple[str, ...]) -> Sample:
+    """Options, and then ten times a word of theirs and its letter: "cup is B. hat is A. …"."""
+    n = rng.randrange(2, 5)
+    words = rng.sample(WORDS, n)
+    link = rng.choice(links)
+    options = []
+    for letter, word in zip(data.LETTERS, words):
+        options.append(f"({letter}) {word}")
+    entries = []
+    for _ in range(10):
+        i = rng.randrange(n)
+        entries.append(f"{words[i]}{link}{data.LETTERS[i]}.")
+    return Sample(f"Options: {' '.join(options)}\nResponse:", " ".join(entries))
+
+
+def drill(rng: Random) -> Item:
+    """A register's task as a question: find a word among options."""
+    n = rng.randrange(2, 5)
+    words = rng.sample(WORDS, n)
+    return Item(
+        "drill", LANGUAGE, f"Which option says {words[0]}?", words,
+        lecture="",
+        solution=f"The option says {words[0]}.")
+
+
+def draw_question(rng, stage):
+    """A drill, a fact or a question of the world, as often as the stage says."""
+    if rng.random() < stage.drills:
+        return drill(rng)
+    if stage.taught > 0 and rng.random() < stage.taught:
+        skill = rng.choice(TAUGHT)
+        return skill(rng)
+    if rng.random() < 0.6:
+        new = stage.new > 0 and rng.random() < stage.new
+        return picture_item(rng, new)
+    skill = rng.choice(TEXT_SKILLS)
+    return skill(rng)
+
+
+def document(rng: Random, stage: Stage) -> tuple[str | None, Sample]:
+    """A text of the world -> (the words in the picture's place or None, Sample).
+
+    A scene's words are the remarks of its caption in any order, since a picture has no order.
+    """
+    if rng.random() < stage.registers:
+        return None, register(rng, stage.links)
+    item = draw_question(rng, stage)
+    form = rng.choices(list(FORMS), list(FORMS.values()))[0]
+    remarks = item.caption.split(", ")
+    words = ", ".join(rng.sample(remarks, len(remarks))) or None
+    if form == "Instruction":
+        # The form of a question about a picture, for those in words alone as well.
+        prompt = instruction_prompt(item.question, has_picture=True)
+        return words, Sample(prompt, item.solution)
+    written = problem(item, rng, "corpus")
+    if form != "QCM-ALE":
+        written["lecture"] = ""
+    prompt, answer = data.sqa_prompt(written, form)
+    return words, Sample(prompt, answer)
+
+
+# The tokenizer
+
+
+TOKENIZER_DOCUMENTS = 20_000
+TOKENIZER_STAGE = Stage(end=math.inf, registers=0.1, links=LINKS, drills=0.3)
+
+
+def train_tokenizer(seed: int) -> bytes:
+    """sentencepiece's model file.
+
+    The settings are LLaMA's: BPE, single bytes for what is unknown, numbers split into digits.
+    """
+    rng = Random(f"{seed} tokenizer")
+    lines = []
+    for _ in range(TOKENIZER_DOCUMENTS):
+        words, sample = document(rng, TOKENIZER_STAGE)
+        lines.append(f"Image: {words or 'N/A'}")
+        lines.append(sample.prompt + sample.answer)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=1024,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+        # One token each, so that a letter stands right in front of its option.
+        user_defined_symbols=[f"▁({letter})" for letter in data.LETTERS])
+    return model.getvalue()
+
+
+# What both models share
+
+
+def initialise(module: nn.Module) -> None:
+    """Random weights to begin with. The adapters stay the identity and are not trained."""
+    for name, p in module.named_parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=p[0].numel() ** -0.5)
+        elif name.endswith("weight"):       # of a norm
+            nn.init.ones_(p)
+        else:
+            nn.init.zeros_(p)
+    for child in module.modules():
+        if isinstance(child, Adapter):
+            child.reset_parameters()
+            child.requires_grad_(False)
+
+
+def idle_routing(llama: LLaMA, n: int) -> torch.Tensor:
+    """Routing weights of n samples, (L, n, 1, 2), for adapters that do nothing."""
+    return torch.full((len(llama.layers), n, 1, 2), 0.5)
+
+
+def pretrained(module: nn.Module) -> dict[str, torch.Tensor]:
+    """{name: fp16 tensor} of the parameters that were trained."""
+    return {name: p.detach().half() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def make_optimizer(module: nn.Module, beta2: float) -> torch.optim.Optimizer:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, betas=(0.9, beta2), weight_decay=0.1)
+
+
+def update(module, optimizer, loss, done: float, lr: float) -> None:
+    """One step, when `done` of all steps (0 to 1) lie behind it.
+
+    The learning rate rises to lr over the first twentieth of the steps, and follows half a cosine
+    down to a twentieth of lr.
+    """
+    warmup = done * 20
+    cosine = 0.05 + 0.475 * (1 + math.cos(math.pi * done))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(warmup, cosine)
+    loss.backward()
+    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# LLaMA
+
+
+LLAMA_PARAMS = {
+    "dim": 128,
+    "n_layers": 5,
+    "n_heads": 4,
+    "multiple_of": 32,
+    "norm_eps": 1e-5,
+    "vocab_size": -1,           # the tokenizer's, as Meta's files say it
+}
+NOTHING = slice(0, 0)
+
+
+@dataclass
+class Row:
+    """A document as tokens."""
+    tokens: list[int]
+    labels: list[int]           # the token itself where it belongs to the answer, else 0
+    description: slice          # of tokens: the words in the picture's place
+
+
+def encode_document(words: str | None, sample: Sample, tokenizer: SentencePieceProcessor) -> Row:
+    """The sequence that data.encode makes of a sample, with words where a picture's features go."""
+    tokens, labels = data.tokenize(sample, tokenizer, max_seq_len=512)
+    if words is None:
+        prefix = tokenizer.encode("Image: N/A")
+        description = NOTHING
+    else:
+        prefix = data.picture_prefix(tokenizer) + tokenizer.encode(words)
+        description = slice(1 + len(data.picture_prefix(tokenizer)), 1 + len(prefix))
+    tokens = tokens[:1] + prefix + tokens[1:]                       # behind BOS
+    labels = labels[:1] + [0] * len(prefix) + labels[1:]
+    return Row(tokens, labels, description)
+
+
+def blur(words: str | None, rng: Random) -> bool:
+    """Blur this description? If so, the vectors of its words are replaced by their mean.
+
+    LLaMA has to learn to read what was said from all of them at once, as from the few features of a
+    picture. Bar charts and flags are left out: in them it matters which word was said of which, and
+    a mean does not tell.
+    """
+    if words is None or "tall " in words or "top " in words:
+        return False
+    return rng.random() < 0.5
+
+
+def text_batches(steps: int, tokenizer, seed: int, batch_size: int) -> Iterator[list[Row]]:
+    """Yield a batch for every step, a list of Rows whose description is to be blurred, if any."""
+    rng = Random(f"{seed} corpus")
+    blur_rng = Random(f"{seed} blur")
+    batches = []
+    for step in range(steps):
+        if not batches:
+            # Four batches at a time, cut from rows that are sorted by length: less padding.
+            stage = next(stage for stage in CURRICULUM if step < stage.end)
+            rows = []
+            for _ in range(4 * batch_size):
+                words, sample = document(rng, stage)
+                row = encode_document(words, sample, tokenizer)
+                if not blur(words, blur_rng):
+                    row.description = NOTHING
+                rows.append(row)
+            rows.sort(key=lambda row: len(row.tokens))
+            batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+            batches = rng.sample(batches, 4)
+        yield batches.pop()
+
+
+def pad(sequences):
+    """Lists of token ids -> (N, T) int64, 0 behind the end of each."""
+    tensors = [torch.tensor(sequence) for sequence in sequences]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+
+
+def letter_loss(llama: LLaMA, rows: list[Row], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows, their descriptions blurred -> (loss, which letters come out right, a bool for each).
+
+    The loss is a weighted cross-entropy: 0.1 for a token of what is asked, 1 for one of what is
+    answered, 8 for a letter in the answer.
+    """
+    tokens = pad([row.tokens for row in rows])                      # (N, T)
+    labels = pad([row.labels for row in rows])
+    x = llama.tok_embeddings(tokens[:, :-1])                        # (N, T - 1, C)
+    for i, row in enumerate(rows):
+        if row.description != NOTHING:
+            x[i, row.description] = x[i, row.description].mean(0)
+    logits = llama.output(llama(x, idle_routing(llama, len(rows))))
+
+    targets = tokens[:, 1:]
+    labels = labels[:, 1:]
+    letters = torch.isin(labels, torch.tensor(tokenizer.encode("A B C D")))
+    weight = 0.1 * (targets != 0) + 0.9 * (labels != 0) + 7 * letters
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    loss = losses @ weight.flatten() / weight.sum()
+    is_right = logits.argmax(-1) == targets
+    return loss, is_right[letters]
+
+
+@torch.no_grad()
+def letter_scores(llama: LLaMA, tokenizer, n: int) -> dict[str, float]:
+    """{skill: percent of new questions whose right letter is the likeliest token}.
+
+    Scenes are described. n: questions for each entry of PICTURE_SKILLS and TEXT_SKILLS, on average.
+    """
+    rng = Random("letter scores")
+    skills = PICTURE_SKILLS + TEXT_SKILLS
+    rows = {}
+    for _ in range(n * len(skills)):
+        skill = rng.choice(skills)
+        item = things(rng, new=False) if skill is things else skill(rng)
+        prompt, answer = data.sqa_prompt(problem(item, rng, "corpus"), "QCM-A")
+        row = encode_document(item.caption or None, Sample(prompt, answer), tokenizer)
+        row.description = NOTHING
+        rows.setdefault(item.skill, []).append(row)
+    scores = {}
+    for name, rows_of_skill in sorted(rows.items()):
+        _, is_right = letter_loss(llama, rows_of_skill, tokenizer)
+        scores[name] = percent(is_right)
+    return scores
+
+
+def percent(is_right):
+    """Bools (N,) -> the percentage of True, to one decimal."""
+    return round(100 * is_right.float().mean().item(), 1)
+
+
+def new_llama(vocab_size: int) -> LLaMA:
+    """A LLaMA with random weights from which finding a word again can be learned."""
+    config = LLaMAConfig(**LLAMA_PARAMS | {"vocab_size": vocab_size})
+    llama = LLaMA(config, AdapterConfig())
+    llama.tok_embeddings.weight.requires_grad_(True)
+    initialise(llama)
+    # To choose a letter is to find a word again and to see what stands beside it. What all
+    # embeddings have in common lets attention go by position alone. Equal wq and wk let it go by
+    # sameness. Without these two, 600 steps of training did not learn it.
+    nn.init.normal_(llama.tok_embeddings.weight, mean=0.5, std=0.5)
+    for layer in llama.layers:
+        layer.attention.wk.weight.data.copy_(layer.attention.wq.weight)
+    return llama
+
+
+def pretrain_llama(folder: Path, steps: int, seed: int = 0, batch_size: int = 32, lr: float = 1e-3,
+                   n_scored: int = 100) -> dict[str, float]:
+    """Write tokenizer.model and a LLaMA in Meta's layout into the folder -> its letter_scores."""
+    torch.manual_seed(seed)
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(seed))
+    tokenizer = data.load_tokenizer(folder)
+    llama = new_llama(tokenizer.vocab_size())
+    optimizer = make_optimizer(llama, beta2=0.95)
+    batches = text_batches(steps, tokenizer, seed, batch_size)
+    right = 0.0                 # a moving average over about fifty steps
+    bar = tqdm(batches, total=steps, desc="LLaMA", file=sys.stdout)
+    for step, rows in enumerate(bar):
+        loss, is_right = letter_loss(llama, rows, tokenizer)
+        update(llama, optimizer, loss, step / steps, lr)
+        right += 0.02 * (is_right.float().mean().item() - right)
+        status = f"loss {loss.item():.3f} letters {100 * right:.1f} %"
+        bar.set_postfix_str(status, refresh=False)
+    torch.save(pretrained(llama), folder / "consolidated.00.pth")
+    params = LLAMA_PARAMS | {"version": VERSION}
+    (folder / "params.json").write_text(json.dumps(params))
+    return letter_scores(llama, tokenizer, n_scored)
+
+
+# CLIP
+
+
+CLIP_CONFIG = ViTConfig(width=128, layers=12, patch=16, resolution=64)
+
+
+class Towers(nn.Module):
+    """CLIP: an image encoder and a small LLaMA that reads captions, both into one common space."""
+
+    def __init__(self, config: ViTConfig, vocab_size: int, common: int = 64):
+        super().__init__()
+        self.visual = VisionTransformer(config, AdapterConfig())
+        self.ln_post = LayerNorm(config.width)
+        self.proj = nn.Parameter(torch.empty(config.width, common))
+        text_config = LLaMAConfig(
+            dim=common, n_layers=2, n_heads=2, vocab_size=vocab_size, multiple_of=32)
+        self.text = LLaMA(text_config, AdapterConfig())
+        self.text.tok_embeddings.weight.requires_grad_(True)
+        self.text.output.requires_grad_(False)          # only its hidden state is used
+        initialise(self)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
+    def forward(self, pixels, captions, lengths):
+        """How well N pictures and M captions go together -> scores (F, N, M).
+
+        pixels (N, 3, R, R); captions (M, T) of `lengths` tokens (M,). There is a score for each of
+        the F features that LaVIN takes, where CLIP itself asks for the last alone.
+        """
+        features = self.visual(pixels).transpose(0, 1)                      # (F, N, V)
+        images = F.normalize(self.ln_post(features) @ self.proj, dim=-1)    # (F, N, common)
+        x = self.text.tok_embeddings(captions)                              # (M, T, common)
+        x = self.text(x, idle_routing(self.text, len(captions)))
+        last = x[torch.arange(len(x)), lengths - 1]                         # (M, common)
+        texts = F.normalize(last, dim=-1)
+        scale = self.log_scale.exp().clamp(max=100)
+        return images @ texts.T * scale
+
+
+def album(n: int, rng: Random, new: bool = False) -> dict[str, list]:
+    """n rendered scenes -> {skill: [(pixels, caption)]}, pixels (R, R, 3) uint8.
+
+    The four skills of world.things show the same scenes and are one here, "things".
+    """
+    size = (CLIP_CONFIG.resolution, CLIP_CONFIG.resolution)
+    scenes = {}
+    for _ in tqdm(range(n), desc="drawing", unit=" pictures", file=sys.stdout):
+        item = picture_item(rng, new)
+        picture = render(item, rng).resize(size, Image.Resampling.BICUBIC)
+        skill = "things" if " thing" in item.caption else item.skill
+        scenes.setdefault(skill, []).append((np.asarray(picture), item.caption))
+    return scenes
+
+
+def clip_batch(scenes: list, tokenizer):
+    """N scenes, [(pixels, caption)], with M different captions -> the inputs of Towers, and match.
+
+    Pixels (N, 3, R, R), normalised; captions (M, T); lengths (M,); and match (N,), the caption of
+    each picture.
+    """
+    pixels = torch.from_numpy(np.stack([pixels for pixels, _ in scenes]))   # (N, R, R, 3)
+    pixels = pixels.permute(0, 3, 1, 2).float() / 255
+    pixels = (pixels - data.IMAGENET_MEAN) / data.IMAGENET_STD
+    different = sorted({caption for _, caption in scenes})
+    tokens = [tokenizer.encode(caption) for caption in different]
+    lengths = torch.tensor([len(t) for t in tokens])
+    match = torch.tensor([different.index(caption) for _, caption in scenes])
+    return pixels, pad(tokens), lengths, match
+
+
+def contrastive_loss(scores: torch.Tensor, match: torch.Tensor) -> torch.Tensor:
+    """CLIP's loss for scores (F, N, M), where picture i has the caption match[i].
+
+    Several pictures may share a caption. It then has to find all of them.
+    """
+    positives = F.one_hot(match, scores.shape[-1]).float()                  # (N, M)
+    log_p_caption = scores.log_softmax(2)
+    log_p_picture = scores.log_softmax(1)
+    of_pictures = -(log_p_caption * positives).sum(2).mean()
+    of_captions = -(log_p_picture * positives / positives.sum(0)).sum(1).mean()
+    return (of_pictures + of_captions) / 2
+
+
+def best_is_right(scores, match):
+    """By the last feature, is each picture's own caption its likeliest? Bools (N,)."""
+    return scores[-1].argmax(1) == match
+
+
+@torch.no_grad()
+def caption_scores(towers: Towers, tokenizer, new: bool, n: int) -> dict[str, float]:
+    """{skill: percent of new pictures whose own caption is likeliest among all of that skill's}.
+
+    n: pictures in all. new: `things` show the pairs that are kept for the test split.
+    """
+    scenes = album(n, Random(f"caption scores {new}"), new)
+    scores = {}
+    for skill in sorted(scenes):
+        pixels, captions, lengths, match = clip_batch(scenes[skill], tokenizer)
+        is_right = best_is_right(towers(pixels, captions, lengths), match)
+        scores[skill] = percent(is_right)
+    return scores
+
+
+def official_clip(towers: Towers) -> dict[str, torch.Tensor]:
+    """The image encoder by the names of OpenAI's archive. The text tower is left out."""
+    state = {}
+    for name, tensor in pretrained(towers).items():
+        if name.startswith(("visual.", "ln_post.", "proj")):
+            name = name.removeprefix("visual.")
+            name = name.replace("resblocks.", "transformer.resblocks.")
+            state[f"visual.{name}"] = tensor
+    return state
+
+
+def pretrain_clip(path: Path, steps: int, seed: int = 0, batch_size: int = 96, lr: float = 1e-3,
+                  n_pictures: int = 24_000, n_scored: int = 2000) -> dict[str, float]:
+    """Write CLIP's image encoder to the path -> its caption_scores, "new combinations" included."""
+    torch.manual_seed(seed)
+    rng = Random(f"{seed} album")
+    tokenizer = SentencePieceProcessor(model_proto=train_tokenizer(seed))
+    towers = Towers(CLIP_CONFIG, tokenizer.vocab_size())
+    scenes = album(n_pictures, rng)
+    optimizer = make_optimizer(towers, beta2=0.98)
+    right = 0.0                 # a moving average over about fifty steps
+    bar = tqdm(range(steps), desc="CLIP", file=sys.stdout)
+    for step in bar:
+        chosen = []             # of three skills: scenes of one skill are hard to tell apart
+        for skill in [*rng.sample(sorted(scenes), 2), "things"]:
+            chosen += rng.sample(scenes[skill], batch_size // 3)
+        pixels, captions, lengths, match = clip_batch(chosen, tokenizer)
+        scores = towers(pixels, captions, lengths)
+        loss = contrastive_loss(scores, match)
+        update(towers, optimizer, loss, step / steps, lr)
+        right += 0.02 * (best_is_right(scores, match).float().mean().item() - right)
+        status = f"loss {loss.item():.3f} captions {100 * right:.1f} %"
+        bar.set_postfix_str(status, refresh=False)
+    write_atomically(path, lambda temporary: torch.save(official_clip(towers), temporary))
+    result = caption_scores(towers, tokenizer, False, n_scored)
+    of_new = caption_scores(towers, tokenizer, True, n_scored)
+    result["new combinations"] = of_new["things"]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help="llama or clip (default: both)")
+    args = parser.parse_args()
+    models = args.models or ["llama", "clip"]
+    for model in models:
+        if model not in ("llama", "clip"):
+            parser.error(f"{model}: the models are llama and clip")
+    path = ROOT / "scores.json"
+    scores = read_json(path) if path.exists() else {}
+
+    def write_llama(folder):
+        scores["llama"] = pretrain_llama(folder, LLAMA_STEPS)
+
+    if "llama" in models:
+        make_folder(PATHS["llama"], write_llama)
+    if "clip" in models:
+        scores["clip"] = pretrain_clip(PATHS["vit"], CLIP_STEPS)
+    text = json.dumps(scores, indent=1)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+    print(text)
+
+
+if __name__ == "__main__":
+    run(main)
