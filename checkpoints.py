@@ -111,18 +111,18 @@ def slots(whole: torch.Tensor,
     if all(s.shape == whole.shape for s in slices):
         return [whole]
     for dim in range(whole.dim()):
-        sizes = []
-        for s in slices:
-            rest = list(s.shape)
-            if s.dim() == whole.dim():
-                sizes.append(rest[dim])
-                rest[dim] = whole.shape[dim]
-            if rest != list(whole.shape):
-                sizes = []
-                break
-        if sizes and sum(sizes) == whole.shape[dim]:
-            return list(whole.split(sizes, dim))
+        if all(differ_only_in(dim, s, whole) for s in slices):
+            sizes = [s.shape[dim] for s in slices]
+            if sum(sizes) == whole.shape[dim]:
+                return list(whole.split(sizes, dim))
     return None
+
+
+def differ_only_in(dim: int, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Have two tensors the same shape, that dimension left aside?"""
+    if a.dim() != b.dim():
+        return False
+    return a.shape[:dim] == b.shape[:dim] and a.shape[dim + 1:] == b.shape[dim + 1:]
 
 
 class MappedShards:

@@ -134,8 +134,8 @@ def picture_prefix(tokenizer: SentencePieceProcessor) -> list[int]:
     return tokenizer.encode("Image: ")
 
 
-def tokenize(sample: Sample, tokenizer: SentencePieceProcessor, max_seq_len: int):
-    """-> (tokens, labels), lists of equal length, at most max_seq_len long, still without picture.
+def tokenize(sample: Sample, tokenizer: SentencePieceProcessor) -> tuple[list[int], list[int]]:
+    """-> (tokens, labels), lists of equal length, still without a picture and not cut.
 
     BOS, and then for each turn prompt + answer + EOS. Prompt and answer are tokenized as one
     string. The answer begins after as many tokens as the prompt alone would have; where a token
@@ -149,7 +149,7 @@ def tokenize(sample: Sample, tokenizer: SentencePieceProcessor, max_seq_len: int
         n_prompt = min(n_prompt, len(turn))     # the seam may take fewer tokens than its two sides
         tokens += turn
         labels += [0] * n_prompt + turn[n_prompt:]
-    return tokens[:max_seq_len], labels[:max_seq_len]
+    return tokens, labels
 
 
 def check_unicode(sample: Sample) -> None:
@@ -177,11 +177,11 @@ def encode(sample: Sample, tokenizer: SentencePieceProcessor, n_features: int, m
     check_unicode(sample)
     if prompt_only:
         question = Sample(sample.prompt, history=sample.history)
-        tokens, _ = tokenize(question, tokenizer, max_seq_len=10**9)
+        tokens, _ = tokenize(question, tokenizer)
         tokens = tokens[:-1]                                        # no EOS
         labels = [0] * len(tokens)
     else:
-        tokens, labels = tokenize(sample, tokenizer, max_seq_len)       # more is cut off below
+        tokens, labels = tokenize(sample, tokenizer)
 
     if sample.image is None:
         prefix = tokenizer.encode("Image: N/A")
@@ -310,6 +310,17 @@ def global_batch(step: int, lengths: list[int], batch_size: int, micro_batch: in
         for indices, i in zip(micro_batches, dealt):
             indices.append(i)
     return micro_batches
+
+
+def in_order(n_samples: int, batch_size: int, n_ranks: int = 1) -> list[list[range]]:
+    """All samples once, for evaluation: item i is a batch of indices for each rank."""
+    batches = []
+    for start in range(0, n_samples, batch_size):
+        batches.append(range(start, min(start + batch_size, n_samples)))
+    plan = []
+    for start in range(0, len(batches), n_ranks):
+        plan.append(batches[start:start + n_ranks])
+    return plan
 
 
 class Batches(Dataset):

@@ -150,24 +150,24 @@ def train_step(lavin: LaVIN, optimizer, scaler, gradients: torch.Tensor,
 
     losses = torch.stack(losses).tolist()                           # waits for a GPU
     for loss, batch in zip(losses, micro_batches):
-        check_finite("loss", loss, batch.ids)
+        check_finite("loss", loss, [batch])
     ranks.total(gradients)
     scaler.unscale_(optimizer)
     norm = gradients.norm().item()
     # An overflow in fp16 is no error: the scaler skips the step and halves its scale.
     fp16_can_recover = scaler.is_enabled() and scaler.get_scale() >= 1
     if not fp16_can_recover:
-        ids = sum((batch.ids for batch in micro_batches), [])
-        check_finite("gradient", norm, ids)
+        check_finite("gradient", norm, micro_batches)
     scaler.step(optimizer)
     scaler.update()
     return sum(losses), norm
 
 
-def check_finite(what: str, value: float, ids: list[str]) -> None:
+def check_finite(what: str, value: float, batches: list[data.Batch]) -> None:
+    """LavinError that names the batches' samples, if a loss or a gradient's norm is not finite."""
     if not math.isfinite(value):
-        raise LavinError(f"the {what} is {value} on the samples {', '.join(ids)}; "
-                         "try a lower --lr")
+        ids = ", ".join(", ".join(batch.ids) for batch in batches)
+        raise LavinError(f"the {what} is {value} on the samples {ids}; try a lower --lr")
 
 
 def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer, scaler, first_step: int,
@@ -227,9 +227,7 @@ def load_batches(lavin: LaVIN, samples: runs.TrainingSet, steps: range, settings
         seed=settings.seed,
         sizes=samples.sizes,
         shares=settings.weights)
-    batches = data.Batches(
-        samples.encoded, plan, lavin.resolution, ranks.rank(), ranks.count())
-    return data.prefetch(batches, steps, settings.workers)
+    return runs.prefetch_batches(lavin, samples.encoded, plan, steps, settings.workers)
 
 
 def count_steps(settings: Settings) -> tuple[int, int]:
@@ -322,11 +320,10 @@ def dry_run(lavin: LaVIN, samples: runs.TrainingSet, optimizer, scaler,
 
     gradients = ranks.gradient_buffer(lavin)
     lavin.train()
-    batches = data.Batches(
-        samples.encoded, plan, lavin.resolution, ranks.rank(), ranks.count())
-    seconds = []
     steps = range(min(4, n_steps))
-    for micro_batches in data.prefetch(batches, steps, settings.workers):
+    loader = runs.prefetch_batches(lavin, samples.encoded, plan, steps, settings.workers)
+    seconds = []
+    for micro_batches in loader:
         began = time.perf_counter()
         train_step(lavin, optimizer, scaler, gradients, micro_batches)      # learning rate 0
         seconds.append(time.perf_counter() - began)

@@ -114,23 +114,18 @@ def by_modality(encoded: list[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
     return groups
 
 
-def say_what_does_not_fit(n, lavin):
-    """Print how many prompts are too long."""
-    if n > 0:
-        print(f"{n} prompts do not fit the context of {lavin.max_seq_len} tokens "
-              "and count as wrong; --max-seq-len widens it")
-
-
-def encode_prompts(lavin, samples):
-    """-> ([Encoded], {id: ""} of the samples whose prompt does not fit the context)."""
+def encode_prompts(lavin, samples, encode):
+    """-> ([encode(sample)], {id: ""} of the samples whose prompt does not fit the context)."""
     encoded = []
     outputs = {}
     for sample in samples:
         try:
-            encoded.append(lavin.encode(sample, prompt_only=True))
+            encoded.append(encode(sample))
         except LavinError:
             outputs[sample.id] = ""
-    say_what_does_not_fit(len(outputs), lavin)
+    if outputs:
+        print(f"{len(outputs)} prompts do not fit the context of {lavin.max_seq_len} tokens "
+              "and count as wrong; --max-seq-len widens it")
     return encoded, outputs
 
 
@@ -150,7 +145,10 @@ def answer_all(lavin: LaVIN, samples: list[Sample], format: str, max_new_tokens:
     def letter_is_out(ids):
         return data.sqa_answer(lavin.tokenizer.decode(ids)) >= 0
 
-    encoded, outputs = encode_prompts(lavin, samples)
+    def encode(sample):
+        return lavin.encode(sample, prompt_only=True)
+
+    encoded, outputs = encode_prompts(lavin, samples, encode)
     with tqdm(total=len(encoded), desc="answering", unit=" problems", file=sys.stdout) as bar:
         for modality, group in enumerate(by_modality(encoded)):
             if not group:
@@ -192,15 +190,10 @@ def letter_prompt(lavin, sample, n_choices):
 def choose_group(lavin, group, letters, modality, batch_size, workers):
     """Yield (ids of a batch's samples, index of the likeliest choice of each)."""
     engine = Engine(fold(lavin, modality), batch_size, len(group[0].tokens))
-    starts = range(0, len(group), batch_size)
-
-    def plan(i):
-        end = min(starts[i] + batch_size, len(group))
-        return [range(starts[i], end)]
-
-    batches = data.Batches(group, plan, lavin.resolution)
+    plan = data.in_order(len(group), batch_size)
+    batches = data.Batches(group, plan.__getitem__, lavin.resolution)
     n_workers = workers if modality == 1 else 0
-    for (batch,) in data.prefetch(batches, range(len(starts)), n_workers):
+    for (batch,) in data.prefetch(batches, range(len(plan)), n_workers):
         best = []
         for identity, logits in zip(batch.ids, engine.prefill(batch)):
             best.append(int(logits[letters[identity]].argmax()))
@@ -214,18 +207,14 @@ def choose_all(lavin: LaVIN, samples: list[Sample], problems: dict, batch_size: 
 
     One pass over each prompt; nothing is generated. "" for a prompt that does not fit the context.
     """
-    outputs = {}
-    encoded = []
     letters = {}
-    for sample in samples:
-        n_choices = len(problems[sample.id]["choices"])
-        try:
-            start, letters[sample.id] = letter_prompt(lavin, sample, n_choices)
-            encoded.append(start)
-        except LavinError:
-            outputs[sample.id] = ""
-    say_what_does_not_fit(len(outputs), lavin)
 
+    def encode(sample):
+        n_choices = len(problems[sample.id]["choices"])
+        start, letters[sample.id] = letter_prompt(lavin, sample, n_choices)
+        return start
+
+    encoded, outputs = encode_prompts(lavin, samples, encode)
     with tqdm(total=len(encoded), desc="choosing", unit=" problems", file=sys.stdout) as bar:
         for modality, group in enumerate(by_modality(encoded)):
             if not group:

@@ -74,7 +74,7 @@ def add_speed_flags(group) -> None:
     add("--dtype", choices=["auto", *DTYPES], help="of the frozen weights")
     add("--compile", action=argparse.BooleanOptionalAction, help="the blocks (default: on a GPU)")
     add("--checkpointing", action="store_true", help="recompute activations, to save memory")
-    add("--bits", type=int, choices=[16, 8, 4], help="that hold a number of LLaMA's matrices")
+    add("--bits", type=int, choices=[16, 8, 4], help="per number in LLaMA's matrices (default: 16)")
     add("--fsdp", action="store_true", help="under torchrun: cut LLaMA's matrices into a part for "
         "each GPU")
     add("--workers", type=at_least(0), help="processes that decode pictures")
@@ -206,7 +206,7 @@ def add_model_flags(group) -> None:
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     add("--dtype", default="auto", choices=["auto", *DTYPES])
     add("--bits", type=int, choices=[16, 8, 4],
-        help="that hold a number of LLaMA's matrices (default: as trained, or 16)")
+        help="per number in LLaMA's matrices (default: as trained, or 16)")
     add("--max-seq-len", type=at_least(1), help="context in tokens (default: as trained)")
     add("--compile", action="store_true",
         help="the steps of decoding; takes half a minute, and pays off in long answers")

@@ -421,10 +421,3 @@ def check_samples(name: str, samples: list[Sample], bad_rows: list[BadRow],
     if samples:
         print_lengths(samples, tokenizer, n_features, max_seq_len)
     return len(bad_rows)
-
-
-def check(source: str, tokenizer: SentencePieceProcessor, n_features: int, max_seq_len: int,
-          multi_turn: bool = False) -> int:
-    """Read a source of --data and print what check_samples does -> the number of its bad rows."""
-    samples, bad_rows = read_instructions(source, multi_turn)
-    return check_samples(source, samples, bad_rows, tokenizer, n_features, max_seq_len)

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,17 +37,22 @@ class TrainingSet:
         self.lengths = [len(e.tokens) for e in self.encoded]
 
 
+def read_source(source: str, settings, look: bool) -> tuple[list, list]:
+    """A source of --data -> (samples, bad rows). look: open every picture of other people's rows.
+
+    ScienceQA has no bad rows: whatever is wrong with it is a LavinError.
+    """
+    if source == "sqa":
+        _, samples = load_sqa(settings.data_root, "train", settings.format, settings.captions)
+        return samples, []
+    return instructions.read_instructions(source, settings.multi_turn, look)
+
+
 def read_sources(settings) -> dict[str, list[data.Sample]]:
     """Read every source of --data. LavinError for bad rows, unless --skip-bad leaves them out."""
     sources = {}
     for source in settings.data:
-        if source == "sqa":
-            _, samples = load_sqa(settings.data_root, "train", settings.format,
-                                       settings.captions)
-            sources[source] = samples
-            continue
-        samples, bad_rows = instructions.read_instructions(
-            source, settings.multi_turn, look=settings.skip_bad)
+        samples, bad_rows = read_source(source, settings, look=settings.skip_bad)
         if bad_rows and not settings.skip_bad:
             raise LavinError(f"{bad_rows[0]} ({len(bad_rows)} bad row(s) in all: "
                              f"python train.py --data {source} --check lists them, --skip-bad "
@@ -108,18 +114,25 @@ def hold_out(encoded, fraction, seed, number):
     return shuffled[n_held:], shuffled[:n_held]
 
 
+def prefetch_batches(lavin: nn.Module, encoded: list[data.Encoded], plan: Callable,
+                     items: Iterable[int], workers: int) -> Iterator[list[data.Batch]]:
+    """Yield for each item this rank's share of the batches that plan(item) asks for."""
+    batches = data.Batches(encoded, plan, lavin.resolution, ranks.rank(), ranks.count())
+    return data.prefetch(batches, items, workers)
+
+
 @torch.no_grad()
 def held_out_losses(lavin: nn.Module, held_out: dict, settings) -> dict[str, float]:
     """{source: mean loss of the answer tokens that were held out of it}, over all ranks."""
     losses = {}
     lavin.eval()
     for source, encoded in held_out.items():
-        plan = evaluation_plan(len(encoded), settings.micro_batch)
-        batches = data.Batches(encoded, plan.__getitem__, lavin.resolution, ranks.rank(),
-                               ranks.count())
+        plan = data.in_order(len(encoded), settings.micro_batch, ranks.count())
+        items = range(len(plan))
+        loader = prefetch_batches(lavin, encoded, plan.__getitem__, items, settings.workers)
         loss = torch.zeros((), dtype=torch.float64, device=lavin.device)
         n_answer = 0
-        for (batch,) in data.prefetch(batches, range(len(plan)), settings.workers):
+        for (batch,) in loader:
             loss += lavin(batch.to(lavin.device)) * batch.n_answer
             n_answer += batch.n_answer
         sums = torch.stack([loss, torch.full_like(loss, n_answer)])
@@ -127,17 +140,6 @@ def held_out_losses(lavin: nn.Module, held_out: dict, settings) -> dict[str, flo
         losses[source] = loss / n_answer
     lavin.train()
     return losses
-
-
-def evaluation_plan(n_samples, batch_size):
-    """Indices in order, cut into batches, one of them for each rank in every item."""
-    chosen = []
-    for start in range(0, n_samples, batch_size):
-        chosen.append(range(start, min(start + batch_size, n_samples)))
-    plan = []
-    for start in range(0, len(chosen), ranks.count()):
-        plan.append(chosen[start:start + ranks.count()])
-    return plan
 
 
 def check_data(settings, small_llama: str | Path) -> int:
@@ -154,16 +156,10 @@ def check_data(settings, small_llama: str | Path) -> int:
     n_features = 6                      # ViT-L/14's
     if settings.vit or os.path.exists(vit):
         n_features = read_clip(vit)[1].n_features
+    settings.data_root = settings.data_root or DEFAULTS["data_root"]
     n_bad = 0
     for source in settings.data:
-        if source == "sqa":
-            root = settings.data_root or DEFAULTS["data_root"]
-            _, samples = load_sqa(
-                root, "train", settings.format, settings.captions)
-            bad_rows = []
-        else:
-            samples, bad_rows = instructions.read_instructions(
-                source, settings.multi_turn)
+        samples, bad_rows = read_source(source, settings, look=False)
         n_bad += instructions.check_samples(
             source, samples, bad_rows, tokenizer, n_features, settings.max_seq_len)
     return 1 if n_bad else 0

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 # The models are tiny: on a busy machine two threads cost more in waiting than they save.
@@ -20,6 +21,7 @@ import checkpoints  # noqa: E402
 import data  # noqa: E402
 import files  # noqa: E402
 import miniature  # noqa: E402
+from fast.engine import Engine  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 LLAMA = GOLDEN / "llama" / "tiny"
@@ -104,3 +106,36 @@ def call(monkeypatch, capsys):
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def fails(call, tmp_path):
+    """fails(script, "--flag", value, …, says=[…]): it exits with 2 and one line on stderr.
+
+    The line holds every text of `says`. The script leaves no checkpoint in tmp_path/out, and no
+    temporary file anywhere.
+    """
+    def fails(script, *args, says):
+        code, _, stderr = call(script, *args)
+        assert code == 2, stderr
+        assert stderr.startswith("error: ") and len(stderr.splitlines()) == 1, stderr
+        for text in says:
+            assert str(text) in stderr, f"{text!r} is not in {stderr!r}"
+        assert not list(tmp_path.glob("out/*.pth"))
+        assert not list(tmp_path.rglob("*.tmp"))
+
+    return fails
+
+
+@pytest.fixture
+def held_steps(monkeypatch):
+    """An Event that every step of the engine waits for, 20 seconds at most."""
+    go_on = threading.Event()
+    step = Engine.step
+
+    def held_step(engine, ids):
+        go_on.wait(20)
+        return step(engine, ids)
+
+    monkeypatch.setattr(Engine, "step", held_step)
+    return go_on

@@ -4,7 +4,6 @@ LLaMA's shards, CLIP's archives, LaVIN's adapters, and `python checkpoints.py FI
 """
 
 import argparse
-import functools
 import pickle
 import shutil
 
@@ -19,14 +18,9 @@ from bench import peak_memory
 from conftest import ADAPTER, LLAMA, VIT, difference
 from files import tokenizer_path
 from model import LaVIN
-from test_errors import ask, check_failure
+from test_errors import ask
 from test_train import flags
 from vit import ViTConfig
-
-
-@pytest.fixture
-def fails(call, tmp_path):
-    return functools.partial(check_failure, call, tmp_path)
 
 
 def copy_llama(directory):

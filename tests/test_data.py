@@ -60,7 +60,7 @@ def test_tokens_and_labels(lavin, samples, expected):
         1: expected["prefix_img"].tolist() + [0, 0],        # the golden ViT has 2 features
     }
     for i, sample in enumerate(samples):
-        tokens, labels = data.tokenize(sample, lavin.tokenizer, 128)
+        tokens, labels = data.tokenize(sample, lavin.tokenizer)
         expected_labels = expected["labels"][i]
         assert tokens == [token for token in expected["examples"][i].tolist() if token != 0]
         assert labels == expected_labels[:len(labels)].tolist()

@@ -4,7 +4,6 @@ The exit code is 2. There is no traceback, and nothing half-written is left. Dam
 test_checkpoints.py, ScienceQA's files in test_scienceqa.py.
 """
 
-import functools
 import json
 import shutil
 import subprocess
@@ -22,25 +21,6 @@ from conftest import ADAPTER, LLAMA, ROOT, VIT
 from files import tokenizer_path
 from model import LLaMA
 from test_train import flags
-
-
-def check_failure(call, tmp_path, script, *args, says):
-    """The script exits with 2 and one line on stderr that holds every text of `says`.
-
-    It leaves no checkpoint in tmp_path/out, and no temporary file anywhere.
-    """
-    code, _, stderr = call(script, *args)
-    assert code == 2, stderr
-    assert stderr.startswith("error: ") and len(stderr.splitlines()) == 1, stderr
-    for text in says:
-        assert str(text) in stderr, f"{text!r} is not in {stderr!r}"
-    assert not list(tmp_path.glob("out/*.pth"))
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-@pytest.fixture
-def fails(call, tmp_path):
-    return functools.partial(check_failure, call, tmp_path)
 
 
 MODEL = ("--adapter", ADAPTER, "--llama", LLAMA, "--vit", VIT, "--max-new-tokens", 2)

@@ -155,17 +155,7 @@ def test_text_is_text(page):
     assert "<b id=evil>" in page.locator("#turns .asked").inner_text()
 
 
-def test_a_second_tab_waits_and_is_told(page, server, browser, monkeypatch):
-    from fast.engine import Engine
-
-    go_on = threading.Event()
-    step = Engine.step
-
-    def held_step(engine, ids):
-        go_on.wait(20)
-        return step(engine, ids)
-
-    monkeypatch.setattr(Engine, "step", held_step)
+def test_a_second_tab_waits_and_is_told(page, server, browser, held_steps):
     ask(page, "Which colour is the sky?", wait=False)
     while not server.desk.queue.waiting:
         time.sleep(0.01)
@@ -173,7 +163,7 @@ def test_a_second_tab_waits_and_is_told(page, server, browser, monkeypatch):
     other.goto(page.url)
     ask(other, "Why?", wait=False)
     other.wait_for_selector("text=1 other comes first")
-    go_on.set()
+    held_steps.set()
     for tab in (page, other):
         tab.wait_for_selector("#ask:text-is('Ask')")
         assert tab.locator("#turns .answer").count() == 1

@@ -8,15 +8,15 @@ import pytest
 import generate
 import train
 from extras.scienceqa import load_sqa
-from test_errors import ask, check_failure, edit
+from test_errors import ask, edit
 from test_train import flags
 
 
 @pytest.fixture
-def fails_to_train(call, sqa, tmp_path):
-    """fails_to_train("--flag", value, …, says=[…]): check_failure of train.py on `sqa`."""
+def fails_to_train(fails, sqa, tmp_path):
+    """fails_to_train("--flag", value, …, says=[…]): `fails` of train.py on `sqa`."""
     def fails_to_train(*more, says):
-        check_failure(call, tmp_path, train, *flags(sqa, tmp_path / "out", *more), says=says)
+        fails(train, *flags(sqa, tmp_path / "out", *more), says=says)
     return fails_to_train
 
 
@@ -103,8 +103,8 @@ def cut_in_half(path: Path) -> None:
     functools.partial(Path.write_bytes, data=b"no picture"),
     cut_in_half,
 ], ids=["missing", "empty", "text", "truncated"])
-def test_pictures(fails_to_train, call, sqa, tmp_path, damage, workers):
+def test_pictures(fails_to_train, fails, sqa, damage, workers):
     path = sqa / "images" / "train" / "10" / "image.png"
     damage(path)
     fails_to_train("--workers", workers, says=["problem 10", path])
-    check_failure(call, tmp_path, generate, *ask("--image", path), says=[path])
+    fails(generate, *ask("--image", path), says=[path])

@@ -144,15 +144,7 @@ def test_two_conversations_take_turns_and_do_not_mix(server):
 # The queue
 
 
-def test_who_comes_later_waits_and_is_told_so(server, monkeypatch):
-    go_on = threading.Event()
-    step = Engine.step
-
-    def held_step(engine, ids):
-        go_on.wait(20)
-        return step(engine, ids)
-
-    monkeypatch.setattr(Engine, "step", held_step)
+def test_who_comes_later_waits_and_is_told_so(server, held_steps):
     answers = [None] * 3
 
     def ask(i):
@@ -166,7 +158,7 @@ def test_who_comes_later_waits_and_is_told_so(server, monkeypatch):
         while len(server.desk.queue.waiting) <= i:
             time.sleep(0.01)
     time.sleep(0.1)
-    go_on.set()
+    held_steps.set()
     for thread in threads:
         thread.join()
     first_notices = []
@@ -206,15 +198,7 @@ def test_a_closed_connection_stops_its_answer_and_nobody_elses(server, monkeypat
     assert answer(server, METAL) == said(server)
 
 
-def test_one_who_leaves_while_waiting_makes_room(server, monkeypatch):
-    go_on = threading.Event()
-    step = Engine.step
-
-    def held_step(engine, ids):
-        go_on.wait(20)
-        return step(engine, ids)
-
-    monkeypatch.setattr(Engine, "step", held_step)
+def test_one_who_leaves_while_waiting_makes_room(server, held_steps):
     asking = threading.Thread(target=post, args=(server, METAL))
     asking.start()
     while not server.desk.queue.waiting:
@@ -226,7 +210,7 @@ def test_one_who_leaves_while_waiting_makes_room(server, monkeypatch):
             time.sleep(0.01)
     while len(server.desk.queue.waiting) == 2:          # the next notice finds nobody
         time.sleep(0.01)
-    go_on.set()
+    held_steps.set()
     asking.join()
     assert not server.desk.queue.waiting
 

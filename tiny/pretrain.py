@@ -257,7 +257,7 @@ class Row:
 
 def encode_document(words: str | None, sample: Sample, tokenizer: SentencePieceProcessor) -> Row:
     """The sequence that data.encode makes of a sample, with words where a picture's features go."""
-    tokens, labels = data.tokenize(sample, tokenizer, max_seq_len=512)
+    tokens, labels = data.tokenize(sample, tokenizer)
     if words is None:
         prefix = tokenizer.encode("Image: N/A")
         description = NOTHING
