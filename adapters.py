@@ -88,6 +88,7 @@ class Projector(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Xavier-uniform weights and zero biases, as the authors begin."""
         for linear in (self.conv_A, self.conv_B):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)

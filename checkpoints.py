@@ -19,11 +19,12 @@ import os
 import zipfile
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+from sentencepiece import SentencePieceProcessor
 
 import data
 from adapters import AdapterConfig
@@ -86,7 +87,7 @@ def read_params(directory: str | Path, vocab_size: int) -> LLaMAConfig:
     return config
 
 
-def allocate(modules, device: torch.device, dtype: torch.dtype) -> None:
+def allocate(modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
     """Give modules on the meta device memory, still unset: frozen in dtype, trained in fp32."""
     for module in modules:
         for name, p in list(module.named_parameters(recurse=False)):
@@ -144,6 +145,7 @@ class MappedShards:
         self.budget = max(2**24, largest)
 
     def open(self) -> None:
+        """Map the files anew; nothing of them is touched then."""
         self.shards = []                # drops the old maps before there are new ones
         self.touched = 0
         if self.is_hf:
@@ -153,6 +155,7 @@ class MappedShards:
                            for file in self.files]
 
     def check_names(self, expected: list[str]) -> None:
+        """LavinError unless every shard holds just these tensors."""
         for file, shard in zip(self.files, self.shards):
             found = [name for name in shard if not name.endswith("rope.freqs")]     # we compute it
             check_names(file, expected, found)
@@ -434,7 +437,8 @@ def check_not_folded(llama: str | Path, config: LLaMAConfig) -> None:
                          "that they were trained with, or --adapter none")
 
 
-def check_context(max_seq_len: int, tokenizer, vit_config: ViTConfig) -> None:
+def check_context(max_seq_len: int, tokenizer: SentencePieceProcessor,
+                  vit_config: ViTConfig) -> None:
     """LavinError if a picture alone fills the context."""
     n_prefix = 2 + len(data.picture_prefix(tokenizer))      # modality token and BOS come first
     n_picture = n_prefix + vit_config.n_features
@@ -527,7 +531,8 @@ def describe(path: str | Path) -> dict:
     return settings
 
 
-def main():
+def main() -> None:
+    """Describe a checkpoint; with its LLaMA at hand show the routing, and fold if asked to."""
     parser = argparse.ArgumentParser(description="Say what is in a LaVIN checkpoint.")
     parser.add_argument("file")
     parser.add_argument("--llama", help="the LLaMA that it belongs to, to show the "

@@ -104,6 +104,7 @@ class Batch:
     n_answer: int                   # tokens that carry loss
 
     def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device; lengths and ids stay, since Python loops over them."""
         return dataclasses.replace(
             self,
             tokens=self.tokens.to(device),
@@ -280,7 +281,8 @@ def mixture(sizes: list[int], shares: list[float], generator: torch.Generator) -
 
 
 def global_batch(step: int, lengths: list[int], batch_size: int, micro_batch: int, seed: int,
-                 sizes: list[int] | None = None, shares: list[float] | None = None):
+                 sizes: list[int] | None = None,
+                 shares: list[float] | None = None) -> list[list[int]]:
     """Which samples `step` trains on: a list of micro-batches, each a list of indices.
 
     Every epoch is a permutation of all samples or, with shares, a mixture. It is drawn from (seed,
@@ -387,6 +389,7 @@ def prefetch(dataset: Dataset, indices: Iterable[int], workers: int, each: int =
 
 
 def default_workers() -> int:
+    """Processes that decode pictures: half as many as there are cores, at most 8."""
     n_cores = os.cpu_count() or 1
     return min(8, n_cores // 2)
 
@@ -404,6 +407,7 @@ LETTERS = "ABCDE"
 
 
 def check_format(format: str) -> None:
+    """LavinError, with the valid ones, for a format that ScienceQA's prompts do not have."""
     if format not in FORMATS:
         valid = ", ".join(FORMATS)
         raise LavinError(f"unknown prompt format {format!r}; valid ones: {valid}")

@@ -76,14 +76,14 @@ def is_hf_folder(path: str | Path) -> bool:
     return Path(path, "config.json").is_file() and not Path(path, "params.json").exists()
 
 
-def asks_sqa(args) -> bool:
+def asks_sqa(args: object) -> bool:
     """Is ScienceQA among --data? train.py has a list there, generate.py one source or None."""
     if isinstance(args.data, list):
         return "sqa" in args.data
     return args.data == "sqa"
 
 
-def choose_paths(args, remembered: dict, adapter: str | None = None) -> None:
+def choose_paths(args: object, remembered: dict, adapter: str | None = None) -> None:
     """Set args.llama, .vit and .data_root: as given, else as the checkpoint remembers, else the
     default.
 
@@ -156,7 +156,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def read_json(path: str | Path):
+def read_json(path: str | Path) -> object:
     """The contents of a JSON file. LavinError if it is missing, unreadable or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -166,7 +166,7 @@ def read_json(path: str | Path):
         raise LavinError(f"{path}: not JSON ({error})") from error
 
 
-def read_checkpoint(path: str | Path, mmap: bool = False):
+def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
     """A torch file on the CPU. No code is unpickled: only tensors, containers, argparse.Namespace.
 
     mmap=True leaves the tensors on disk until they are touched. Raises LavinError if the file is
@@ -185,7 +185,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False):
                          ) from error
 
 
-def tensors_of(state, path: str | Path) -> dict[str, torch.Tensor]:
+def tensors_of(state: object, path: str | Path) -> dict[str, torch.Tensor]:
     """`state` itself if it is {name: tensor}, else a LavinError about `path`."""
     valid = isinstance(state, dict)
     if not valid or not all(isinstance(value, torch.Tensor) for value in state.values()):

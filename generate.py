@@ -42,6 +42,7 @@ def find_model(args: argparse.Namespace) -> tuple[str | None, dict]:
 
 
 def load_model(args: argparse.Namespace, adapter: str | None, remembered: dict) -> LaVIN:
+    """The model that the flags name, in eval mode. What they leave open is as it was trained."""
     device, dtype = pick_device(args.device, args.dtype)
     check_compiler(args.compile, device)
     print(f"adapter {adapter or 'none'} · {device} · {dtype}")
@@ -56,8 +57,13 @@ def load_model(args: argparse.Namespace, adapter: str | None, remembered: dict) 
         delta=args.delta or remembered.get("delta"))
 
 
-def load_data(args: argparse.Namespace, remembered: dict, format: str):
-    """What --data names -> (problems, or truths, or None; samples)."""
+def load_data(args: argparse.Namespace, remembered: dict,
+              format: str) -> tuple[dict | None, list[data.Sample]]:
+    """What --data names -> (what its samples are scored by, samples).
+
+    ScienceQA is scored by its problems and MME by what is true. Captions are not scored here:
+    COCO's own evaluation reads --predictions.
+    """
     kind, _, rest = args.data.partition(":")
     if kind == "mme":
         samples, truths = benchmarks.load_mme(rest)
@@ -74,7 +80,8 @@ def load_data(args: argparse.Namespace, remembered: dict, format: str):
     return truths, samples
 
 
-def answer_data(lavin: LaVIN, truths, samples: list, format: str, args) -> None:
+def answer_data(lavin: LaVIN, truths: dict | None, samples: list[data.Sample], format: str,
+                args: argparse.Namespace) -> None:
     """Answer what --data names, print its table, write --predictions."""
     kind = args.data.partition(":")[0]
     how = {
@@ -120,7 +127,8 @@ def answer_prompt(lavin: LaVIN, args: argparse.Namespace, how: dict) -> None:
     print()
 
 
-def main():
+def main() -> None:
+    """Settle what is asked and of which model, then do it."""
     parser = flags.generate_parser(__doc__.split("\n\n")[0])
     args = parser.parse_args()
     flags.check_args(args, parser)

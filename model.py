@@ -32,6 +32,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., C), in the dtype of x."""
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return y.type_as(x) * self.weight
@@ -87,7 +88,8 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, kv_dim, bias=config.attention_bias)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: torch.Tensor, rope: tuple, lengths=None, cache=None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: tuple, lengths: torch.Tensor | None = None,
+                cache: object | None = None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). A cache holds this layer's keys and values of earlier tokens.
 
         Training has no cache. In generation there are two passes (fast/engine.py): one reads whole
@@ -134,8 +136,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: torch.Tensor, w: torch.Tensor | None, rope: tuple, lengths=None,
-                cache=None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, w: torch.Tensor | None, rope: tuple,
+                lengths: torch.Tensor | None = None,
+                cache: object | None = None) -> torch.Tensor:
         """x (B, T, C); w (B, T or 1, 2), the experts' weights, None if folded -> (B, T, C)."""
         # A folded model has in the adapter's place a module that does not look at w.
         adapted = self.adapter(self.attention_norm(x), w)
@@ -185,10 +188,12 @@ class LLaMA(nn.Module):
         self.checkpointing = False      # recompute activations in backward, to save memory
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """rope_angles of positions (..., T), with this model's head width and θ."""
         return rope_angles(positions, self.config.head_dim, self.config.rope_theta)
 
-    def forward(self, x: torch.Tensor, w: torch.Tensor | None, positions=None, lengths=None,
-                caches=None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, w: torch.Tensor | None,
+                positions: torch.Tensor | None = None, lengths: torch.Tensor | None = None,
+                caches: list | None = None) -> torch.Tensor:
         """Embeddings x (B, T, C) -> the last hidden state, normed, (B, T, C). `output` comes next.
 
         w (L, B, T or 1, 2): the experts' weights in every layer, or None if adapters are folded in.
@@ -268,9 +273,11 @@ class LaVIN(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the model is: --fsdp may scatter the frozen weights, but not the trained ones."""
         return self.modality_embedding.device
 
     def autocast(self) -> torch.autocast:
+        """A context in which products are computed in the dtype of the frozen weights."""
         dtype = self.llama.norm.weight.dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
@@ -305,7 +312,8 @@ class LaVIN(nn.Module):
             x[positions] = features.type_as(x)
         return x[None]
 
-    def expert_weights(self, batch: data.Batch, routed=None) -> torch.Tensor | None:
+    def expert_weights(self, batch: data.Batch,
+                       routed: torch.Tensor | None = None) -> torch.Tensor | None:
         """The experts' weights for every token, (L, 1, T, 2), or None if adapters are folded in.
 
         routed: what route() returned, where the caller has asked it already.
@@ -324,14 +332,15 @@ class LaVIN(nn.Module):
         w = torch.where(batch.modality[:, None] == 0, text, picture)        # (L, T, 2)
         return w[:, None]
 
-    def last_hidden_state(self, batch: data.Batch, routed=None) -> torch.Tensor:
+    def last_hidden_state(self, batch: data.Batch,
+                          routed: torch.Tensor | None = None) -> torch.Tensor:
         """What LLaMA makes of every token, (T, C), before `output`."""
         x = self.embed(batch)
         w = self.expert_weights(batch, routed)
         x = self.llama(x, w, positions=batch.positions[None], lengths=batch.lengths)
         return x[0]
 
-    def forward(self, batch: data.Batch, routed=None) -> torch.Tensor:
+    def forward(self, batch: data.Batch, routed: torch.Tensor | None = None) -> torch.Tensor:
         """The mean cross-entropy over the batch's answer tokens, fp32."""
         with self.autocast():
             x = self.last_hidden_state(batch, routed)

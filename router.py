@@ -27,6 +27,7 @@ class Router(nn.Linear):
         self.tau = tau
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
+        """y (..., C), normed -> w (..., 2), which sum to 1."""
         logits = super().forward(y).float()
         return torch.softmax(logits / self.tau, dim=-1)
 

@@ -20,10 +20,13 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 import checkpoints
 import data
@@ -117,7 +120,7 @@ def make_optimizer(lavin: LaVIN, settings: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, fused=True)
 
 
-def train_step(lavin: LaVIN, optimizer, scaler, gradients: torch.Tensor,
+def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients: torch.Tensor,
                micro_batches: list[data.Batch]) -> tuple[float, float]:
     """One optimizer step on one global batch -> (its loss, the norm of its gradient).
 
@@ -170,8 +173,8 @@ def check_finite(what: str, value: float, batches: list[data.Batch]) -> None:
         raise LavinError(f"the {what} is {value} on the samples {ids}; try a lower --lr")
 
 
-def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer, scaler, first_step: int,
-          settings: Settings) -> None:
+def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler: GradScaler,
+          first_step: int, settings: Settings) -> None:
     """The loop, from first_step on, until all steps are done or a signal asks to stop.
 
     `load_batches` yields the micro-batches that data.global_batch chooses for each step. In
@@ -217,7 +220,8 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer, scaler, first_step
         sys.exit(128 + signals.first)
 
 
-def load_batches(lavin: LaVIN, samples: runs.TrainingSet, steps: range, settings: Settings):
+def load_batches(lavin: LaVIN, samples: runs.TrainingSet, steps: range,
+                 settings: Settings) -> Iterator[list[data.Batch]]:
     """Yield for each step this rank's micro-batches of its global batch."""
     plan = functools.partial(
         data.global_batch,
@@ -239,8 +243,8 @@ def count_steps(settings: Settings) -> tuple[int, int]:
     return steps_per_epoch, n_steps
 
 
-def save(lavin: LaVIN, optimizer, scaler, step: int, steps_per_epoch: int,
-         settings: Settings) -> None:
+def save(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, step: int,
+         steps_per_epoch: int, settings: Settings) -> None:
     """OUT/checkpoint.pth: the official layout, and beside it what --resume and generate.py need."""
     checkpoint = checkpoints.official_checkpoint(lavin, settings.format, settings.bits)
     checkpoint |= {
@@ -262,7 +266,8 @@ def compile_blocks(lavin: LaVIN) -> None:
         block.compile(dynamic=True)
 
 
-def build(settings: Settings, resumed: dict | None, device: torch.device):
+def build(settings: Settings, resumed: dict | None,
+          device: torch.device) -> tuple[LaVIN, Optimizer, GradScaler]:
     """-> LaVIN, its optimizer and its scaler, at the step at which they are to go on."""
     torch.manual_seed(data.mixed_seed(settings.seed, 0))
     path = Path(settings.out, "checkpoint.pth")
@@ -283,7 +288,7 @@ def build(settings: Settings, resumed: dict | None, device: torch.device):
                          "train on the LLaMA that it was made from")
     runs.freeze(lavin, settings.adapters, settings.routing)
     optimizer = make_optimizer(lavin, settings)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "fp16")
+    scaler = GradScaler(device.type, enabled=settings.dtype == "fp16")
     if resumed:
         try:
             optimizer.load_state_dict(resumed["optimizer"])
@@ -300,8 +305,8 @@ def build(settings: Settings, resumed: dict | None, device: torch.device):
     return lavin, optimizer, scaler
 
 
-def dry_run(lavin: LaVIN, samples: runs.TrainingSet, optimizer, scaler,
-            settings: Settings) -> None:
+def dry_run(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer,
+            scaler: GradScaler, settings: Settings) -> None:
     """Print what a run would take, from a step on the longest samples and a few usual ones."""
     _, n_steps = count_steps(settings)
 
@@ -424,7 +429,8 @@ def load_and_train(settings: Settings, resumed: dict | None, device: torch.devic
     score_val(lavin, problems, val_samples, n_steps, settings)
 
 
-def main():
+def main() -> None:
+    """Read the flags and all of the data before anything large is loaded; then train."""
     settings, resumed = parse_args()
     remembered = resumed["config"] if resumed else {}
     device, settings.dtype = pick_device(settings.device, settings.dtype)

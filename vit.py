@@ -25,6 +25,7 @@ class ViTConfig:
 
     @property
     def n_features(self) -> int:
+        """How many tokens a picture becomes: 6 for ViT-L/14."""
         return self.layers // 4
 
 
@@ -32,6 +33,7 @@ class LayerNorm(nn.LayerNorm):
     """In fp32, as in CLIP."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., C), in the dtype of x."""
         weight = self.weight.float()
         bias = self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias).type_as(x)
