@@ -12,11 +12,10 @@ Everything is read strictly. A name that is missing or unknown, or a shape that 
 LavinError that names the file and the tensor.
 """
 
-import argparse
 import dataclasses
 import json
+import math
 import os
-import zipfile
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -28,63 +27,74 @@ from sentencepiece import SentencePieceProcessor
 
 import data
 from adapters import AdapterConfig
-from extras import hf
+from extras import hf, torchscript
+from extras.terminal import Parser, run
+from extras.values import ADAPTER_ARGS, LLAMA_PARAMS, PROGRESS, SETTINGS, Kind, check_values
 from fast import ranks
 from fast.fold import fold
 from fast.quantize import n_quantized, quantize
-from files import (LavinError, check_names, fill, is_hf_folder, read_checkpoint, read_json, run,
-                   tensors_of, write_atomically)
+from files import (LavinError, check_names, check_tensor, check_writable, fill, is_finite,
+                   is_hf_folder, read_checkpoint, read_json, tensors_of, write_atomically)
 from model import LaVIN, LLaMA, LLaMAConfig
 from vit import ViTConfig
+
+# What the sizes of CLIP and of the adapters may be, which are read off their tensors.
+VIT_SIZES = {
+    "width": Kind(int, low=64, high=2**14),
+    "layers": Kind(int, low=4, high=1000),      # the features are taken after every fourth
+    "patch": Kind(int, low=1, high=2**10),
+    "resolution": Kind(int, low=1, high=2**12),
+}
+ADAPTER_SIZES = {
+    "rank": Kind(int, low=2, high=2**14),
+    "projector_dim": Kind(int, low=1, high=2**17),
+}
 
 # LLaMA
 
 
-def check_params(params: dict) -> None:
-    """ValueError for a value that LLaMAConfig cannot have."""
-    for name, value in params.items():
-        if name == "attention_bias":
-            valid = isinstance(value, bool)
-        elif name in ("norm_eps", "ffn_dim_multiplier", "rope_theta"):
-            valid = type(value) in (int, float) and value > 0
-        else:
-            valid = type(value) is int and value > 0
-        if not valid:
-            raise ValueError(f"{name} is {value!r}")
-
-
 def read_params(directory: str | Path, vocab_size: int) -> LLaMAConfig:
-    """params.json, or Hugging Face's config.json -> LLaMAConfig.
+    """params.json, or Hugging Face's config.json -> LLaMAConfig. Raises LavinError.
 
-    vocab_size is the tokenizer's, since Meta's file says -1.
+    vocab_size is the tokenizer's. Meta's models have just as many tokens, and their file may say -1
+    instead. Hugging Face's may have more.
     """
     if is_hf_folder(directory):
         path = Path(directory, "config.json")
         params = hf.read_config(directory)
-        if vocab_size > params["vocab_size"]:
-            raise LavinError(f"{path}: {params['vocab_size']} tokens, "
-                             f"but tokenizer.model has {vocab_size}")
-        vocab_size = params["vocab_size"]
+        fits = params["vocab_size"] >= vocab_size
     else:
         path = Path(directory, "params.json")
-        params = read_json(path)
-    try:
-        if params.get("use_scaled_rope"):
-            raise LavinError(f"{path}: scaled RoPE (LLaMA 3.1 and later) "
-                             "is not supported")
-        known = {}
-        for field in dataclasses.fields(LLaMAConfig):
-            if params.get(field.name) is not None:
-                known[field.name] = params[field.name]
-        known["vocab_size"] = vocab_size
-        check_params(known)
-        config = LLaMAConfig(**known)
-        if config.dim % config.n_heads or config.n_heads % config.n_kv_heads:
-            raise ValueError(f"dim {config.dim}, heads {config.n_heads}, "
-                             f"key heads {config.n_kv_heads} do not divide")
-    except (AttributeError, TypeError, ValueError) as error:
-        raise LavinError(f"{path}: not LLaMA's parameters ({error})") from error
+        params = read_meta_params(path, vocab_size)
+        fits = params["vocab_size"] == vocab_size
+    if not fits:
+        raise LavinError(f"{path}: {params['vocab_size']} tokens, "
+                         f"but tokenizer.model has {vocab_size}")
+    config = LLaMAConfig(**params)
+    check_values(path, vars(config), LLAMA_PARAMS)      # hidden_dim may have been computed
+    if config.dim % config.n_heads or config.n_heads % config.n_kv_heads:
+        raise LavinError(f"{path}: dim {config.dim}, heads {config.n_heads}, "
+                         f"key heads {config.n_kv_heads} do not divide")
+    if config.head_dim % 2:
+        raise LavinError(f"{path}: a head is {config.head_dim} wide, which RoPE cannot halve")
     return config
+
+
+def read_meta_params(path: Path, vocab_size: int) -> dict:
+    """params.json -> {field of LLaMAConfig: value}, of the right kinds."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise LavinError(f"{path}: not LLaMA's parameters, which are a JSON object")
+    if content.get("use_scaled_rope"):
+        raise LavinError(f"{path}: scaled RoPE (LLaMA 3.1 and later) is not supported")
+    params = {}
+    for name in LLAMA_PARAMS:
+        if content.get(name) is not None:
+            params[name] = content[name]
+    if params.get("vocab_size", -1) == -1:
+        params["vocab_size"] = vocab_size
+    check_values(path, params, LLAMA_PARAMS, needed=("dim", "n_layers", "n_heads"))
+    return params
 
 
 def allocate(modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
@@ -126,6 +136,19 @@ def differ_only_in(dim: int, a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape[:dim] == b.shape[:dim] and a.shape[dim + 1:] == b.shape[dim + 1:]
 
 
+def shard_files(directory: str | Path) -> list[Path]:
+    """consolidated.00.pth, .01.pth, …. LavinError if one is missing, or another looks like one."""
+    files = sorted(Path(directory).glob("consolidated.*.pth"))
+    if not files:
+        raise LavinError(f"{directory}: holds no consolidated.00.pth")
+    for i, file in enumerate(files):
+        expected = f"consolidated.{i:02}.pth"
+        if file.name != expected:
+            raise LavinError(f"{file}: there is no {expected} before it; fetch that, "
+                             "or move this file away if it is no part of the model")
+    return files
+
+
 class MappedShards:
     """The files of a LLaMA, mapped and not read: a tensor stays on disk until it is touched.
 
@@ -133,14 +156,16 @@ class MappedShards:
     than the largest tensor of a shard, or 16 MB, has been touched.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, names: list[str], is_hf: bool):
+        """LavinError unless every shard holds just the tensors of these names."""
         self.directory = directory
-        self.is_hf = is_hf_folder(directory)
-        if self.is_hf:
-            self.files = [Path(directory)]
-        else:
-            self.files = sorted(Path(directory).glob("consolidated.*.pth"))
+        self.is_hf = is_hf
+        self.files = [Path(directory)] if is_hf else shard_files(directory)
         self.open()
+        for file, shard in zip(self.files, self.shards):
+            found = [name for name in shard if not name.endswith("rope.freqs")]     # we compute it
+            check_names(file, names, found)
+        self.check_different()
         largest = max(tensor.nbytes for tensor in self.shards[0].values())
         self.budget = max(2**24, largest)
 
@@ -154,25 +179,34 @@ class MappedShards:
             self.shards = [tensors_of(read_checkpoint(file, mmap=True), file)
                            for file in self.files]
 
-    def check_names(self, expected: list[str]) -> None:
-        """LavinError unless every shard holds just these tensors."""
-        for file, shard in zip(self.files, self.shards):
-            found = [name for name in shard if not name.endswith("rope.freqs")]     # we compute it
-            check_names(file, expected, found)
+    def slices(self, name: str, target: torch.Tensor) -> list[torch.Tensor]:
+        """The slice of each shard that `target` is made of, sound, but maybe of a wrong shape.
 
-    def slices(self, name: str) -> list[torch.Tensor]:
-        """The tensor's slice in each shard. The caller must not keep them longer than needed."""
+        The caller must not keep them longer than needed.
+        """
         size = self.shards[0][name].nbytes
         if self.touched + size > self.budget:
             self.open()
         self.touched += size
-        return [shard[name] for shard in self.shards]
+        shape = target.shape if self.is_hf else None        # Hugging Face's files cut no tensor
+        slices = [shard[name] for shard in self.shards]
+        for file, piece in zip(self.files, slices):
+            check_tensor(file, name, piece, shape, target.dtype)
+        return slices
+
+    def check_different(self) -> None:
+        """LavinError if two shards hold the same part of the embeddings: one is a copy."""
+        pieces = [shard["tok_embeddings.weight"] for shard in self.shards]
+        for i in range(len(pieces)):
+            for j in range(i):
+                if pieces[j].equal(pieces[i]) and pieces[i].any():      # zeros say nothing
+                    raise LavinError(f"{self.files[i]}: a copy of {self.files[j]}; fetch it again")
 
 
 def copy_tensor(shards: MappedShards, name: str, target: torch.Tensor,
                 config: LLaMAConfig) -> None:
     """Copy a tensor of the files into `target`, its slices joined."""
-    slices = shards.slices(name)
+    slices = shards.slices(name, target)
     if shards.is_hf:
         slices = [hf.to_meta(name, slices[0], config)]
     parts = slots(target, slices)
@@ -186,18 +220,6 @@ def copy_tensor(shards: MappedShards, name: str, target: torch.Tensor,
         part.copy_(piece)
 
 
-def read_delta(delta: str | Path, llama: LLaMA, names: list[str],
-               directory: str | Path) -> dict:
-    """A folder of Hugging Face's, to be added to the LLaMA of `directory`, as Vicuna's is."""
-    tensors = hf.read_llama(delta)
-    for name in names:
-        wanted = llama.get_parameter(name).shape
-        if name not in tensors or tensors[name].shape != wanted:
-            raise LavinError(f"{delta}: {name} is missing or of another shape than in "
-                             f"{directory}; this delta belongs to another model")
-    return tensors
-
-
 @torch.no_grad()
 def load_llama(llama: LLaMA, directory: str | Path, device: torch.device, dtype: torch.dtype,
                delta: str | Path | None = None) -> Iterator[nn.Module]:
@@ -206,21 +228,22 @@ def load_llama(llama: LLaMA, directory: str | Path, device: torch.device, dtype:
     The blocks come on the meta device. Each is given memory when its turn comes, and yielded when
     it is full, so that the caller can make it smaller before the next one comes.
     """
-    shards = MappedShards(directory)
     names = list(frozen_parameters(llama))
-    shards.check_names(names)
-    deltas = read_delta(delta, llama, names, directory) if delta else {}
+    shards = MappedShards(directory, names, is_hf_folder(directory))
+    deltas = MappedShards(delta, names, is_hf=True) if delta else None
 
     def copy(name):
         parameter = llama.get_parameter(name)
         if not delta:
             copy_tensor(shards, name, parameter, llama.config)
             return
-        whole = torch.empty_like(parameter, dtype=torch.float32)
-        copy_tensor(shards, name, whole, llama.config)
-        # Deltas have Hugging Face's order of rows in wq and wk, and must be permuted before.
-        whole.add_(hf.to_meta(name, deltas[name], llama.config))
-        parameter.copy_(whole)
+        total = torch.empty_like(parameter, dtype=torch.float32)
+        copy_tensor(shards, name, total, llama.config)
+        added = torch.empty_like(total)
+        copy_tensor(deltas, name, added, llama.config)
+        total += added
+        check_tensor(delta, name, total, dtype=parameter.dtype)
+        parameter.copy_(total)
 
     for name in names:
         if not name.startswith("layers."):
@@ -245,6 +268,10 @@ def save_folded(lavin: LaVIN, directory: str | Path) -> None:
     if n_quantized(lavin.llama):
         raise LavinError("--fold: quantized matrices have no place in Meta's layout; "
                          "leave --bits out")
+    n_tokens = lavin.tokenizer.vocab_size()
+    if lavin.llama.config.vocab_size != n_tokens:
+        raise LavinError(f"--fold: this LLaMA has {lavin.llama.config.vocab_size} tokens, but its "
+                         f"tokenizer {n_tokens}; Meta's layout has no place for more")
     directory = Path(directory)
     if any(directory.glob("consolidated.*.pth")):
         raise LavinError(f"--fold {directory}: holds a model already; "
@@ -257,6 +284,8 @@ def save_folded(lavin: LaVIN, directory: str | Path) -> None:
     state = {}
     for name, p in lavin.llama.state_dict().items():
         state[name] = p.to(torch.float16) if p.dtype == torch.float32 else p
+        if not is_finite(state[name]):
+            raise LavinError(f"--fold: {name} would hold numbers that are too large for fp16")
     tokenizer = lavin.tokenizer.serialized_model_proto()
     write_atomically(directory / "tokenizer.model",
                      lambda path: path.write_bytes(tokenizer))
@@ -269,35 +298,14 @@ def save_folded(lavin: LaVIN, directory: str | Path) -> None:
 # CLIP
 
 
-def is_torchscript(path: str | Path) -> bool:
-    """Is this a TorchScript archive, as OpenAI's are? LavinError for one that would run code."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        if not any("/code/" in name for name in archive.namelist()):
-            return False
-        # TorchScript's reader runs code for a class that restores itself. It takes /CODE/ for
-        # /code/, and one of two entries of the same name, so every entry is searched.
-        for entry in archive.infolist():
-            if b"__setstate__" in archive.read(entry):
-                raise LavinError(f"{path}: would run code when it is read, "
-                                 "which no CLIP archive does; not loaded")
-    return True
-
-
 def read_clip_state(path: str | Path) -> dict:
     """{OpenAI's name: tensor} of an archive, a state dict, or a folder of Hugging Face's."""
-    try:
-        if Path(path).is_dir():
-            return hf.read_clip(path)
-        if is_torchscript(path):
-            return torch.jit.load(path, map_location="cpu").state_dict()
-        return read_checkpoint(path)
-    except LavinError:
-        raise
-    except Exception as error:      # damaged bytes make the readers raise anything
-        raise LavinError(f"{path}: not a readable CLIP archive; truncated? "
-                         "fetch it again") from error
+    if os.path.isdir(path):
+        return hf.read_clip(path)
+    state = torchscript.read_tensors(path, "visual.")
+    if state is None:                   # no archive
+        state = tensors_of(read_checkpoint(path), path)
+    return state
 
 
 def read_clip(path: str | Path) -> tuple[dict, ViTConfig]:
@@ -307,21 +315,24 @@ def read_clip(path: str | Path) -> tuple[dict, ViTConfig]:
     """
     unused = ("visual.ln_post.", "visual.proj")
     state = {}
-    for name, tensor in tensors_of(read_clip_state(path), path).items():
+    for name, tensor in read_clip_state(path).items():
         if name.startswith("visual.") and not name.startswith(unused):
             name = name.removeprefix("visual.").removeprefix("transformer.")
             state[name] = tensor
     try:
         width, _, patch, _ = state["conv1.weight"].shape
-        n_patches = len(state["positional_embedding"]) - 1
-        side = round(n_patches ** 0.5)
-    except (KeyError, TypeError, ValueError) as error:
-        raise LavinError(f"{path}: not a CLIP ViT ({error!r}); take ViT-L-14.pt") from error
+        n_positions, _ = state["positional_embedding"].shape
+    except (KeyError, ValueError) as error:
+        raise LavinError(f"{path}: not a CLIP ViT: conv1.weight or positional_embedding is "
+                         "missing, or of another shape; take ViT-L-14.pt") from error
+    side = math.isqrt(max(n_positions - 1, 0))          # in patches; the class token comes first
     blocks = {name.split(".")[1] for name in state if name.startswith("resblocks.")}
-    if len(blocks) < 4 or width % 64:
-        raise LavinError(f"{path}: {len(blocks)} blocks of width {width}; "
-                         "features need 4 blocks, and heads a multiple of 64")
-    return state, ViTConfig(width, len(blocks), patch, side * patch)
+    sizes = {"width": width, "layers": len(blocks), "patch": patch, "resolution": side * patch}
+    check_values(path, sizes, VIT_SIZES)
+    if width % 64 or n_positions != 1 + side ** 2:
+        raise LavinError(f"{path}: {n_positions} positions of width {width}; the width must be "
+                         "a multiple of 64, and the patches a square, with one position more")
+    return state, ViTConfig(**sizes)
 
 
 # LaVIN's adapters
@@ -407,24 +418,48 @@ def read_adapter(path: str | Path) -> tuple[dict, AdapterConfig, dict]:
         raise LavinError(f'{path}: not a LaVIN checkpoint: it has no "model"')
     state = {}
     for name, tensor in tensors_of(checkpoint["model"], path).items():
+        check_tensor(path, name, tensor)
         state[name.removeprefix("module.")] = tensor        # "module." is DistributedDataParallel's
+    args, remembered = read_settings(path, checkpoint)
     try:
-        args = vars(checkpoint.get("args") or Namespace())
-        config = AdapterConfig(
-            rank=len(state["layers.0.adapter_attn.conv_A.weight"]),
-            projector_dim=len(state["adapter_proj.conv_A.weight"]),
-            tau=float(args.get("temperature", AdapterConfig.tau)),
-            scale=float(args.get("adapter_scale", AdapterConfig.scale)),
-            dropout=float(args.get("dropout", AdapterConfig.dropout)))
-        settings = {
-            "max_seq_len": args.get("max_seq_len"),
-            "format": args.get("prompt_format"),
-            "step": checkpoint.get("step"),
-            "epoch": checkpoint.get("epoch")}
-        settings |= checkpoint.get("config", {})
-    except (KeyError, TypeError, ValueError) as error:
-        raise LavinError(f"{path}: not a LaVIN checkpoint ({error!r})") from error
-    return state, config, settings
+        rank = len(state["layers.0.adapter_attn.conv_A.weight"])
+        projector_dim = len(state["adapter_proj.conv_A.weight"])
+    except (KeyError, TypeError) as error:                  # TypeError: of a single number
+        raise LavinError(f"{path}: not a LaVIN checkpoint: the first conv_A.weight of its adapters "
+                         "or its projector is missing, or has no rows") from error
+    check_values(path, {"rank": rank, "projector_dim": projector_dim}, ADAPTER_SIZES)
+    if rank % 2:
+        raise LavinError(f"{path}: rank {rank} is odd, but an expert has two groups")
+    config = AdapterConfig(
+        rank=rank,
+        projector_dim=projector_dim,
+        tau=float(args.get("temperature", AdapterConfig.tau)),
+        scale=float(args.get("adapter_scale", AdapterConfig.scale)),
+        dropout=float(args.get("dropout", AdapterConfig.dropout)))
+    settings = {
+        "max_seq_len": args.get("max_seq_len"),
+        "format": args.get("prompt_format"),
+        "step": checkpoint.get("step"),
+        "epoch": checkpoint.get("epoch")}
+    return state, config, settings | remembered
+
+
+def read_settings(path: str | Path, checkpoint: dict) -> tuple[dict, dict]:
+    """A checkpoint's (args, config), their values checked; the released files have no config."""
+    args = checkpoint.get("args")
+    if args is None:
+        args = Namespace()
+    config = checkpoint.get("config", {})
+    if not isinstance(args, Namespace) or not isinstance(config, dict):
+        raise LavinError(f"{path}: not a LaVIN checkpoint: its args must be a Namespace, "
+                         "its config a dictionary")
+    config = dict(config)
+    if isinstance(config.get("data"), str):         # older checkpoints knew a single source
+        config["data"] = [config["data"]]
+    check_values(path, vars(args), ADAPTER_ARGS)
+    check_values(path, checkpoint, PROGRESS)
+    check_values(path, config, SETTINGS)
+    return vars(args), config
 
 
 # All of it together
@@ -437,6 +472,42 @@ def check_not_folded(llama: str | Path, config: LLaMAConfig) -> None:
                          "that they were trained with, or --adapter none")
 
 
+def memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory, or of this machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def weights_size(lavin: LaVIN, dtype: torch.dtype, bits: int, n_parts: int) -> int:
+    """Bytes of all weights, LLaMA's matrices in `bits` or cut into n_parts. No tensor is needed."""
+    size = 0
+    for name, p in lavin.named_parameters():
+        n_bytes = p.numel() * (4 if p.requires_grad else dtype.itemsize)
+        if name.startswith("llama.layers.") and p.dim() == 2 and not p.requires_grad:
+            if bits < 16:
+                n_bytes = p.numel() * bits // 8
+            n_bytes //= n_parts
+        size += n_bytes
+    return size
+
+
+def check_fits(lavin: LaVIN, device: torch.device, dtype: torch.dtype, bits: int,
+               n_parts: int) -> None:
+    """LavinError if the weights alone are larger than the device's memory."""
+    there = memory(device)
+    needed = weights_size(lavin, dtype, bits, n_parts)
+    if needed <= there:
+        return
+    advice = ""
+    for fewer in (4, 8):
+        smaller = weights_size(lavin, dtype, fewer, n_parts)
+        if fewer < bits and smaller <= there and n_parts == 1:      # --fsdp takes no --bits
+            advice = f"; with --bits {fewer} they take {smaller / 1e9:.3g} GB"
+    raise LavinError(f"the weights of this model take {needed / 1e9:.3g} GB, but {device} "
+                     f"has {there / 1e9:.3g} GB{advice}")
+
+
 def check_context(max_seq_len: int, tokenizer: SentencePieceProcessor,
                   vit_config: ViTConfig) -> None:
     """LavinError if a picture alone fills the context."""
@@ -445,6 +516,21 @@ def check_context(max_seq_len: int, tokenizer: SentencePieceProcessor,
     if max_seq_len <= n_picture:
         raise LavinError(f"--max-seq-len {max_seq_len} has no room for text: "
                          f"a picture takes {n_picture}")
+
+
+def begin_with(adapter: str | Path | None, tau: float | None,
+               dropout: float | None) -> tuple[dict, AdapterConfig, dict]:
+    """What `read_adapter` returns, or fresh adapters' settings; tau and dropout as given."""
+    state = {}
+    config = AdapterConfig()
+    settings = {}
+    if adapter:
+        state, config, settings = read_adapter(adapter)
+    if tau is not None:
+        config.tau = tau
+    if dropout is not None:
+        config.dropout = dropout
+    return state, config, settings
 
 
 def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, *,
@@ -459,16 +545,8 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
     LLaMA, and fsdp cuts it into a part for each rank, block by block as it is read. delta: a folder
     of Hugging Face's that is added to LLaMA. LavinError for files that are damaged or do not fit.
     """
-    config = AdapterConfig()
-    settings = {}
-    if adapter:
-        state, config, settings = read_adapter(adapter)
-    if tau is not None:
-        config.tau = tau
-    if dropout is not None:
-        config.dropout = dropout
+    state, config, settings = begin_with(adapter, tau, dropout)
     max_seq_len = max_seq_len or settings.get("max_seq_len") or 512
-
     tokenizer = data.load_tokenizer(llama)
     vit_state, vit_config = read_clip(vit)
     llama_config = read_params(llama, tokenizer.vocab_size())
@@ -476,8 +554,10 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
     if adapter:
         check_not_folded(llama, llama_config)
 
+    device = torch.device(device)
     with torch.device("meta"):                      # no memory yet: dtype and device come first
         lavin = LaVIN(llama_config, vit_config, config, tokenizer, max_seq_len)
+    check_fits(lavin, device, dtype, bits, ranks.count() if fsdp else 1)
     outside = [module for name, module in lavin.named_modules()
                if not name.startswith("llama.layers.")]
     allocate(outside, device, dtype)
@@ -487,7 +567,7 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
         if bits < 16:
             quantize(block, bits)
         if fsdp:
-            ranks.shard(block, torch.device(device))
+            ranks.shard(block, device)
     lavin.init_trained()
     if adapter:
         fill(to_official(lavin), state, adapter)    # views: filling them fills the model
@@ -512,7 +592,7 @@ def describe(path: str | Path) -> dict:
         part = PARTS.get(name.split(".")[0], name.split(".")[0])
         counts[part] += tensor.numel()
         if name.endswith("adapter_attn.conv_A.weight"):
-            widths.setdefault(part, []).append(tensor.shape[1])
+            widths.setdefault(part, []).append(tensor.numel() // config.rank)
     total = sum(counts.values())
     shown = " · ".join(f"{part} {count:,}" for part, count in counts.items())
     print(f"{path}: {total:,} trained parameters: {shown}")
@@ -533,7 +613,7 @@ def describe(path: str | Path) -> dict:
 
 def main() -> None:
     """Describe a checkpoint; with its LLaMA at hand show the routing, and fold if asked to."""
-    parser = argparse.ArgumentParser(description="Say what is in a LaVIN checkpoint.")
+    parser = Parser(description="Say what is in a LaVIN checkpoint.")
     parser.add_argument("file")
     parser.add_argument("--llama", help="the LLaMA that it belongs to, to show the "
                         "routing weights (default: the one it was trained with)")
@@ -545,6 +625,9 @@ def main() -> None:
     settings = describe(args.file)
     llama = args.llama or settings.get("llama")
     vit = args.vit or settings.get("vit")
+    for given in (args.llama, args.vit):
+        if given and not os.path.exists(given):
+            raise LavinError(f"{given}: no such file or folder")
     known = llama and vit and os.path.exists(llama) and os.path.exists(vit)
     if not known and args.fold:
         raise LavinError("--fold needs the LLaMA that the adapters belong to: "
@@ -553,6 +636,8 @@ def main() -> None:
         print("routing  depends on LLaMA too; --llama DIR --vit FILE shows it")
         return
 
+    if args.fold:
+        check_writable(Path(args.fold, "params.json"), "--fold")
     lavin = load(llama, vit, args.file, delta=settings.get("delta"))
     for i, (text, picture) in enumerate(lavin.route().tolist(), 1):
         print(f"layer {i:3}   text {text[0]:.3f} {text[1]:.3f}"

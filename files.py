@@ -1,4 +1,4 @@
-"""Files and flags that people hand us: found, opened safely, written atomically.
+"""Files that people hand us: found, opened safely, checked, written atomically.
 
 All scripts and loaders read and write through this file. So a wrong, truncated or hostile input
 ends in one sentence on stderr and exit code 2, never in a traceback, an executed pickle or a
@@ -6,15 +6,18 @@ half-written result.
 """
 
 import argparse
+import contextlib
 import errno
+import fcntl
+import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
-import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,29 +25,6 @@ import torch
 
 class LavinError(Exception):
     """One line for the person at the terminal: what is wrong with which file, and what to do."""
-
-
-def run(main: Callable[[], None]) -> None:
-    """Call a script's `main()`. A LavinError, or too little memory, becomes one line on stderr."""
-    warnings.simplefilter("ignore")     # libraries advise their programmers; stderr is for errors
-    try:
-        main()
-    except LavinError as error:
-        rank = ""
-        if "RANK" in os.environ:        # under torchrun
-            rank = f"rank {os.environ['RANK']}: "
-        message = " ".join(str(error).split())
-        print(f"{rank}error: {message}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        if not out_of_memory and "can't allocate memory" not in str(error):     # said of a CPU's
-            raise
-        print("error: there is too little memory for this; --bits 8 or 4, or a lower --batch-size "
-              "or --max-seq-len, would help", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 # What both scripts take when no path is given, and where a person gets it.
@@ -66,14 +46,15 @@ def tokenizer_path(llama: str | Path) -> Path:
     """`tokenizer.model` is in LLaMA's folder or, as in Meta's download, in the one above it."""
     inside = Path(llama) / "tokenizer.model"
     above = Path(llama).absolute().parent / "tokenizer.model"
-    if above.exists() and not inside.exists():
+    if os.path.exists(above) and not os.path.exists(inside):
         return above
     return inside
 
 
 def is_hf_folder(path: str | Path) -> bool:
     """Is this a LLaMA in Hugging Face's layout, and not in Meta's?"""
-    return Path(path, "config.json").is_file() and not Path(path, "params.json").exists()
+    has_meta = os.path.exists(f"{path}/params.json")
+    return os.path.isfile(f"{path}/config.json") and not has_meta
 
 
 def asks_sqa(args: object) -> bool:
@@ -126,7 +107,7 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, str]:
         device = torch.device(device)
         torch.empty(1, device=device)
         torch.autocast(device.type)     # refuses a device that cannot compute, like "meta"
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise LavinError(f"--device {device}: not available here; cpu always is") from error
     if dtype != "auto":
         return device, dtype
@@ -144,26 +125,72 @@ def check_compiler(wanted: bool, device: torch.device) -> None:
                          "apt install g++, or leave --compile out")
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number that is not below `minimum`."""
-    def parse(text):
-        try:
-            if int(text) >= minimum:
-                return int(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
-    return parse
+# Reading
+
+
+def check_regular(path: str | Path) -> None:
+    """LavinError unless it is a file. Reading a pipe or a device could wait or go on for ever."""
+    if os.path.isdir(path):
+        raise LavinError(f"{path}: a folder, where a file is needed")
+    try:
+        os.stat(path)
+    except FileNotFoundError as error:
+        raise LavinError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:          # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise LavinError(f"{path}: cannot be read ({reason})") from error
+    if not os.path.isfile(path):
+        raise LavinError(f"{path}: a pipe or a device, where a file is needed")
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """folder/name, for a name out of somebody's data. ValueError if it leads out of the folder.
+
+    A link inside the folder may lead anywhere: whoever made the folder made the link.
+    """
+    path = os.path.normpath(name)
+    if os.path.isabs(path) or path.split(os.sep)[0] == ".." or "\0" in path:
+        raise ValueError(f"{name!r} leads out of {folder}")
+    return Path(folder, path)
 
 
 def read_json(path: str | Path) -> object:
     """The contents of a JSON file. LavinError if it is missing, unreadable or not JSON."""
+    check_regular(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise LavinError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LavinError(f"{path}: not JSON ({error})") from error
+
+
+def is_zip(path: str | Path) -> bool:
+    """Does a file begin as a zip file does, so that torch would read it as one?"""
+    with open(path, "rb") as opened:
+        return opened.read(4) == b"PK\x03\x04"
+
+
+def check_not_packed(path: str | Path, entries: list[zipfile.ZipInfo]) -> None:
+    """LavinError for entries of a zip file that are compressed, or lie over each other.
+
+    torch writes no such tensors. A small file could unpack to more than the machine's memory.
+    """
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise LavinError(f"{path}: its entry {entry.filename} is compressed, "
+                             "as in no torch file; not loaded")
+    if sum(entry.file_size for entry in entries) > os.path.getsize(path):
+        raise LavinError(f"{path}: its entries have more bytes than the file; not loaded")
+
+
+def check_archive(path: str | Path) -> None:
+    """LavinError for a zip file that torch.save did not write."""
+    with zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise LavinError(f"{path}: a TorchScript archive, as CLIP's are; "
+                             "a file that torch.save wrote is needed here")
+        check_not_packed(path, archive.infolist())
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
@@ -172,11 +199,21 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
     mmap=True leaves the tensors on disk until they are touched. Raises LavinError if the file is
     missing, truncated, or holds anything else than data.
     """
+    check_regular(path)
     try:
+        if is_zip(path):
+            check_archive(path)
+        elif mmap:
+            raise LavinError(f"{path}: not a file as torch writes them since 1.6; truncated? "
+                             "fetch it again, or load and save it with torch")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError as error:
-        raise LavinError(f"{path}: no such file") from error
+    except LavinError:
+        raise
+    except OSError as error:
+        raise LavinError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeEncodeError as error:
+        raise LavinError(f"{path}: torch cannot map a file of this name; rename it") from error
     except pickle.UnpicklingError as error:
         raise LavinError(f"{path}: not a checkpoint of tensors, or one that would run code; "
                          "not loaded") from error
@@ -186,11 +223,12 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
 
 
 def tensors_of(state: object, path: str | Path) -> dict[str, torch.Tensor]:
-    """`state` itself if it is {name: tensor}, else a LavinError about `path`."""
-    valid = isinstance(state, dict)
-    if not valid or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    """`state` itself if it is {name: plain tensor}, else a LavinError about `path`."""
+    if not isinstance(state, dict):
         raise LavinError(f"{path}: not a checkpoint of the expected kind: "
                          "it does not hold named tensors")
+    for name, tensor in state.items():
+        check_plain(path, name, tensor)
     return {str(name): tensor for name, tensor in state.items()}
 
 
@@ -203,17 +241,92 @@ def check_names(path: str | Path, expected: Iterable[str], found: Iterable[str])
         raise LavinError(f"{path}: {name} {fault}")
 
 
+def check_plain(path: str | Path, name: object, tensor: object) -> None:
+    """LavinError unless it is a tensor with a place in memory for each of its numbers.
+
+    A file may also hold sparse, quantized and nested tensors, tensors without numbers, and a
+    single number that claims to be a million of them.
+    """
+    fault = None
+    if not isinstance(tensor, torch.Tensor):
+        fault = f"is {type(tensor).__name__}, not a tensor"
+    elif tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta:
+        fault = "is not a plain tensor"
+    elif tensor.is_quantized:
+        fault = "is quantized"
+    elif tensor.nbytes > tensor.untyped_storage().nbytes():
+        fault = "has more numbers than the file holds of it"
+    if fault:
+        raise LavinError(f"{path}: {name} {fault}")
+
+
+def check_tensor(path: str | Path, name: str, tensor: object, shape: torch.Size | None = None,
+                 dtype: torch.dtype | None = None) -> None:
+    """LavinError unless it is a plain tensor of floating-point numbers, of this shape.
+
+    The numbers must be finite, in `dtype` too if it is given.
+    """
+    check_plain(path, name, tensor)
+    fault = None
+    if not tensor.is_floating_point():
+        fault = f"holds {tensor.dtype}, not floating-point numbers"
+    elif shape is not None and tensor.shape != shape:
+        fault = (f"is {tuple(tensor.shape)}, but this model's is {tuple(shape)}: "
+                 "these files do not belong together")
+    elif not is_finite(tensor, dtype):
+        fault = f"holds values that are not finite in {dtype or tensor.dtype}"
+    if fault:
+        raise LavinError(f"{path}: {name} {fault}")
+
+
+def is_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """No NaN and no infinity, once the numbers are of `dtype`? (Default: their own.)
+
+    The smallest and the largest number tell, faster than isfinite.
+    """
+    if tensor.numel() == 0:
+        return True
+    if tensor.dtype.itemsize == 1:      # aminmax knows no 8-bit floats
+        tensor = tensor.float()
+    smallest, largest = tensor.detach().aminmax()
+    dtype = dtype or tensor.dtype
+    return math.isfinite(smallest.to(dtype)) and math.isfinite(largest.to(dtype))
+
+
 @torch.no_grad()
 def fill(parameters: dict, state: dict, path: str | Path) -> None:
     """Copy `state` into `parameters`, both {name: tensor}: the same names, the same shapes."""
     check_names(path, parameters, state)
     for name, parameter in parameters.items():
-        found = tuple(state[name].shape)
-        wanted = tuple(parameter.shape)
-        if found != wanted:
-            raise LavinError(f"{path}: {name} is {found}, but this model's is {wanted}: "
-                             "these files do not belong together")
+        check_tensor(path, name, state[name], parameter.shape, parameter.dtype)
         parameter.copy_(state[name])
+
+
+def fingerprint(path: str | Path) -> str:
+    """A hash that tells one model from another: of a file, or of all the weights in a folder.
+
+    The sizes count, and 64 KB at each of 16 places of every file. So it takes milliseconds, where
+    hashing 13 GB takes a minute, and two trainings of one architecture still differ.
+    """
+    n_places = 16
+    n_bytes = 2**16
+    files = [Path(path)]
+    if os.path.isdir(path):
+        weights = (".pth", ".safetensors", ".bin")
+        files = sorted(file for file in Path(path).iterdir() if file.suffix in weights)
+    key = hashlib.sha256()
+    for file in files:
+        check_regular(file)
+        size = file.stat().st_size
+        key.update(str(size).encode())
+        with open(file, "rb") as opened:
+            for i in range(n_places):
+                opened.seek(size * i // n_places)
+                key.update(opened.read(n_bytes))
+    return key.hexdigest()[:16]
+
+
+# Writing
 
 
 def check_is_file(path: str | Path) -> None:
@@ -225,20 +338,41 @@ def check_is_file(path: str | Path) -> None:
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary path)`, then rename. Readers see the old file or the new one whole."""
+    """Call `write(temporary path)`, then rename. Readers see the old file or the new one whole.
+
+    The temporary name is the process's own, so that two of them do not write into one file.
+    """
     temporary = None
     try:
         target = Path(os.path.realpath(path))       # a link stays, and what it names is written
         check_is_file(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(target.name + ".tmp")
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         write(temporary)
         os.replace(temporary, target)
-    except (OSError, RuntimeError, ValueError) as error:    # torch.save: RuntimeError if disk full
-        raise LavinError(f"{path}: cannot be written ({error})") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise LavinError(f"{path}: cannot be written ({why_not(error)})") from error
     finally:
         if temporary:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def why_not(error: Exception) -> str:
+    """The reason for a failed writing, in the system's words where it has any."""
+    cause = error.__context__               # of torch.save, which itself says "unexpected pos"
+    if isinstance(error, RuntimeError) and isinstance(cause, OSError):
+        error = cause
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+def save_tensors(path: str | Path, content: object) -> None:
+    """torch.save, atomically. LavinError if the file cannot be written."""
+    def write(temporary):
+        with open(temporary, "wb") as file:     # given a path, torch.save hides that a disk is full
+            torch.save(content, file)
+
+    write_atomically(path, write)
 
 
 def check_writable(path: str | Path, flag: str) -> None:
@@ -254,3 +388,31 @@ def check_writable(path: str | Path, flag: str) -> None:
     except OSError as error:
         raise LavinError(f"{flag}: {path} cannot be written ({error.strerror}); "
                          "choose another place") from error
+
+
+def remove_temporaries(folder: str | Path) -> None:
+    """Remove what a process that was killed has left of `write_atomically` in a folder."""
+    for temporary in Path(folder).glob("*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path, otherwise: str | None) -> Iterator[None]:
+    """In a `with`, no other process is in such a `with` of the same folder.
+
+    If one is: LavinError(otherwise), or with None wait for its end. The system releases the lock
+    when the process ends, however that happens. A file system without locks has none.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    how = fcntl.LOCK_EX | fcntl.LOCK_NB if otherwise else fcntl.LOCK_EX
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise LavinError(otherwise) from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from extras.evaluate import sqa_scores
 from extras.scienceqa import load_sqa
-from files import run
+from extras.terminal import Parser, run
 from tiny import world
 
 ROOT = Path(__file__).absolute().parent.parent
@@ -145,7 +145,7 @@ def print_skills(problems, results, n_seeds):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seeds", type=int, default=3)

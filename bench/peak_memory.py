@@ -22,8 +22,9 @@ import torch
 
 from adapters import AdapterConfig
 from checkpoints import allocate, load_llama, read_params
+from extras.terminal import Parser, run
 from fast.quantize import quantize
-from files import DTYPES, run
+from files import DTYPES
 from model import LLaMA, LLaMAConfig
 
 ROOT = Path(__file__).absolute().parent.parent
@@ -117,7 +118,7 @@ def measure(dtype: str = "bf16", device: str = "cpu", bits: int = 16, dim: int =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dtype", nargs="?", choices=DTYPES, default="bf16")
     parser.add_argument("device", nargs="?", default="cpu")

@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw
 import checkpoints
 from data import Sample
 from extras.instructions import instruction_prompt
+from extras.terminal import Parser, run
 from fast import engine
-from files import run
 from tiny import world
 
 QUESTION = "Is this face happy or sad?"
@@ -81,7 +81,7 @@ def score(checkpoint: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["make", "score"])
     parser.add_argument("path", type=Path, metavar="FOLDER or CHECKPOINT")

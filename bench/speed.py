@@ -41,12 +41,13 @@ import train
 from adapters import Adapter, AdapterConfig
 from checkpoints import allocate
 from extras import hf
+from extras.terminal import Parser, run
 from fast.engine import Engine, continue_prompts
 from fast.fold import fold
 from fast.ops import keep_freed_memory, mix_experts
 from fast.quantize import quantize
 from fast.ranks import gradient_buffer
-from files import DTYPES, pick_device, run
+from files import DTYPES, pick_device
 from model import LaVIN, LLaMA, LLaMAConfig, pick
 from vit import ViTConfig
 
@@ -604,7 +605,7 @@ def run_rows(what: str, device: torch.device) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["train", "generate", "experts"])
     parser.add_argument("--shape", choices=SHAPES, help="measure one row (default: all rows)")

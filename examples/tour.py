@@ -23,9 +23,9 @@ import checkpoints
 import data
 import train
 from adapters import Adapter, AdapterConfig
+from extras.terminal import Parser, run
 from fast.ops import mix_experts
 from fast.ranks import gradient_buffer
-from files import run
 from model import LaVIN, LLaMAConfig
 from tiny import world
 from vit import ViTConfig
@@ -380,7 +380,7 @@ STOPS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stop", nargs="?", choices=list(STOPS), help="default: all, in this order")
     args = parser.parse_args()

@@ -7,12 +7,15 @@ because RoPE pairs channel i with i + D/2 there and channel 2i with 2i + 1 here.
 cannot do (biases, scaled RoPE, tied embeddings, another architecture) is refused by name.
 """
 
+import os
 import re
 from pathlib import Path
 
 import torch
 
-from files import LavinError, read_checkpoint, read_json, tensors_of
+from extras.values import LLAMA_PARAMS, check_values, short
+from files import (LavinError, check_regular, check_tensor, read_checkpoint, read_json,
+                   tensors_of)
 
 # Hugging Face's name -> Meta's. Those of a layer stand behind "model.layers.N." and "layers.N.".
 LLAMA_NAMES = {
@@ -28,6 +31,17 @@ LLAMA_NAMES = {
     "mlp.up_proj": "feed_forward.w3",
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
+}
+# Hugging Face's name for a field of LLaMAConfig -> ours.
+LLAMA_FIELDS = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "intermediate_size": "hidden_dim",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "vocab_size": "vocab_size",
 }
 # Hugging Face's name -> OpenAI's. OpenAI keeps q, k and v in one matrix, in_proj.
 CLIP_NAMES = {
@@ -58,23 +72,28 @@ def weight_files(folder):
     for index in folder.glob("*.index.json"):
         try:
             names = sorted(read_json(index).get("weight_map", {}).values())     # {tensor: file}
-        except (AttributeError, TypeError) as error:
-            raise LavinError(f"{index}: not an index of files ({error!r})") from error
-        for name in names:
             # A folder may have an index for each of the two formats. Only one of them is read.
-            if name.endswith(files[0].suffix) and name not in found:
+            names = [name for name in names if name.endswith(files[0].suffix)]
+        except (AttributeError, TypeError) as error:
+            raise LavinError(f"{index}: not an index of files, which names a file for each tensor"
+                             ) from error
+        for name in names:
+            if name not in found:
                 raise LavinError(f"{folder}: {name} is missing, which the index names")
     return files
 
 
 def read_safetensors(file):
     """{name: tensor} of one file, mapped."""
+    check_regular(file)
     try:
         from safetensors.torch import load_file             # an optional package, needed here alone
     except ImportError as error:
         raise LavinError(f"{file}: pip install safetensors, which reads such files") from error
     try:
         return load_file(file)
+    except PermissionError as error:
+        raise LavinError(f"{file}: cannot be read ({error.strerror or error})") from error
     except Exception as error:                              # damaged bytes make it raise anything
         reason = "not a readable safetensors file; truncated? fetch it again"
         raise LavinError(f"{file}: {reason}") from error
@@ -85,10 +104,23 @@ def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for file in weight_files(Path(folder)):
         if file.suffix == ".bin":
-            tensors |= tensors_of(read_checkpoint(file, mmap=True), file)
+            found = tensors_of(read_checkpoint(file, mmap=True), file)
         else:
-            tensors |= read_safetensors(file)
+            found = read_safetensors(file)
+        twice = tensors.keys() & found.keys()
+        if twice:
+            raise LavinError(f"{file}: {min(twice)} is in another file of this folder too; "
+                             "move away what is no part of the model")
+        tensors |= found
     return tensors
+
+
+def read_object(path):
+    """{name: value} of a JSON file. A value that is null counts as left out."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise LavinError(f"{path}: not a configuration, which is a JSON object")
+    return {name: value for name, value in content.items() if value is not None}
 
 
 def check_supported(path, config, supported):
@@ -101,54 +133,39 @@ def check_supported(path, config, supported):
         value = config.get(name, values[0])
         if value not in values:
             allowed = " or ".join(repr(v) for v in values)
-            raise LavinError(f"{path}: {name} {value!r} is not supported, only {allowed}")
+            raise LavinError(f"{path}: {name} {short(value)} is not supported, only {allowed}")
 
 
 # LLaMA
 
 
 def read_config(folder: str | Path) -> dict:
-    """config.json of a LLaMA -> {field of LLaMAConfig: value}.
+    """config.json of a LLaMA -> {field of LLaMAConfig: value}, of the right kinds.
 
     Raises LavinError if it is that of another architecture, or asks for what our model cannot do.
     """
     path = Path(folder, "config.json")
-    config = read_json(path)
-    try:
-        return llama_fields(path, config)
-    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise LavinError(f"{path}: not LLaMA's configuration ({error!r})") from error
-
-
-def llama_fields(path, config):
-    """What read_config returns; raises anything for fields that are missing or of another type."""
+    config = read_object(path)
     # Newer files keep RoPE's settings in rope_parameters, older ones in rope_scaling, rope_theta.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = config.get("rope_theta", rope.get("rope_theta", 10000.0))
+    if not isinstance(rope, dict):
+        raise LavinError(f"{path}: rope_scaling {short(rope)} is not supported")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    head_dim = config["hidden_size"] // config["num_attention_heads"]
-    settings = dict(config)
-    settings["rope_scaling"] = None if rope_type == "default" else rope
-    settings["head_dim"] = config.get("head_dim") or head_dim
-    check_supported(path, settings, {
+    check_supported(path, config | {"rope_scaling": rope_type}, {
         "model_type": ("llama",),
         "hidden_act": ("silu",),
-        "rope_scaling": (None,),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "tie_word_embeddings": (False, None),
-        "head_dim": (head_dim,),
+        "rope_scaling": ("default",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "tie_word_embeddings": (False,),
     })
-    return {
-        "dim": config["hidden_size"],
-        "n_layers": config["num_hidden_layers"],
-        "n_heads": config["num_attention_heads"],
-        "n_kv_heads": config.get("num_key_value_heads"),
-        "hidden_dim": config["intermediate_size"],
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "rope_theta": theta,
-        "vocab_size": config["vocab_size"],
-    }
+    config = {"rms_norm_eps": 1e-6, "rope_theta": rope.get("rope_theta", 10000.0)} | config
+    kinds = {name: LLAMA_PARAMS[field] for name, field in LLAMA_FIELDS.items()}
+    needed = [name for name in LLAMA_FIELDS if name != "num_key_value_heads"]
+    check_values(path, config, kinds, needed)
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    check_supported(path, config, {"head_dim": (head_dim,)})
+    return {field: config[name] for name, field in LLAMA_FIELDS.items() if name in config}
 
 
 def read_llama(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -157,13 +174,15 @@ def read_llama(folder: str | Path) -> dict[str, torch.Tensor]:
     for name, tensor in read_tensors(folder).items():
         if "rotary_emb" in name:                            # RoPE's frequencies: we compute them
             continue
-        stem, _, kind = name.rpartition(".")                # kind: "weight"
-        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
+        part, _, kind = name.rpartition(".")                # kind: "weight"
+        prefix = ""
+        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", part)
         if layer:
             number, part = layer.groups()
-            state[f"layers.{number}.{LLAMA_NAMES.get(part, part)}.{kind}"] = tensor
-        else:
-            state[f"{LLAMA_NAMES.get(stem, stem)}.{kind}"] = tensor
+            prefix = f"layers.{number}."
+        if part not in LLAMA_NAMES:
+            raise LavinError(f"{folder}: {name} is no name of a LLaMA of Hugging Face's")
+        state[f"{prefix}{LLAMA_NAMES[part]}.{kind}"] = tensor
     return state
 
 
@@ -184,17 +203,19 @@ def to_meta(name: str, tensor: torch.Tensor, config) -> torch.Tensor:
 def check_clip(folder):
     """LavinError if config.json is not that of a CLIP whose image encoder ours computes."""
     path = Path(folder, "config.json")
-    config = read_json(path)
-    try:
-        check_supported(path, config, {"model_type": ("clip_vision_model", "clip")})
-        vision = config.get("vision_config", config)
-        heads = vision.get("hidden_size", 768) // 64        # a head of CLIP's has 64 channels
-        check_supported(path, vision, {
-            "hidden_act": ("quick_gelu",),
-            "num_attention_heads": (heads,),
-        })
-    except (AttributeError, TypeError) as error:
-        raise LavinError(f"{path}: not CLIP's configuration ({error!r})") from error
+    if not os.path.exists(path):
+        raise LavinError(f"{folder}: a folder without config.json; give CLIP's file ViT-L-14.pt, "
+                         "or a folder of Hugging Face's")
+    config = read_object(path)
+    check_supported(path, config, {"model_type": ("clip_vision_model", "clip")})
+    vision = config.get("vision_config", config)
+    if not isinstance(vision, dict):
+        raise LavinError(f"{path}: vision_config is {short(vision)}, not a JSON object")
+    check_values(path, vision, {"hidden_size": LLAMA_PARAMS["dim"]})
+    check_supported(path, vision, {
+        "hidden_act": ("quick_gelu",),
+        "num_attention_heads": (vision.get("hidden_size", 768) // 64,),     # heads 64 wide
+    })
 
 
 def is_unused(name):
@@ -217,12 +238,15 @@ def read_clip(folder: str | Path) -> dict[str, torch.Tensor]:
         part = re.fullmatch(r"(.+)\.self_attn\.([qkv])_proj\.(weight|bias)", name)
         if part:
             block, which, kind = part.groups()
+            check_tensor(folder, name, tensor)
             in_proj.setdefault(f"visual.{block}.attn.in_proj_{kind}", {})[which] = tensor
         else:
             state[f"visual.{name}"] = tensor
     try:
         for name, parts in in_proj.items():
-            state[name] = torch.cat([parts["q"], parts["k"], parts["v"]])
+            stacked = torch.stack([parts["q"], parts["k"], parts["v"]])     # equal in shape
+            state[name] = stacked.flatten(0, 1)
     except (KeyError, RuntimeError) as error:
-        raise LavinError(f"{folder}: not a CLIP image encoder ({error!r})") from error
+        raise LavinError(f"{folder}: not a CLIP image encoder: a q_proj, k_proj or v_proj is "
+                         "missing, or of another shape than the other two") from error
     return state

@@ -20,20 +20,37 @@ from files import LavinError
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return number("RANK", 0)
 
 
 def count() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return number("WORLD_SIZE", 1)
+
+
+def number(name: str, default: int) -> int:
+    """A variable that torchrun sets. LavinError for what it would not set it to."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or len(text) > 6:
+        raise LavinError(f"the variable {name} is {text!r}; torchrun sets it to a number, "
+                         "and without torchrun it must not be set")
+    return int(text)
 
 
 def join(device: torch.device) -> None:
     """Meet the other ranks. From then on only rank 0 prints."""
     if "RANK" not in os.environ:
         return
+    if rank() >= count():
+        raise LavinError(f"RANK is {rank()} of {count()} ranks; they count from 0, "
+                         "and torchrun sets them")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise LavinError(f"the ranks do not find each other ({reason}); start them with torchrun, "
+                         "or unset RANK") from error
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
 

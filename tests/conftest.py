@@ -19,8 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import checkpoints  # noqa: E402
 import data  # noqa: E402
-import files  # noqa: E402
 import miniature  # noqa: E402
+from extras import terminal  # noqa: E402
 from fast.engine import Engine  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -30,8 +30,6 @@ ADAPTER = GOLDEN / "checkpoint-19.pth"
 
 
 def pytest_configure(config):
-    # OpenAI's archive of CLIP is TorchScript.
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.*` is deprecated")
     config.addinivalue_line("markers", "browser: needs chromium and playwright")
 
 
@@ -97,7 +95,7 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
         code = 0
         try:
-            files.run(script.main)
+            terminal.run(script.main)
         except SystemExit as end:
             code = end.code
         captured = capsys.readouterr()

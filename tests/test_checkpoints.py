@@ -4,19 +4,23 @@ LLaMA's shards, CLIP's archives, LaVIN's adapters, and `python checkpoints.py FI
 """
 
 import argparse
+import math
+import os
 import pickle
+import re
 import shutil
 
 import pytest
 import torch
 
 import checkpoints
+import data
 import generate
 import train
 from adapters import AdapterConfig
 from bench import peak_memory
 from conftest import ADAPTER, LLAMA, VIT, difference
-from files import tokenizer_path
+from files import LavinError, tokenizer_path
 from model import LaVIN
 from test_errors import ask
 from test_train import flags
@@ -72,40 +76,12 @@ def test_a_pickle_is_never_executed(fails, tmp_path):
     torch.save({"model": Hostile(executed)}, zipped)
     llama = copy_llama(tmp_path / "llama")
     for path in (plain, zipped):
-        fails(generate, *ask(adapter=path), says=[path.name, "not"])
-        fails(generate, *ask(vit=path), says=[path.name, "not"])
+        fails(generate, *ask(adapter=path), says=[f"{path}: not a"])
+        fails(generate, *ask(vit=path), says=[f"{path}: not a"])
         shutil.copy(path, llama / "consolidated.00.pth")
-        fails(generate, *ask(llama=llama), says=["consolidated.00.pth", "not"])
+        fails(generate, *ask(llama=llama), says=["consolidated.00.pth: not a"])
     assert not executed.exists()
     torch.load(zipped, weights_only=False)
-    assert executed.exists()                # the trap works
-
-
-class HostileModule(torch.nn.Module):
-    """When torch.jit.load reads it, it makes the file `target`: TorchScript can write tensors."""
-
-    def __init__(self, target):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.target = target
-
-    @torch.jit.export
-    def __getstate__(self):
-        return self.weight, self.target, self.training
-
-    @torch.jit.export
-    def __setstate__(self, state: tuple[torch.Tensor, str, bool]):
-        self.weight, self.target, self.training = state
-        torch.save(self.weight, self.target)
-
-
-def test_torchscript_that_would_run_code_is_not_loaded(fails, tmp_path):
-    executed = tmp_path / "executed"
-    archive = tmp_path / "ViT.pt"
-    torch.jit.script(HostileModule(str(executed))).save(archive)
-    fails(generate, *ask(vit=archive), says=["ViT.pt: would run code"])
-    assert not executed.exists()
-    torch.jit.load(archive)
     assert executed.exists()                # the trap works
 
 
@@ -230,24 +206,70 @@ def test_the_rope_frequencies_that_metas_files_carry_are_ignored(tmp_path, lavin
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_peak_memory_of_loading(dtype):
-    """The model in its target dtype, one tensor of each shard, and 4 MB for the modules."""
+    """The model in its target dtype, one tensor of each shard, and 6 MB for modules and kernels."""
     measured = peak_memory.measure(dtype)
     taken = measured["after"] - measured["before"]
-    assert taken < measured["model"] + measured["one tensor of each shard"] + 4, measured
+    assert taken < measured["model"] + measured["one tensor of each shard"] + 6, measured
 
 
-# What params.json holds, and what the message says of it.
+def test_shards_are_numbered_without_gaps(fails, tmp_path):
+    llama = write_shards(tmp_path / "llama", 2)
+    shard = llama / "consolidated.01.pth"
+    for name in ("consolidated.backup.pth", "consolidated.02.old.pth", "consolidated.3.pth"):
+        stray = shutil.copy(shard, llama / name)
+        fails(generate, *ask(llama=llama), says=[f"{stray}: there is no consolidated.02.pth"])
+        stray.unlink()
+    shard.rename(llama / "consolidated.02.pth")
+    fails(generate, *ask(llama=llama), says=["consolidated.02.pth: there is no consolidated.01"])
+    (llama / "consolidated.00.pth").unlink()
+    (llama / "consolidated.02.pth").unlink()
+    with pytest.raises(LavinError, match="holds no consolidated.00.pth"):
+        checkpoints.load(llama, VIT)
+
+
+@pytest.mark.parametrize("n, copied", [(2, 0), (4, 0), (4, 2)])
+def test_a_shard_that_is_a_copy_of_another(fails, tmp_path, n, copied):
+    llama = write_shards(tmp_path / "llama", n)
+    last = llama / f"consolidated.{n - 1:02}.pth"
+    shutil.copy(llama / f"consolidated.{copied:02}.pth", last)
+    fails(generate, *ask(llama=llama), says=[
+        f"{last}: a copy of", f"consolidated.{copied:02}.pth"])
+
+
+# What params.json holds, and what the message says of it. SIZES are those that it must hold.
+SIZES = '"dim": 64, "n_layers": 4, "n_heads": 4, "multiple_of": 32'
 PARAMS = [
     ("{", "not JSON"),
     ("[]", "not LLaMA's parameters"),
-    ('{"dim": 64, "n_heads": 0}', "not LLaMA's parameters"),
+    ('{"n_layers": 4, "n_heads": 4}', "dim is missing"),
+    ('{"dim": 64, "n_layers": null, "n_heads": 4}', "n_layers is missing"),
+    ('{"dim": 64, "n_layers": 4, "n_heads": 0}', "n_heads is 0"),
     ('{"dim": 65, "n_layers": 4, "n_heads": 4}', "do not divide"),
-    ('{"dim": "wide"}', "not LLaMA's parameters"),
-    ('{"dim": 64, "n_layers": 4, "n_heads": 4, "use_scaled_rope": true}', "scaled RoPE"),
+    ('{"dim": 64, "n_layers": 4, "n_heads": 128}', "do not divide"),
+    ('{"dim": 64, "n_layers": 4, "n_heads": 4, "n_kv_heads": 3}', "do not divide"),
+    ('{"dim": 64, "n_layers": 4, "n_heads": 4, "n_kv_heads": 8}', "do not divide"),
+    ('{"dim": 60, "n_layers": 4, "n_heads": 4}', "a head is 15 wide"),
+    ('{"dim": "wide", "n_layers": 4, "n_heads": 4}', "dim is 'wide'"),
+    ('{"dim": [64], "n_layers": 4, "n_heads": 4}', "dim is [64]"),
     ('{"dim": 64, "n_layers": "4", "n_heads": 4}', "n_layers is '4'"),
-    ('{"n_heads": -4}', "n_heads is -4"),
-    ('{"dim": 64, "n_layers": 4.0}', "n_layers is 4.0"),
-    ('{"norm_eps": true}', "norm_eps is True"),
+    ('{"dim": 64, "n_layers": 4.0, "n_heads": 4}', "n_layers is 4.0"),
+    ('{"dim": 64, "n_layers": 1000000, "n_heads": 4}', "n_layers is 1000000"),
+    ('{"dim": 1' + "0" * 400 + ', "n_layers": 4, "n_heads": 4}', "dim is 1000"),
+    ('{"dim": 1' + "0" * 5000 + ', "n_layers": 4, "n_heads": 4}', "not JSON"),
+    ("{" + SIZES + ', "use_scaled_rope": true}', "scaled RoPE"),
+    ("{" + SIZES + ', "norm_eps": true}', "norm_eps is True"),
+    ("{" + SIZES + ', "norm_eps": NaN}', "norm_eps is nan"),
+    ("{" + SIZES + ', "rope_theta": Infinity}', "rope_theta is inf"),
+    ("{" + SIZES + ', "rope_theta": 0.5}', "rope_theta is 0.5"),
+    ("{" + SIZES + ', "ffn_dim_multiplier": 1e-300}', "hidden_dim is 0"),
+    ("{" + SIZES + ', "ffn_dim_multiplier": 1e300}', "ffn_dim_multiplier is 1e+300"),
+    ('{"dim": 131072, "n_layers": 4, "n_heads": 4, "ffn_dim_multiplier": 100}', "hidden_dim is"),
+    ("{" + SIZES + ', "hidden_dim": 0}', "hidden_dim is 0"),
+    ("{" + SIZES + ', "multiple_of": 0}', "multiple_of is 0"),
+    ("{" + SIZES + ', "attention_bias": 1}', "attention_bias is 1"),
+    ("{" + SIZES + ', "vocab_size": 511}', "511 tokens, but tokenizer.model has 512"),
+    ("{" + SIZES + ', "vocab_size": -2}', "vocab_size is -2"),
+    ("{" + SIZES + ', "vocab_size": 600}', "600 tokens, but tokenizer.model has 512"),
     ('{"dim": 64, "n_layers": 5, "n_heads": 4, "multiple_of": 32}', "layers.4"),
     ('{"dim": 128, "n_layers": 4, "n_heads": 4, "multiple_of": 32}', "(512, 64) in 1 shard"),
 ]
@@ -260,12 +282,52 @@ def test_params_that_are_not_llamas(fails, tmp_path):
         fails(generate, *ask(llama=llama), says=["llama", said])
 
 
+@pytest.mark.parametrize("more", [
+    '"vocab_size": -1', '"vocab_size": 512', '"vocab_size": null', '"n_kv_heads": null',
+    '"use_scaled_rope": false, "rope_theta": 500000.0', '"anything": {"else": []}'])
+def test_params_that_are(tmp_path, more):
+    (tmp_path / "params.json").write_text("{" + SIZES + ", " + more + "}")
+    assert checkpoints.read_params(tmp_path, 512).vocab_size == 512
+
+
+def test_a_model_that_is_larger_than_the_memory(monkeypatch, lavin):
+    """It is refused before it is built. 8 bits or 4 are proposed where they would be enough."""
+    cpu = torch.device("cpu")
+    size = checkpoints.weights_size(lavin, torch.float32, 16, 1)
+    assert size == sum(p.nbytes for p in lavin.parameters())
+    size_8 = checkpoints.weights_size(lavin, torch.float32, 8, 1)
+    size_4 = checkpoints.weights_size(lavin, torch.float32, 4, 1)
+    halved = checkpoints.weights_size(lavin, torch.float32, 16, 2)
+
+    def not_built(*args):
+        raise AssertionError("it was built")
+
+    monkeypatch.setattr(checkpoints, "allocate", not_built)
+    for there, advice in [(size - 1, "with --bits 8"), (size_8, "with --bits 8"),
+                          (size_8 - 1, "with --bits 4"), (size_4 - 1, "0.00215 GB$")]:
+        monkeypatch.setattr(checkpoints, "memory", lambda device: there)
+        with pytest.raises(LavinError, match=f"take 0.0029 GB, but cpu has .*{advice}"):
+            checkpoints.load(LLAMA, VIT, ADAPTER)
+    monkeypatch.setattr(checkpoints, "memory", lambda device: halved)
+    checkpoints.check_fits(lavin, cpu, torch.float32, 16, n_parts=2)        # two ranks
+    with pytest.raises(LavinError, match="GB$"):
+        checkpoints.check_fits(lavin, cpu, torch.float32, 16, n_parts=1)
+
+
+def test_a_model_for_no_machine(fails, tmp_path):
+    """The largest sizes that params.json may say: refused at once."""
+    llama = copy_llama(tmp_path / "llama")
+    (llama / "params.json").write_text(
+        '{"dim": 131072, "n_layers": 1000, "n_heads": 64, "hidden_dim": 1048576}')
+    fails(generate, *ask(llama=llama), says=["the weights of this model take", "GB, but cpu has"])
+
+
 # CLIP
 
 
 def test_clip_as_a_plain_state_dict(tmp_path, lavin):
     plain = tmp_path / "vit.pt"
-    torch.save(torch.jit.load(VIT).state_dict(), plain)
+    torch.save(checkpoints.read_clip_state(VIT), plain)
     config = ViTConfig(width=64, layers=8, patch=8, resolution=32)
     assert checkpoints.read_clip(plain)[1] == checkpoints.read_clip(VIT)[1] == config
     loaded = checkpoints.load(LLAMA, plain, ADAPTER).state_dict()
@@ -274,7 +336,7 @@ def test_clip_as_a_plain_state_dict(tmp_path, lavin):
 
 
 def test_a_vit_that_is_none(fails, tmp_path):
-    state = torch.jit.load(VIT).state_dict()
+    state = checkpoints.read_clip_state(VIT)
     del state["visual.transformer.resblocks.7.ln_1.bias"]
     vit = tmp_path / "v.pt"
     torch.save({"visual.conv1.weight": torch.zeros(3)}, vit)
@@ -283,6 +345,67 @@ def test_a_vit_that_is_none(fails, tmp_path):
     fails(generate, *ask(vit=vit), says=["v.pt", "does not hold named tensors"])
     torch.save(state, vit)
     fails(generate, *ask(vit=vit), says=["v.pt", "resblocks.7.ln_1.bias is missing"])
+
+
+@pytest.mark.parametrize("name, shape, said", [
+    ("conv1.weight", (63, 3, 8, 8), "width is 63"),
+    ("conv1.weight", (96, 3, 8, 8), "17 positions of width 96"),
+    ("conv1.weight", (64, 3, 0, 0), "patch is 0"),
+    ("conv1.weight", (64, 3), "not a CLIP ViT"),
+    ("positional_embedding", (16, 64), "16 positions"),
+    ("positional_embedding", (1, 64), "resolution is 0"),
+    ("positional_embedding", (0, 64), "resolution is 0"),
+    ("positional_embedding", (64,), "not a CLIP ViT"),
+    ("positional_embedding", (), "not a CLIP ViT"),
+    ("positional_embedding", (2 ** 20 + 1, 0), "resolution is 8192"),
+    ("class_embedding", (), "class_embedding is (), but this model's is (64,)"),
+])
+def test_sizes_that_no_clip_has(fails, tmp_path, name, shape, said):
+    vit = tmp_path / "v.pt"
+    state = checkpoints.read_clip_state(VIT)
+    torch.save(state | {f"visual.{name}": torch.zeros(shape)}, vit)
+    fails(generate, *ask(vit=vit), says=["v.pt", said])
+
+
+def test_a_clip_of_too_few_blocks(fails, tmp_path):
+    state = {name: tensor for name, tensor in checkpoints.read_clip_state(VIT).items()
+             if not re.search(r"resblocks\.[3-7]", name)}
+    torch.save(state, tmp_path / "v.pt")
+    fails(generate, *ask(vit=tmp_path / "v.pt"), says=["v.pt: layers is 3"])
+
+
+def test_a_path_that_is_no_file_of_clip(fails, tmp_path):
+    fails(generate, *ask(vit=tmp_path), says=[f"{tmp_path}: a folder without config.json"])
+    os.mkfifo(tmp_path / "fifo")
+    fails(generate, *ask(vit=tmp_path / "fifo"), says=["fifo: a pipe or a device"])
+    fails(generate, *ask(vit="/dev/zero"), says=["/dev/zero: a pipe or a device"])
+
+
+# The tokenizer
+
+
+def test_a_tokenizer_that_is_none(fails, tmp_path):
+    llama = copy_llama(tmp_path / "llama")
+    path = llama / "tokenizer.model"
+    path.unlink()
+    with pytest.raises(LavinError, match="tokenizer.model: no such file"):
+        checkpoints.load(llama, VIT)
+    path.mkdir()
+    fails(generate, *ask(llama=llama), says=[f"{path}: a folder"])
+    path.rmdir()
+    os.mkfifo(path)
+    fails(generate, *ask(llama=llama), says=[f"{path}: a pipe or a device"])
+    path.unlink()
+    for content in (b"", b"not a tokenizer", tokenizer_path(LLAMA).read_bytes()[:1000]):
+        path.write_bytes(content)
+        fails(generate, *ask(llama=llama), says=[f"{path}: not a sentencepiece tokenizer"])
+
+
+def test_a_folder_whose_name_is_no_unicode(tmp_path):
+    llama = copy_llama(tmp_path / os.fsdecode(b"llama\xff"))
+    assert data.load_tokenizer(llama).vocab_size() == 512
+    with pytest.raises(LavinError, match="consolidated.00.pth: .*rename it"):
+        checkpoints.load(llama, VIT)
 
 
 # LaVIN's adapters
@@ -370,7 +493,8 @@ def test_adapters_that_do_not_fit(fails, tmp_path):
     for wrong, says in [
         (model | {name: torch.zeros(8, 4096, 1)}, [name, "(8, 4096, 1)", "(8, 64, 1)"]),
         (model | {too_many: model[name]}, [f"{too_many} has no place"]),
-        (model | {name: "text"}, ["does not hold named tensors"]),
+        (model | {name: "text"}, [f"{name} is str, not a tensor"]),
+        ([model], ["does not hold named tensors"]),
         (without, [f"{name} is missing"]),
     ]:
         torch.save(checkpoint | {"model": wrong}, adapter)
@@ -380,12 +504,149 @@ def test_adapters_that_do_not_fit(fails, tmp_path):
 def test_what_is_no_adapter_checkpoint(fails, tmp_path):
     checkpoint = torch.load(ADAPTER, weights_only=False)
     adapter = tmp_path / "a.pth"
-    for args in ({"temperature": 10.0}, argparse.Namespace(temperature="hot"), [3]):
-        torch.save(checkpoint | {"args": args}, adapter)
-        fails(generate, *ask(adapter=adapter), says=["a.pth: not a LaVIN checkpoint"])
-    for content in ({}, [1], {"model": {}}, {"model": 3}, torch.zeros(3)):
+    for wrong in ({"temperature": 10.0}, [3], "text", torch.zeros(2), {}, 0):
+        torch.save(checkpoint | {"args": wrong}, adapter)
+        fails(generate, *ask(adapter=adapter), says=["a.pth: not a LaVIN checkpoint: its args"])
+    for wrong in ([("lr", 1.0)], "text", torch.zeros(2), None, argparse.Namespace()):
+        torch.save(checkpoint | {"config": wrong}, adapter)
+        fails(generate, *ask(adapter=adapter), says=["a.pth: not a LaVIN checkpoint: its args"])
+    for content in ({}, [1], {"model": {}}, {"model": 3}, {"model": None}, torch.zeros(3)):
         torch.save(content, adapter)
         fails(generate, *ask(adapter=adapter), says=["a.pth", "not a"])
+    fails(generate, *ask(adapter=VIT), says=["ViT-tiny.pt: a TorchScript archive"])
+    fails(generate, *ask(adapter=tmp_path), says=[f"{tmp_path}: a folder"])
+
+
+WRONG_SETTINGS = [
+    ("args", "temperature", 0.0),
+    ("args", "temperature", "hot"),
+    ("args", "temperature", None),
+    ("args", "temperature", torch.tensor(10.0)),
+    ("args", "adapter_scale", math.inf),
+    ("args", "dropout", math.nan),
+    ("args", "dropout", 1.0),
+    ("args", "max_seq_len", 10 ** 400),
+    ("args", "prompt_format", "QCM"),
+    ("config", "lr", [1]),
+    ("config", "llama", 3),
+    ("config", "vit", "v\0.pt"),
+    ("config", "data", "s\0"),
+    ("config", "bits", 5),
+    ("config", "seed", torch.zeros(3)),
+    (None, "step", -1),
+    (None, "step", 10 ** 600),
+    (None, "epoch", 0.5),
+]
+
+
+def test_settings_that_no_run_has(fails, tmp_path):
+    adapter = tmp_path / "a.pth"
+    for where, name, wrong in WRONG_SETTINGS:
+        checkpoint = torch.load(ADAPTER, weights_only=False)
+        if where == "args":
+            setattr(checkpoint["args"], name, wrong)
+        elif where == "config":
+            checkpoint["config"] = {name: wrong}
+        else:
+            checkpoint[name] = wrong
+        torch.save(checkpoint, adapter)
+        fails(generate, *ask(adapter=adapter), says=[f"a.pth: {name} "])
+        fails(checkpoints, adapter, says=[f"a.pth: {name} "])
+
+
+@pytest.mark.parametrize("name, shape, said", [
+    ("layers.0.adapter_attn.conv_A.weight", (7, 64, 1), "rank 7 is odd"),
+    ("layers.0.adapter_attn.conv_A.weight", (0, 64, 1), "rank is 0"),
+    ("layers.0.adapter_attn.conv_A.weight", (2 ** 20, 0), "rank is 1048576"),
+    ("layers.0.adapter_attn.conv_A.weight", (), "not a LaVIN checkpoint"),
+    ("adapter_proj.conv_A.weight", (0, 64), "projector_dim is 0"),
+    ("adapter_proj.conv_A.weight", (), "not a LaVIN checkpoint"),
+])
+def test_sizes_that_no_adapter_has(fails, tmp_path, name, shape, said):
+    checkpoint = torch.load(ADAPTER, weights_only=False)
+    checkpoint["model"][name] = torch.zeros(shape)
+    adapter = tmp_path / "a.pth"
+    torch.save(checkpoint, adapter)
+    fails(checkpoints, adapter, says=["a.pth", said])
+
+
+# What is wrong with a tensor, wherever it comes from: how it gets so, and what is said of it
+
+
+def with_one(value):
+    """A function that puts `value` into the middle of a tensor's copy."""
+    def change(tensor):
+        changed = tensor.float().clone()
+        changed.flatten()[changed.numel() // 2] = value
+        return changed
+    return change
+
+
+def quantized(tensor):
+    return torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8)
+
+
+def nested(tensor):
+    return torch.nested.nested_tensor([tensor.float(), tensor.float()])
+
+
+FAULTS = {
+    "NaN": (with_one(math.nan), "not finite"),
+    "infinity": (with_one(-math.inf), "not finite"),
+    "int8": (lambda tensor: tensor.to(torch.int8), "torch.int8, not floating-point"),
+    "bool": (lambda tensor: tensor > 0, "torch.bool, not floating-point"),
+    "complex": (lambda tensor: tensor.to(torch.complex64), "torch.complex64, not floating-point"),
+    "sparse": (lambda tensor: tensor.to_sparse(), "is not a plain tensor"),
+    "nested": (nested, "is not a plain tensor"),
+    "meta": (lambda tensor: tensor.to("meta"), "is not a plain tensor"),
+    "quantized": (quantized, "is quantized"),
+    "expanded": (lambda tensor: torch.zeros(1).expand(2**40), "has more numbers than the file"),
+    "0-d": (lambda tensor: tensor.flatten()[0].clone(), r"is \(\)"),
+    "another shape": (lambda tensor: tensor[1:].clone(), "ask for|this model's is"),
+    "one dimension more": (lambda tensor: tensor[None].clone(), "ask for|this model's is"),
+    "no tensor": (lambda tensor: tensor.tolist(), "is list, not a tensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")           # quantized and nested tensors are deprecated
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_tensor_in_any_file(tmp_path, fault):
+    change, said = FAULTS[fault]
+    llama = copy_llama(tmp_path / "llama")
+    shard = torch.load(LLAMA / "consolidated.00.pth", weights_only=True)
+    for name in ("layers.2.attention.wk.weight", "norm.weight"):
+        torch.save(shard | {name: change(shard[name])}, llama / "consolidated.00.pth")
+        with pytest.raises(LavinError, match=f"{name} .*({said})"):
+            checkpoints.load(llama, VIT)
+
+    vit = tmp_path / "v.pt"
+    state = checkpoints.read_clip_state(VIT)
+    for name in ("transformer.resblocks.3.attn.in_proj_weight", "ln_pre.bias"):
+        name = f"visual.{name}"
+        torch.save(state | {name: change(state[name])}, vit)
+        with pytest.raises(LavinError, match=f"v.pt: .*({said})"):
+            checkpoints.load(LLAMA, vit)
+
+    adapter = tmp_path / "a.pth"
+    checkpoint = torch.load(ADAPTER, weights_only=False)
+    model = checkpoint["model"]
+    for name in ("layers.2.adapter_attn.conv_B.weight", "adapter_proj.conv_B.bias"):
+        torch.save(checkpoint | {"model": model | {name: change(model[name])}}, adapter)
+        with pytest.raises(LavinError, match=f"a.pth: {name} .*({said})"):
+            checkpoints.load(LLAMA, VIT, adapter)
+
+
+def test_numbers_that_are_too_large_for_the_dtype(fails, tmp_path):
+    llama = copy_llama(tmp_path / "llama")
+    shard = torch.load(LLAMA / "consolidated.00.pth", weights_only=True)
+    name = "layers.2.attention.wk.weight"
+    torch.save(shard | {name: with_one(1e5)(shard[name])}, llama / "consolidated.00.pth")
+    fails(generate, *ask("--dtype", "fp16", llama=llama), says=[
+        f"{name} holds values that are not finite in torch.float16"])
+    checkpoints.load(llama, VIT, dtype=torch.bfloat16)
+    fails(checkpoints, ADAPTER, "--llama", llama, "--vit", VIT, "--fold", tmp_path / "folded",
+          says=["--fold:", "too large for fp16"])
+    assert not list((tmp_path / "folded").iterdir())
 
 
 # python checkpoints.py FILE
@@ -424,3 +685,45 @@ def test_folding_needs_a_llama(fails, tmp_path):
     fails(checkpoints, ADAPTER, "--fold", tmp_path / "folded", says=[
         "--fold needs the LLaMA", "--llama DIR --vit FILE"])
     assert not (tmp_path / "folded").exists()
+
+
+def test_paths_that_are_not_there(fails, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    fails(checkpoints, ADAPTER, "--llama", nowhere, "--vit", VIT, says=[f"{nowhere}: no such"])
+    fails(checkpoints, ADAPTER, "--llama", LLAMA, "--vit", nowhere, says=[f"{nowhere}: no such"])
+    fails(checkpoints, nowhere, says=[f"{nowhere}: no such file"])
+    fails(checkpoints, tmp_path, says=[f"{tmp_path}: a folder, where a file is needed"])
+
+
+def test_a_place_that_a_model_cannot_be_folded_to(fails, tmp_path, monkeypatch):
+    """It is found before LLaMA is read."""
+    def not_read(*args, **more):
+        raise AssertionError("LLaMA was read")
+
+    monkeypatch.setattr(checkpoints, "load", not_read)
+    file = tmp_path / "file"
+    file.write_text("untouched")
+    os.mkfifo(tmp_path / "fifo")
+    model = ("--llama", LLAMA, "--vit", VIT)
+    for place in (file, file / "below", tmp_path / "fifo", "/proc/folded", "/dev/null"):
+        fails(checkpoints, ADAPTER, *model, "--fold", place, says=["--fold", place, "cannot be"])
+    assert file.read_text() == "untouched"
+
+
+def test_odd_but_valid_values_are_shown(call, tmp_path):
+    checkpoint = torch.load(ADAPTER, weights_only=False)
+    name = "layers.1.adapter_attn.conv_A.weight"
+    checkpoint["model"][name] = checkpoint["model"][name].flatten()
+    checkpoint["model"]["\x1b[2J"] = torch.zeros(1)
+    checkpoint["args"].temperature = 7          # a whole number
+    checkpoint["args"].max_seq_len = None
+    checkpoint["args"].unknown = torch.zeros(2)
+    checkpoint |= {"step": 10 ** 12, "epoch": 0, "config": {
+        "data": "sqa", "weights": None, "lr": 1, "llama": "\x1b[31m", "vit": "x" * 4096,
+        "delta": None, "unknown": [10 ** 400], 7: "seven"}}
+    torch.save(checkpoint, tmp_path / "a.pth")
+    code, stdout, stderr = call(checkpoints, tmp_path / "a.pth")
+    assert (code, stderr) == (0, "")
+    assert "LLaMA of 4 blocks, 64 wide" in stdout and "τ 7" in stdout
+    assert "step 1000000000000 · epoch 0 · data sqa" in stdout
+    assert "\x1b" not in stdout

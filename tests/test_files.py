@@ -1,13 +1,17 @@
 """Reading damaged files, and writing without leaving half of one."""
 
+import math
 import os
 import random
+import zipfile
 
 import pytest
+import torch
 
 import checkpoints
 import files
 from conftest import ADAPTER, GOLDEN, VIT
+from test_torchscript import list_again, read_entries
 
 
 def damage(original, i, generator):
@@ -45,6 +49,86 @@ def test_damaged_bytes_end_in_one_kind_of_error(tmp_path, read, path):
             n_refused += 1
             assert "damaged" in str(error)          # the file's name
     assert n_refused > 50
+
+
+# Files of torch that are none
+
+
+def test_compressed_entries_are_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in read_entries(ADAPTER).items():
+            archive.writestr(name, content)
+    with pytest.raises(files.LavinError, match="a.pth: its entry .* is compressed"):
+        files.read_checkpoint(path)
+
+
+def test_entries_that_lie_over_each_other_are_refused(tmp_path):
+    """torch.load would read the same bytes again and again, each time into memory of its own."""
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.zeros(2**16)}, path)
+    list_again(path, "a/data/0", [f"a/data/{i}" for i in range(1, 10)])
+    with pytest.raises(files.LavinError, match="a.pth: .* more bytes than the file"):
+        files.read_checkpoint(path)
+
+
+def test_a_torchscript_archive_is_called_by_its_name():
+    with pytest.raises(files.LavinError, match="ViT-tiny.pt: a TorchScript archive"):
+        files.read_checkpoint(VIT)
+
+
+def test_the_old_format_is_read_but_cannot_be_mapped(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(files.read_checkpoint(path)["a"], torch.ones(3))
+    with pytest.raises(files.LavinError, match="a.pth: .*load and save it with torch"):
+        files.read_checkpoint(path, mmap=True)
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path, said in [(tmp_path, "a folder"), (tmp_path / "fifo", "a pipe or a device"),
+                       ("/dev/zero", "a pipe or a device"), (tmp_path / "none", "no such file"),
+                       (tmp_path / "a\0b", "cannot be read"),
+                       (tmp_path / ("x" * 300), "cannot be read")]:
+        for read in (files.read_checkpoint, checkpoints.read_adapter, files.read_json):
+            with pytest.raises(files.LavinError, match=said):
+                read(path)
+
+
+def test_a_file_that_one_may_not_read(tmp_path, monkeypatch):
+    """It is not called truncated. (The tests may run as root, who may read everything.)"""
+    path = tmp_path / "a.pth"
+    path.write_bytes(ADAPTER.read_bytes())
+
+    def refuse(*args, **more):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "is_zip", refuse)
+    with pytest.raises(files.LavinError, match=r"a.pth: cannot be read \(Permission denied\)"):
+        files.read_checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e5m2])
+def test_finite_numbers(dtype):
+    numbers = torch.tensor([[1.0, -2.0], [3.0, 0.0]]).to(dtype)
+    assert files.is_finite(numbers)
+    assert files.is_finite(numbers[:0]) and files.is_finite(numbers[0, 0])
+    assert files.is_finite(numbers.T.requires_grad_())
+    for wrong in (math.nan, math.inf, -math.inf):
+        damaged = numbers.detach().clone()
+        damaged[1, 0] = wrong
+        assert not files.is_finite(damaged)
+
+
+def test_numbers_that_another_dtype_cannot_hold():
+    numbers = torch.tensor([1.0, -70_000.0])
+    assert files.is_finite(numbers) and files.is_finite(numbers, torch.bfloat16)
+    assert not files.is_finite(numbers, torch.float16)
+
+
+# Writing
 
 
 def test_writing_is_atomic(tmp_path):

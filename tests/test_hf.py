@@ -1,27 +1,36 @@
 """Hugging Face's folders: our loader and model compute from them what transformers computes.
 
-Needs transformers and safetensors (pip install transformers safetensors), as nothing else does.
+Parity needs transformers and safetensors (pip install transformers safetensors), as nothing else
+does. What is refused is tested without them.
 """
 
 import json
+import os
+import re
 import shutil
 
 import pytest
 import torch
 
 import checkpoints
+import generate
 from adapters import AdapterConfig
-from conftest import LLAMA, VIT, difference
+from conftest import ADAPTER, LLAMA, VIT, difference
 from extras import hf
 from files import LavinError, tokenizer_path
+from test_checkpoints import FAULTS
+from test_errors import ask
 from vit import VisionTransformer
 
-transformers = pytest.importorskip(
-    "transformers", reason="parity with Hugging Face needs pip install transformers safetensors")
+
+@pytest.fixture(scope="session")
+def transformers():
+    return pytest.importorskip("transformers", reason="parity with Hugging Face needs "
+                               "pip install transformers safetensors")
 
 
 @pytest.fixture
-def llama_folder(tmp_path):
+def llama_folder(tmp_path, transformers):
     """A tiny random LLaMA with grouped queries, as in TinyLlama -> (its folder, the model)."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -38,7 +47,60 @@ def frozen_parameters(module):
     return {name: p for name, p in module.named_parameters() if "adapter" not in name}
 
 
+CONFIG = {
+    "model_type": "llama", "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 192,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "rms_norm_eps": 1e-6, "vocab_size": 512,
+    "rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": False}
+
+
+def to_hf(name, tensor):
+    """(name, tensor) of Meta's layout with heads 16 wide -> those of Hugging Face's."""
+    if name.endswith(("wq.weight", "wk.weight")):
+        heads = tensor.unflatten(0, (-1, 8, 2))                     # (H, D/2, 2, C)
+        tensor = heads.transpose(1, 2).flatten(0, 2)
+    for theirs, ours in hf.LLAMA_NAMES.items():
+        name = re.sub(rf"(^|\d\.){ours}\.weight", rf"\1{theirs}.weight", name)
+    if name.startswith("layers."):
+        name = f"model.{name}"
+    return name, tensor
+
+
+@pytest.fixture
+def golden_folder(tmp_path):
+    """LLAMA in Hugging Face's layout, in a .bin -> (its folder, its tensors)."""
+    folder = tmp_path / "golden"
+    folder.mkdir()
+    tensors = {}
+    for name, tensor in torch.load(LLAMA / "consolidated.00.pth", weights_only=True).items():
+        if name != "rope.freqs":
+            name, tensor = to_hf(name, tensor)
+            tensors[name] = tensor.clone()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    shutil.copy(tokenizer_path(LLAMA), folder)
+    return folder, tensors
+
+
 # LLaMA
+
+
+def test_both_layouts_are_the_same_model(golden_folder):
+    folder, _ = golden_folder
+    ours = checkpoints.load(folder, VIT).llama.state_dict()
+    expected = checkpoints.load(LLAMA, VIT).llama.state_dict()
+    for name, tensor in expected.items():
+        if "adapter" not in name:
+            assert torch.equal(ours[name], tensor), name
+
+
+def test_a_delta_needs_no_config(golden_folder):
+    """The base doubled: only tensors of Hugging Face's layout are taken from a delta."""
+    folder, _ = golden_folder
+    (folder / "config.json").unlink()
+    doubled = checkpoints.load(LLAMA, VIT, delta=folder).llama
+    expected = frozen_parameters(checkpoints.load(LLAMA, VIT).llama)
+    for name, p in frozen_parameters(doubled).items():
+        assert torch.equal(p, 2 * expected[name]), name
 
 
 @pytest.mark.parametrize("stored", ["safetensors", "bin", "shards"])
@@ -71,7 +133,7 @@ def save_in_metas_layout(llama, folder, tokenizer):
 
 
 @torch.no_grad()
-def test_a_delta_is_added_in_the_right_order_of_rows(llama_folder, tmp_path):
+def test_a_delta_is_added_in_the_right_order_of_rows(llama_folder, tmp_path, transformers):
     """The base is in Meta's layout and the delta in Hugging Face's, as Vicuna's are given out."""
     folder, base = llama_folder
     meta_folder = tmp_path / "meta"
@@ -98,7 +160,8 @@ def test_a_delta_is_added_in_the_right_order_of_rows(llama_folder, tmp_path):
 @pytest.mark.parametrize("patch, resolution, layers", [(14, 56, 8), (16, 48, 4), (32, 64, 4)])
 @pytest.mark.parametrize("is_whole", [True, False], ids=["CLIPModel", "CLIPVisionModel"])
 @torch.no_grad()
-def test_clip_gives_the_same_hidden_states(tmp_path, patch, resolution, layers, is_whole):
+def test_clip_gives_the_same_hidden_states(
+        transformers, tmp_path, patch, resolution, layers, is_whole):
     torch.manual_seed(0)
     vision = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": layers,
               "num_attention_heads": 2, "patch_size": patch, "image_size": resolution}
@@ -136,27 +199,174 @@ def change_config(folder, **changes):
 
 
 @pytest.mark.parametrize("changes, reason", [
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None},
-     "rope_scaling"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling 'llama3'"),
+    ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling 'linear'"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling 'yarn'"),
+    ({"rope_scaling": 3}, "rope_scaling 3"),
     ({"attention_bias": True}, "attention_bias"),
     ({"mlp_bias": True}, "mlp_bias"),
     ({"tie_word_embeddings": True}, "tie_word"),
     ({"model_type": "mistral"}, "model_type 'mistral'"),
+    ({"model_type": ["llama"]}, "model_type"),
     ({"head_dim": 99}, "head_dim"),
-    ({"hidden_size": None}, "configuration"),
     ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"hidden_size": None}, "hidden_size is missing"),
+    ({"hidden_size": "64"}, "hidden_size is '64'"),
+    ({"hidden_size": 10**400}, "hidden_size is 1000"),
+    ({"hidden_size": 60}, "a head is 15 wide"),
+    ({"hidden_size": 65}, "do not divide"),
+    ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
+    ({"num_hidden_layers": 4.0}, "num_hidden_layers is 4.0"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"num_key_value_heads": 3}, "do not divide"),
+    ({"intermediate_size": -1}, "intermediate_size is -1"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+    ({"rope_theta": float("inf")}, "rope_theta is inf"),
+    ({"rope_theta": None, "rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x'"),
     ({"vocab_size": 5}, "5 tokens"),
+    ({"vocab_size": -1}, "vocab_size is -1"),
 ])
-def test_what_is_not_supported_is_named(llama_folder, changes, reason):
-    folder, _ = llama_folder
+def test_what_is_not_supported_is_named(golden_folder, changes, reason):
+    folder, _ = golden_folder
     change_config(folder, **changes)
-    with pytest.raises(LavinError, match=reason):
+    with pytest.raises(LavinError, match=f"config.json: .*{reason}"):
         checkpoints.load(folder, VIT)
 
 
+@pytest.mark.filterwarnings("ignore")           # quantized and nested tensors are deprecated
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_tensor(golden_folder, fault):
+    """In a model and in a delta."""
+    change, said = FAULTS[fault]
+    folder, tensors = golden_folder
+    for name in ("model.layers.2.self_attn.k_proj.weight", "model.norm.weight"):
+        torch.save(tensors | {name: change(tensors[name])}, folder / "pytorch_model.bin")
+        with pytest.raises(LavinError, match=f"golden.*({said})"):
+            checkpoints.load(folder, VIT)
+        with pytest.raises(LavinError, match=f"golden.*({said})"):
+            checkpoints.load(LLAMA, VIT, delta=folder)
+
+
+@pytest.mark.parametrize("fault", [
+    "NaN", "infinity", "int8", "bool", "0-d", "another shape", "one dimension more"])
+def test_a_wrong_tensor_in_safetensors(golden_folder, fault):
+    safetensors = pytest.importorskip("safetensors.torch")
+    change, said = FAULTS[fault]
+    folder, tensors = golden_folder
+    name = "model.layers.2.self_attn.k_proj.weight"
+    wrong = tensors | {name: change(tensors[name])}
+    safetensors.save_file(wrong, folder / "model.safetensors")
+    with pytest.raises(LavinError, match=f"golden.*({said})"):
+        checkpoints.load(folder, VIT)
+
+
+def clip_folder(folder, change, part):
+    """VIT in Hugging Face's layout, a matrix changed: the one of q_proj, k_proj or fc1."""
+    tensors = {}
+    for name, tensor in checkpoints.read_clip_state(VIT).items():
+        name = name.removeprefix("visual.")
+        for theirs, ours in hf.CLIP_NAMES.items():
+            name = name.replace(ours, theirs)
+        split = re.fullmatch(r"(.+)\.attn\.in_proj_(weight|bias)", name)
+        if split:
+            for which, third in zip("qkv", tensor.chunk(3)):
+                tensors[f"{split[1]}.self_attn.{which}_proj.{split[2]}"] = third.clone()
+        elif name not in ("proj", "ln_post.weight", "ln_post.bias"):
+            tensors[name] = tensor
+    for name in tensors:
+        if name.endswith(f"layers.3.{part}.weight"):
+            tensors[name] = change(tensors[name])
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text('{"model_type": "clip_vision_model", "hidden_size": 64}')
+    return folder
+
+
+def test_clip_in_both_layouts_is_the_same(tmp_path):
+    ours = checkpoints.read_clip(clip_folder(tmp_path, torch.clone, "mlp.fc1"))
+    expected = checkpoints.read_clip(VIT)
+    assert ours[1] == expected[1] and ours[0].keys() == expected[0].keys()
+    for name, tensor in expected[0].items():
+        assert torch.equal(ours[0][name], tensor), name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_tensor_of_clip(tmp_path, fault):
+    change, said = FAULTS[fault]
+    for part in ("mlp.fc1", "self_attn.k_proj"):
+        folder = clip_folder(tmp_path, change, part)
+        with pytest.raises(LavinError, match=f"{said}|not a CLIP image encoder"):
+            checkpoints.load(LLAMA, folder)
+
+
+def test_a_sum_that_is_too_large_for_the_dtype(golden_folder):
+    folder, tensors = golden_folder
+    name = "model.layers.2.self_attn.k_proj.weight"
+    tensors[name] = torch.full_like(tensors[name], 65_500)          # of fp16, up to 65,504
+    torch.save(tensors, folder / "pytorch_model.bin")
+    checkpoints.load(LLAMA, VIT, delta=folder)
+    tensors[name] = tensors[name].float() + 1000
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(LavinError, match="wk.weight .* not finite in torch.float16"):
+        checkpoints.load(LLAMA, VIT, delta=folder, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("name", [
+    "layers.0.attention.wq.weight",         # Meta's: its rows would be permuted a second time
+    "tok_embeddings.weight", "model.layers.0.attention.wq.weight", "model.layers.0.self_attn",
+    "layers.x.self_attn.q_proj.weight", "weight"])
+def test_an_unknown_name_is_refused(fails, golden_folder, name):
+    folder, tensors = golden_folder
+    tensors[name] = tensors.pop("model.layers.0.self_attn.q_proj.weight")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    fails(generate, *ask(llama=folder), says=[f"{folder}: {name} is no name of a LLaMA"])
+    fails(generate, *ask("--delta", folder), says=[f"{folder}: {name} is no name of a LLaMA"])
+
+
+def test_more_tokens_than_the_tokenizer_has(fails, golden_folder, tmp_path):
+    """Some models are padded. They run, but Meta's layout cannot hold them."""
+    folder, tensors = golden_folder
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], torch.zeros(64, 64)])
+    torch.save(tensors, folder / "pytorch_model.bin")
+    change_config(folder, vocab_size=576)
+    assert checkpoints.load(folder, VIT).llama.output.weight.shape == (576, 64)
+    fails(checkpoints, ADAPTER, "--llama", folder, "--vit", VIT, "--fold", tmp_path / "folded",
+          says=["--fold: this LLaMA has 576 tokens, but its tokenizer 512"])
+
+
+def test_a_name_in_two_files(golden_folder):
+    folder, _ = golden_folder
+    shutil.copy(folder / "pytorch_model.bin", folder / "pytorch_model.backup.bin")
+    with pytest.raises(LavinError, match="lm_head.weight is in another file of this folder too"):
+        checkpoints.load(folder, VIT)
+
+
+def test_files_that_are_none(fails, golden_folder):
+    folder, _ = golden_folder
+    weights = folder / "pytorch_model.bin"
+    weights.unlink()
+    os.mkfifo(weights)
+    fails(generate, *ask(llama=folder), says=[f"{weights}: a pipe or a device"])
+    weights.unlink()
+    weights.write_bytes(b"nonsense")
+    fails(generate, *ask(llama=folder), says=[f"{weights}: not a file as torch writes them"])
+    safetensors = folder / "model.safetensors"
+    safetensors.mkdir()
+    fails(generate, *ask(llama=folder), says=[f"{safetensors}: a folder, where a file is needed"])
+    safetensors.rmdir()
+    for index in ("[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}',
+                  '{"weight_map": {"a": []}}', '{"weight_map": {"a": "pytorch_model-2.bin"}}',
+                  "x"):
+        (folder / "pytorch_model.bin.index.json").write_text(index)
+        fails(generate, *ask(llama=folder), says=[folder])
+
+
 @pytest.mark.parametrize("config, reason", [
-    ([], "not CLIP's configuration"),
-    ({"model_type": "clip", "vision_config": 3}, "not CLIP's configuration"),
+    ([], "not a configuration"),
+    ({"model_type": "clip", "vision_config": {"hidden_size": "64"}}, "hidden_size is '64'"),
+    ({"model_type": "clip", "vision_config": {"hidden_size": 10**400}}, "hidden_size is 1000"),
+    ({"model_type": "clip", "vision_config": 3}, "vision_config is 3"),
     ({"model_type": "siglip"}, "model_type 'siglip'"),
     ({"model_type": "clip", "vision_config": {"hidden_act": "gelu"}}, "hidden_act"),
     ({"model_type": "clip", "vision_config": {"num_attention_heads": 3}}, "num_attention_heads"),

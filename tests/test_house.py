@@ -14,13 +14,14 @@ from conftest import ROOT
 
 FLOORS = {
     1: ["router", "files", "fast/ops"],
-    2: ["adapters", "data"],
-    3: ["vit"],
+    2: ["adapters", "data", "extras/terminal", "extras/torchscript"],
+    3: ["vit", "extras/values"],
     4: ["model"],
     5: ["fast/fold", "fast/quantize", "fast/ranks",
         "extras/hf", "extras/instructions", "extras/plot", "extras/scienceqa"],
     6: ["checkpoints", "fast/engine", "extras/flags"],
-    7: ["extras/evaluate", "extras/benchmarks", "extras/chat", "extras/runs", "tiny/world"],
+    7: ["extras/evaluate", "extras/benchmarks", "extras/chat", "extras/resume",
+        "extras/runs", "tiny/world"],
     8: ["extras/serve", "tiny/pretrain"],
     9: ["train", "generate"],
     10: ["bench/*", "examples/tour"],

@@ -18,8 +18,8 @@ import torch
 
 from conftest import LLAMA, ROOT, VIT, difference    # before our modules: it says where they are
 
-import files
 import train
+from extras import terminal
 from fast import ranks
 
 
@@ -148,7 +148,7 @@ def run_rank(rank, count, meeting, runs):
     ranks.shard = checked_shard
     for argv in runs:
         sys.argv = ["train.py", *argv]
-        files.run(train.main)
+        terminal.run(train.main)
     leave()                         # gloo's threads abort a process that ends without it
 
 

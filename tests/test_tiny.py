@@ -3,6 +3,8 @@
 import hashlib
 import json
 import sys
+import threading
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from random import Random
@@ -210,11 +212,10 @@ def test_the_committed_llama_answers_questions_about_described_scenes():
     assert sum(scores.values()) / len(scores) > 90, scores
 
 
-def test_pretraining_knows_two_models(monkeypatch, capsys):
+def test_pretraining_knows_two_models(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "vicuna"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(LavinError, match="vicuna: the models are llama and clip"):
         pretrain.main()
-    assert "vicuna: the models are llama and clip" in capsys.readouterr().err
 
 
 # The default of train.py and generate.py
@@ -279,6 +280,29 @@ def test_a_half_made_world_is_never_left(small_world, monkeypatch, error):
         world.prepare(args)
     assert not small_world.exists()
     assert not list(small_world.parent.glob("*.tmp"))
+
+
+def test_two_processes_make_one_world(tmp_path):
+    """The second waits for the first and takes what it made. What a killed one left is removed."""
+    folder = tmp_path / "world"
+    left_over = tmp_path / "world.77.tmp"
+    left_over.mkdir()
+    n_made = []
+
+    def write(temporary):
+        n_made.append(1)
+        time.sleep(0.3)
+
+    def make():
+        world.make_folder(folder, write, anew=False)
+
+    threads = [threading.Thread(target=make) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(n_made) == 1
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_directory_that_cannot_be_written(call, small_world, monkeypatch):

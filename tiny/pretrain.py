@@ -9,7 +9,6 @@ with a text tower that is then dropped. Both are written in the official formats
 code does not know where they come from.
 """
 
-import argparse
 import io
 import json
 import math
@@ -32,7 +31,8 @@ import data
 from adapters import Adapter, AdapterConfig
 from data import Sample
 from extras.instructions import instruction_prompt
-from files import read_json, run, write_atomically
+from extras.terminal import Parser, run
+from files import read_json, write_atomically
 from model import LLaMA, LLaMAConfig
 from tiny.world import (
     CAPITALS, COLOURS, COUNTS, DIRECTIONS, GOODS, KINDS, LANGUAGE, MATERIALS, NAMES, OBJECTS,
@@ -542,7 +542,7 @@ def pretrain_clip(path: Path, steps: int, seed: int = 0, batch_size: int = 96, l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "models", nargs="*", metavar="MODEL", help="llama or clip (default: both)")
     args = parser.parse_args()

@@ -13,7 +13,6 @@ Everything is a function of the seed. The order in which the functions draw from
 is therefore part of the world: raise VERSION with any change to it.
 """
 
-import argparse
 import json
 import math
 import os
@@ -30,7 +29,8 @@ from tqdm import tqdm
 
 import data
 import files
-from files import LavinError, read_json, run, write_atomically
+from extras.terminal import Parser, run
+from files import LavinError, locked, read_json, write_atomically
 
 VERSION = 1
 ROOT = Path(__file__).absolute().parent
@@ -692,19 +692,25 @@ def write_json(path, content):
     path.write_text(json.dumps(content, indent=1))
 
 
-def make_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def make_folder(folder: Path, write: Callable[[Path], None], anew: bool = True) -> None:
     """Call write(temporary folder), then rename it, so that the folder is complete or not there.
 
-    An older folder is replaced. The temporary name holds the process's number, so two processes
-    that make the same folder do not collide. LavinError if the folder cannot be written.
+    anew: replace a folder that is there. Of several processes that make the same folder, one works
+    and the others wait. LavinError if the folder cannot be written.
     """
     folder = Path(folder)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.parent, otherwise=None):
+            if folder.exists() and not anew:
+                return
+            for left_over in folder.parent.glob(f"{folder.name}.*.tmp"):    # of a killed process
+                shutil.rmtree(left_over, ignore_errors=True)
+            temporary.mkdir()
+            write(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
     except (OSError, RuntimeError) as error:    # torch.save reports a full disk as a RuntimeError
         raise LavinError(f"{folder}: cannot be made ({error})") from error
     finally:
@@ -746,7 +752,7 @@ def prepare(args, remembered: dict = {}) -> None:
     if is_used("data_root", args, remembered):
         if files.asks_sqa(args) and not data_root.exists():
             print(f"making {os.path.relpath(data_root)}, once")
-            make_folder(data_root, write_world)
+            make_folder(data_root, write_world, anew=False)
         check_version(data_root, "world.json", "python -m tiny.world")
     if is_used("llama", args, remembered):
         check_version(PATHS["llama"], "params.json", "python -m tiny.pretrain")
@@ -763,7 +769,8 @@ def check_version(folder, name, command):
     path = folder / name
     if not folder.exists():
         return
-    if not path.exists() or read_json(path).get("version") != VERSION:
+    stated = read_json(path) if path.exists() else None
+    if not isinstance(stated, dict) or stated.get("version") != VERSION:
         raise LavinError(
             f"{folder}: made by another version of the small world than this code's, {VERSION}; "
             f"{command} makes it anew")
@@ -818,7 +825,7 @@ def draw_answer(sheet, x, y, pid, problem, output):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--sheet", nargs=2, metavar=("PREDICTIONS", "PNG"),
         help="draw a few test problems with the answers that generate.py --predictions wrote")

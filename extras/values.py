@@ -1,0 +1,220 @@
+"""What a value from outside may be. One description serves flags, checkpoints and JSON alike.
+
+    EPOCHS = Kind(int, low=1, high=100_000)
+    parser.add_argument("--epochs", type=EPOCHS.parse)          # text from the command line
+    EPOCHS.fault(content["epochs"])                             # a value from a file
+"""
+
+import argparse
+import reprlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from data import FORMATS
+from files import DTYPES, LavinError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The type of a value, and its range or its choices. `fault` says what is wrong with one."""
+    type: type                      # bool, int, float or str
+    low: float | None = None        # the smallest value allowed
+    above: float | None = None      # all values allowed are greater
+    high: float | None = None       # the greatest value allowed
+    below: float | None = None      # all values allowed are smaller
+    choices: tuple = ()
+    is_list: bool = False           # a list of such values, not empty
+    length: int | None = None       # of that list
+    optional: bool = False          # None is allowed too
+
+    def describe(self) -> str:
+        """The kind in words: "a whole number that is at least 1"."""
+        if self.choices:
+            return "one of " + ", ".join(str(choice) for choice in self.choices)
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        bounds = []
+        if self.low is not None:
+            bounds.append(f"at least {self.low:,}")
+        if self.above is not None:
+            bounds.append(f"above {self.above:,}")
+        if self.high is not None:
+            bounds.append(f"at most {self.high:,}")
+        if self.below is not None:
+            bounds.append(f"below {self.below:,}")
+        if not bounds:
+            return names[self.type]
+        return f"{names[self.type]} that is {' and '.join(bounds)}"
+
+    def allows(self, value: object) -> bool:
+        """Is this single value of the kind? An int counts as a float, but True is no number."""
+        types = (int, float) if self.type is float else (self.type,)
+        if type(value) not in types:
+            return False
+        if self.choices:
+            return value in self.choices
+        if self.type is str:
+            return is_text(value)
+        return self.is_within(value)
+
+    def is_within(self, value) -> bool:
+        """Is a number within the bounds? NaN is within none, and infinity only without any."""
+        if self.type is float and not abs(value) <= 1e300:
+            return False
+        return ((self.low is None or value >= self.low)
+                and (self.above is None or value > self.above)
+                and (self.high is None or value <= self.high)
+                and (self.below is None or value < self.below))
+
+    def fault(self, value: object) -> str | None:
+        """What is wrong with a value that comes from a file, or None."""
+        if value is None and self.optional:
+            return None
+        if not self.is_list:
+            return None if self.allows(value) else f"is {short(value)}, not {self.describe()}"
+        if not isinstance(value, list | tuple) or not value:
+            return f"is {short(value)}, not a list, each {self.describe()}"
+        if self.length is not None and len(value) != self.length:
+            return f"has {len(value)} values, not {self.length}"
+        for item in value:
+            if not self.allows(item):
+                return f"holds {short(item)}, not {self.describe()}"
+        return None
+
+    def parse(self, text: str) -> object:
+        """A value from the command line, for argparse's type=."""
+        try:
+            value = text if self.type is str else self.type(text)
+        except (ValueError, OverflowError):
+            value = None
+        if value is None or not self.allows(value):
+            raise argparse.ArgumentTypeError(f"{short(text)} is not {self.describe()}")
+        return value
+
+
+def is_text(value: str) -> bool:
+    """Text that files and checkpoints can hold: no NUL, and no name longer than systems allow."""
+    return "\0" not in value and len(value) <= 4096
+
+
+def short(value: object) -> str:
+    """repr, cut to what fits into a message, in length and in depth."""
+    try:
+        text = reprlib.repr(value)
+    except ValueError:                          # an int of more than 4,300 digits
+        text = f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def check_values(path: object, values: dict, kinds: dict[str, Kind],
+                 needed: Iterable[str] = ()) -> None:
+    """LavinError for the first of `values` that is not of its kind, or that is missing.
+
+    Names without a kind are left alone.
+    """
+    for name in needed:
+        if name not in values:
+            raise LavinError(f"{path}: {name} is missing")
+    for name, kind in kinds.items():
+        if name in values:
+            fault = kind.fault(values[name])
+            if fault:
+                raise LavinError(f"{path}: {name} {fault}")
+
+
+# The settings of a training run (train.Settings): its flags, and a checkpoint's "config".
+
+PATH = Kind(str, optional=True)
+COUNT = Kind(int, low=1, high=1_000_000, optional=True)
+SETTINGS = {
+    "data": Kind(str, is_list=True),
+    "weights": Kind(float, above=0, high=1e6, is_list=True, optional=True),
+    "format": Kind(str, choices=FORMATS),
+    "captions": Kind(bool),
+    "multi_turn": Kind(bool),
+    "skip_bad": Kind(bool),
+    "val_fraction": Kind(float, low=0, below=1),
+    "max_seq_len": Kind(int, low=1, high=1_000_000),
+    "epochs": COUNT,
+    "warmup": Kind(float, low=0, high=1e6, optional=True),
+    "batch_size": Kind(int, low=1, high=1_000_000),
+    "micro_batch": Kind(int, low=1, high=1_000_000),
+    "lr": Kind(float, above=0, high=1e30, optional=True),
+    "weight_decay": Kind(float, low=0, high=1000),
+    "betas": Kind(float, low=0, below=1, is_list=True, length=2),
+    "tau": Kind(float, above=0, high=1e6),
+    "dropout": Kind(float, low=0, below=1),
+    "adapters": Kind(str, choices=("all", "llama", "none")),
+    "routing": Kind(bool),
+    "seed": Kind(int, low=-2**63, below=2**63),
+    "llama": PATH,
+    "vit": PATH,
+    "delta": PATH,
+    "data_root": PATH,
+    "adapter": PATH,
+    "out": Kind(str),
+    "device": Kind(str),
+    "dtype": Kind(str, choices=("auto", *DTYPES)),
+    "bits": Kind(int, choices=(16, 8, 4)),
+    "compile": Kind(bool, optional=True),
+    "checkpointing": Kind(bool),
+    "fsdp": Kind(bool),
+    "workers": Kind(int, low=0, high=256, optional=True),
+    "resume": Kind(bool),
+    "check": Kind(bool),
+    "dry_run": Kind(bool),
+    "max_steps": COUNT,
+    "save_every": COUNT,
+    "eval_limit": Kind(int, low=0, high=10_000_000, optional=True),
+    "n_samples": Kind(int, low=1, high=10**12, optional=True),
+    "data_hash": Kind(str, optional=True),
+    "llama_hash": Kind(str, optional=True),
+    "vit_hash": Kind(str, optional=True),
+}
+
+# The flags of generate.py. Its seed, paths and device are as a training run's.
+QUESTION = SETTINGS | {
+    "prompt": Kind(str),
+    "image": Kind(str),
+    "serve": Kind(int, low=0, high=65535),
+    "host": Kind(str),
+    "data": Kind(str),
+    "show_routing": Kind(str),
+    "split": Kind(str),
+    "score": Kind(str, choices=("letters",)),
+    "by": Kind(str, choices=("skill", "topic", "category", "subject", "grade", "task")),
+    "predictions": Kind(str),
+    "batch_size": Kind(int, low=1, high=100_000),
+    "max_new_tokens": COUNT,
+    "temperature": Kind(float, low=0, high=1e6),
+    "top_p": Kind(float, above=0, high=1),
+}
+
+# The `args` of a LaVIN checkpoint, under the names of the authors' flags. Theirs hold many more.
+ADAPTER_ARGS = {
+    "temperature": Kind(float, above=0, high=1e6),
+    "adapter_scale": Kind(float, low=-1e6, high=1e6),
+    "dropout": Kind(float, low=0, below=1),
+    "max_seq_len": Kind(int, low=1, high=1_000_000, optional=True),
+    "prompt_format": Kind(str, choices=FORMATS, optional=True),
+}
+
+# What stands in the same checkpoint beside the weights.
+PROGRESS = {
+    "step": Kind(int, low=0, high=10**12, optional=True),
+    "epoch": Kind(int, low=0, high=10**12, optional=True),
+}
+
+# LLaMA's sizes, the fields of LLaMAConfig. LLaMA-3 405B has 126 layers of width 16,384.
+LLAMA_PARAMS = {
+    "dim": Kind(int, low=2, high=2**17),
+    "n_layers": Kind(int, low=1, high=1000),
+    "n_heads": Kind(int, low=1, high=2**12),
+    "n_kv_heads": Kind(int, low=1, high=2**12, optional=True),
+    "vocab_size": Kind(int, low=1, high=2**22),
+    "multiple_of": Kind(int, low=1, high=2**17),
+    "ffn_dim_multiplier": Kind(float, above=0, high=100, optional=True),
+    "hidden_dim": Kind(int, low=1, high=2**20, optional=True),
+    "norm_eps": Kind(float, above=0, high=0.1),
+    "rope_theta": Kind(float, low=1, high=1e12),
+    "attention_bias": Kind(bool),
+}
