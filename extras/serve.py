@@ -14,35 +14,60 @@ The answer to /ask is a line of JSON for each event:
 The server keeps no conversations: a page sends its own along with every question. One question is
 answered at a time. The cache of the last conversation is reused as far as the next one begins
 alike, so a follow-up question costs only its own tokens.
+
+A web site that a person visits can make the browser send requests to this server, and could even
+give the server a name of its own (DNS rebinding) to read the answers. So a request's Host must be a
+name that the server goes by (`Server.goes_by`), and its Origin, where it has one, must be that very
+Host. The port may be any, for the sake of ssh tunnels. A proxy has to say so in its requests, and
+to look at its own browsers' Host and Origin itself; for nginx:
+
+    proxy_set_header Host localhost;
+    proxy_set_header Origin "";
 """
 
 import base64
 import contextlib
 import io
+import ipaddress
 import json
 import re
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 import data
 from extras.chat import Conversation
+from extras.values import short
 from files import LavinError
 from model import LaVIN
 
 PAGE = Path(__file__).with_name("page.html")
-# The page loads nothing from anywhere else, and shows its pictures from memory.
-CONTENT_SECURITY_POLICY = ("default-src 'self'; script-src 'unsafe-inline'; "
-                           "style-src 'unsafe-inline'; img-src blob: data:")
+# The page loads nothing from anywhere else, and shows its pictures from memory. No other site may
+# show or load anything of it.
+HEADERS = {
+    "Content-Security-Policy":
+        "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+        "img-src blob: data:; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+TOO_MANY = (b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\n\r\n"
+            b'{"error": "too many connections; try again in a while"}')
 MAX_REQUEST = 20_000_000        # bytes
 MAX_PIXELS = 50_000_000
 MAX_TEXT = 20_000               # characters
 MAX_TURNS = 100
 MAX_WAITING = 20                # questions
+MAX_CONNECTIONS = 64
+MAX_SECONDS = 30                # that a client may keep us waiting
+SLOWEST = 100_000               # bytes per second: a large picture may take longer to come
+MAX_READERS = 4                 # questions read at a time: a picture may take a gigabyte
 
 
 # A question
@@ -51,7 +76,7 @@ MAX_WAITING = 20                # questions
 def read_picture(text, resolution):
     """base64 -> pixels (3, R, R). LavinError if it is no picture, or one that is too large."""
     try:
-        image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+        image = data.open_picture(io.BytesIO(base64.b64decode(text, validate=True)))
         is_small = image.width * image.height <= MAX_PIXELS     # known before it is decoded
         if is_small:
             return data.load_pixels(image, resolution)
@@ -68,7 +93,8 @@ def is_turn(turn):
 def parse_question(body: bytes, resolution: int) -> tuple[str, list, torch.Tensor | None]:
     """The body of POST /ask -> (question, turns, pixels or None).
 
-    Raises LavinError with what is wrong with it.
+    Control characters stay in the texts: to the tokenizer they are bytes like any others, and
+    the page shows an answer as text. Raises LavinError with what is wrong with the body.
     """
     try:
         asked = json.loads(body)
@@ -179,22 +205,81 @@ def same_picture(a, b):
 # HTTP
 
 
+class Client(io.RawIOBase):
+    """The bytes from and to a client, which may keep us waiting for `seconds_left` in all.
+
+    A socket's own timeout begins anew with every byte: one each minute would last for ever.
+    """
+
+    def __init__(self, connection: socket.socket):
+        self.connection = connection
+        self.seconds_left = MAX_SECONDS
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        return self.wait(self.connection.recv_into, buffer)
+
+    def write(self, content):
+        self.wait(self.connection.sendall, content)
+        return len(content)
+
+    def wait(self, action, content):
+        """action(content), at the expense of the seconds left. Raises TimeoutError without any."""
+        if self.seconds_left <= 0:
+            raise TimeoutError
+        self.connection.settimeout(self.seconds_left)
+        start = time.monotonic()
+        try:
+            return action(content)
+        finally:
+            self.seconds_left -= time.monotonic() - start
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection. It has a thread of its own."""
-    timeout = 60                    # seconds that a connection may be silent
+    default_request_version = "HTTP/1.0"    # an answer to nonsense has a status, too
+
+    def setup(self):
+        super().setup()
+        self.client = Client(self.connection)
+        self.rfile = io.BufferedReader(self.client)
+        self.wfile = self.client
+
+    def end_headers(self):
+        """Add what every answer has, even one of http.server's own."""
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
 
     def reply(self, status, content, kind="application/json"):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("Content-Security-Policy", CONTENT_SECURITY_POLICY)
         self.end_headers()
         self.wfile.write(content)
 
     def refuse(self, status, why):
         self.reply(status, json.dumps({"error": why}).encode())
 
+    def is_welcome(self):
+        """Does it ask for us, by our name, and not for another site? If not, it is refused."""
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) != 1 or not self.server.goes_by(hosts[0]):
+            names = " or ".join(sorted(self.server.names))
+            self.refuse(421, f"this server goes by {names}, not by {short(', '.join(hosts))}; "
+                             "--host gives it another name")
+            return False
+        for origin in self.headers.get_all("Origin", []):
+            if origin.lower() != f"http://{hosts[0]}".lower():
+                self.refuse(403, "a page of another site may not ask here")
+                return False
+        return True
+
     def do_GET(self):
+        if not self.is_welcome():
+            return
         if self.path == "/":
             self.reply(200, PAGE.read_bytes(), "text/html; charset=utf-8")
         elif self.path == "/about":
@@ -210,24 +295,33 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         """A question, as JSON alone: a browser lets no other site send that here."""
+        if not self.is_welcome():
+            return
         is_json = self.headers.get_content_type() == "application/json"
-        length = self.headers.get("Content-Length", "")
-        if self.path != "/ask" or not is_json or not re.fullmatch("[0-9]{1,12}", length):
+        is_chunked = "Transfer-Encoding" in self.headers
+        lengths = " ".join(self.headers.get_all("Content-Length", []))      # two of them: refused
+        has_length = re.fullmatch("[0-9]{1,12}", lengths) and not is_chunked
+        if self.path != "/ask" or not is_json or not has_length:
             self.refuse(400, "post JSON of a known length to /ask")
             return
-        length = int(length)
+        length = int(lengths)
+        self.client.seconds_left += min(length, MAX_REQUEST) / SLOWEST
         if length > MAX_REQUEST:
             self.read_past(min(length, 4 * MAX_REQUEST))
             megabytes = MAX_REQUEST // 10**6
             self.refuse(413, f"this is larger than {megabytes} MB; take a smaller picture")
             return
         try:
-            body = self.rfile.read(length)
-            question, turns, pixels = parse_question(body, self.server.desk.lavin.resolution)
+            question, turns, pixels = self.read_question(length)
         except LavinError as error:
             self.refuse(400, str(error))
             return
         self.stream_answer(question, turns, pixels)
+
+    def read_question(self, length):
+        body = self.rfile.read(length)
+        with self.server.readers:
+            return parse_question(body, self.server.desk.lavin.resolution)
 
     def read_past(self, n):
         """Read n bytes and drop them: a browser listens only after it has sent everything."""
@@ -257,7 +351,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle(self):
         try:
             super().handle()
-        except (ConnectionError, TimeoutError):
+        except OSError:
             pass                                            # whoever asked has gone
 
     def log_message(self, *_):
@@ -270,10 +364,47 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 64         # connections that nobody has accepted yet
 
     def __init__(self, host: str, port: int, model_name: str):
+        if ":" in host:
+            self.address_family = socket.AF_INET6
         super().__init__((host, port), Handler)
         self.host = host
+        self.address = ipaddress.ip_address(self.server_address[0])
+        self.names = {"localhost", "127.0.0.1", host.lower(), str(self.address)}
+        if self.address.is_unspecified:
+            self.names.add(socket.gethostname().lower())
         self.model_name = model_name
         self.desk = None
+        self.connections = set()
+        self.readers = threading.Semaphore(MAX_READERS)
+
+    def goes_by(self, host: str) -> bool:
+        """Is this Host header, "name" or "name:port", one of our names, at whatever port?
+
+        A server that listens at all addresses of the machine goes by any address: DNS rebinding
+        needs a name.
+        """
+        name = re.sub(":[0-9]*$", "", host.strip().lower()).strip("[]")
+        if name in self.names:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return self.address.is_unspecified
+
+    def verify_request(self, request, client_address):
+        """May one more connection come in? If not, it is told so, and then closed."""
+        if len(self.connections) < MAX_CONNECTIONS:
+            self.connections.add(request)
+            return True
+        with contextlib.suppress(OSError):
+            request.sendall(TOO_MANY)
+        return False
+
+    def shutdown_request(self, request):
+        """Every connection ends here, however it went."""
+        self.connections.discard(request)
+        super().shutdown_request(request)
 
 
 def listen(host: str, port: int, model_name: str) -> Server:
@@ -281,9 +412,12 @@ def listen(host: str, port: int, model_name: str) -> Server:
 
     Raises LavinError if that is not possible.
     """
+    if not host:                    # to a socket, that means all addresses
+        raise LavinError("--host is empty; leave it out to be asked from this machine alone, "
+                         "or give 0.0.0.0 for everybody in the network")
     try:
         return Server(host, port, model_name)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError) as error:    # TypeError: no name can be like that
         raise LavinError(f"--serve {port} --host {host}: cannot listen there ({error}); "
                          "choose another port or address") from error
 
@@ -292,5 +426,12 @@ def serve(server: Server, lavin: LaVIN, how: dict, compiled: bool) -> None:
     """Answer until Ctrl-C. how: what Conversation.say takes."""
     with server:
         server.desk = Desk(lavin, how, compiled)
-        print(f"http://{server.host}:{server.server_port} · Ctrl-C ends it", flush=True)
+        host = server.host
+        if server.address.is_unspecified:
+            host = "localhost"
+        if not server.address.is_loopback:
+            print(f"it listens at {server.address}: everybody in the network can ask")
+        if ":" in host:
+            host = f"[{host}]"
+        print(f"http://{host}:{server.server_port} · Ctrl-C ends it", flush=True)
         server.serve_forever()

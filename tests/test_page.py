@@ -17,7 +17,10 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MAGNETS = Path(__file__).parent.parent / "examples" / "magnets.png"
-FLAGS = ["--no-sandbox"]        # as root, chromium starts in no other way
+FLAGS = [
+    "--no-sandbox",             # as root, chromium starts in no other way
+    "--host-resolver-rules=MAP other.test 127.0.0.1",
+]
 
 if __name__ != "__main__":
     playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
@@ -195,6 +198,29 @@ def test_turns_that_do_not_fit_are_told_and_not_sent_again(page):
     notes = page.locator("#turns .note").all_inner_texts()
     assert any("no longer fit the model's context" in note for note in notes)
     assert 0 < page.evaluate("turns.length") < 12
+
+
+def test_a_server_that_is_busy(page, monkeypatch):
+    from extras import serve
+
+    monkeypatch.setattr(serve, "MAX_CONNECTIONS", 0)
+    ask(page, "Which colour is the sky?")
+    assert "too many connections" in error_text(page)
+
+
+def test_no_page_can_show_ours_in_a_frame(page, browser):
+    assert page.locator("#ask").count() == 1
+    other = browser.new_page()
+    other.set_content(f"<iframe src='{page.url}'></iframe>", wait_until="load")
+    assert other.frames[1].locator("#ask").count() == 0
+    other.close()
+
+
+def test_a_site_whose_name_leads_to_this_machine_is_refused(browser, server):
+    other = browser.new_page()
+    response = other.goto(f"http://other.test:{server.server_port}/")
+    assert response.status == 421 and "not by 'other.test" in other.content()
+    other.close()
 
 
 def test_a_server_that_has_gone(page):

@@ -1,6 +1,7 @@
 """The page's server: answers, a queue, and requests that harm nobody else."""
 
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -9,7 +10,7 @@ import threading
 import time
 
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import checkpoints
 import generate
@@ -25,14 +26,15 @@ METAL = {"question": "Name a metal."}
 
 
 @pytest.fixture
-def server():
-    """The golden model, served by a thread."""
+def server(capsys):
+    """The golden model, served by a thread. The test fails if one of its threads does."""
     lavin = checkpoints.load(LLAMA, VIT, ADAPTER)
     with serve.listen("127.0.0.1", 0, "tiny") as server:
         server.desk = serve.Desk(lavin, dict(HOW), compiled=False)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
+    assert capsys.readouterr().err == ""
 
 
 def get(server, path):
@@ -59,8 +61,31 @@ def connect(server):
 
 def header(length):
     """The start of a request, for what http.client would not send."""
-    return (f"POST /ask HTTP/1.0\r\nContent-Type: application/json\r\n"
+    return (f"POST /ask HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {length}\r\n\r\n").encode()
+
+
+def exchange(server, request):
+    """Send these bytes and no more -> (status, headers, body)."""
+    answered = b""
+    with connect(server) as connection, contextlib.suppress(ConnectionError):
+        # A server that closes before it has read everything resets the connection.
+        connection.settimeout(20)
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        while piece := connection.recv(2**16):
+            answered += piece
+    head, _, body = answered.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    version, status, _ = first.split(" ", 2)
+    assert version.startswith("HTTP/1.")
+    return int(status), dict(line.split(": ", 1) for line in lines), body
+
+
+def get_from(server, path, *headers):
+    """The status of a GET with exactly these headers."""
+    lines = [f"GET {path} HTTP/1.1", *headers, "", ""]
+    return exchange(server, "\r\n".join(lines).encode())[0]
 
 
 def text(events):
@@ -275,6 +300,259 @@ def test_half_a_request_keeps_nobody_waiting(server):
         assert answer(server, METAL) == said(server)
 
 
+ASK = b"POST /ask HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+QUESTION = json.dumps(METAL).encode()
+LENGTH = b"Content-Length: %d\r\n" % len(QUESTION)
+
+
+@pytest.mark.parametrize("request_bytes, status", [
+    (b"GET /\r\n\r\n", 421),                            # HTTP/0.9 knew no Host
+    (b"GET http://localhost/about HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+    (b"CONNECT localhost:22 HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),
+    (b"GET / HTTP/9.9\r\n\r\n", 505),
+    (b"GET / HTTP/\xb2.1\r\n\r\n", 400),
+    (b"\x16\x03\x01\x02\x00\x01\r\n", 400),             # the start of TLS
+    (b"\xff \xfe \xfd \xfc\r\n\r\n", 400),
+    (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
+    (GET + b"X: " + b"x" * 70_000 + b"\r\n\r\n", 431),
+    (GET + b"X: x\r\n" * 200 + b"\r\n", 431),
+    (GET + b"\xff\x00: \x00\r\n: x\r\nno colon\r\n\r\n", 200),
+    (GET + b"Content-Type: multipart/mixed; boundary\r\n\r\n", 200),
+    (ASK + LENGTH + LENGTH + b"\r\n" + QUESTION, 400),
+    (ASK + LENGTH + b"Content-Length: 5\r\n\r\n" + QUESTION, 400),
+    (ASK + b"Content-Length: -5\r\n\r\n" + QUESTION, 400),
+    (ASK + LENGTH + b"Transfer-Encoding: chunked\r\n\r\n" + QUESTION, 400),
+    (ASK + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    (ASK + b"Content-Length: 500\r\n\r\n" + QUESTION[:9], 400),
+    (ASK + b"\r\n" + QUESTION, 400),
+])
+def test_a_malformed_request_is_answered_with_a_status(server, request_bytes, status):
+    assert exchange(server, request_bytes)[0] == status
+    assert answer(server, METAL) == said(server)
+
+
+@pytest.mark.parametrize("body, status", [
+    (b'{"question": "x", "n": ' + b"9" * 5000 + b"}", 400),
+    (b'{"question": "x", "turns": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", 400),
+    (b'{"question": "x", "turns": [["\\udfff", "y"]]}', 400),
+    ('{"question": "\ud800"}'.encode("utf-16-le", "surrogatepass"), 400),
+    (b'{"question": 1, "question": "x"}', 200),             # JSON's readers take the last one
+    (b'{"question": "x", "n": NaN, "image": null}', 200),
+])
+def test_peculiar_json(server, body, status):
+    assert post(server, body)[0] == status
+
+
+@pytest.mark.parametrize("question", [
+    "\0", "\x1b[31mred\x07", "a\r\n\tb", "\u202eabc", "<s></s><unk>",
+])
+def test_control_characters_are_asked_like_any_others(server, question):
+    assert answer(server, {"question": question}) == said(server, question)
+
+
+def test_an_eps_file_starts_no_program(server, monkeypatch):
+    started = []
+
+    def ghostscript(*args, **_):
+        started.append(args)
+        return Image.new("RGB", (8, 8)).im
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
+    eps = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(eps, "eps")
+    status, events = post(server, {"question": "x", "image": to_base64(eps.getvalue())})
+    assert status == 400 and "not a picture" in events[0]["error"]
+    assert not started
+
+
+# Other sites
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:8000", "localhost:9000", "LOCALHOST"])
+def test_the_server_is_asked_by_its_names_at_any_port(server, host):
+    """`ssh -L 9000:127.0.0.1:8000` makes the port another one."""
+    assert get_from(server, "/", f"Host: {host}") == 200
+    assert get_from(server, "/about", f"Host: {host}", f"Origin: http://{host}") == 200
+
+
+@pytest.mark.parametrize("headers", [
+    [],
+    ["Host:"],
+    ["Host: evil.test"],
+    ["Host: evil.test:8000"],
+    ["Host: localhost.evil.test"],
+    ["Host: localhost@evil.test"],
+    ["Host: evil.test:127.0.0.1"],
+    ["Host: 192.0.2.7"],
+    ["Host: [::1]:8000"],
+    ["Host: localhost", "Host: evil.test"],
+    ["Host: localhost", "Host: localhost"],
+    ["Host : localhost"],
+])
+def test_a_name_that_is_not_the_servers_is_refused(server, headers):
+    assert get_from(server, "/", *headers) == 421
+    assert get_from(server, "/about", *headers) == 421
+    lines = [b"POST /ask HTTP/1.1", b"Content-Type: application/json",
+             b"Content-Length: 0", *[header.encode() for header in headers]]
+    assert exchange(server, b"\r\n".join(lines) + b"\r\n\r\n")[0] == 421
+
+
+def test_who_asks_by_a_wrong_name_learns_the_right_ones(server):
+    _, _, body = exchange(server, b"GET / HTTP/1.1\r\nHost: evil.test\r\n\r\n")
+    assert "goes by 127.0.0.1 or localhost, not by 'evil.test'" in json.loads(body)["error"]
+
+
+@pytest.mark.parametrize("origin", [
+    "null", "", "http://evil.test", "http://localhost:8000.evil.test", "http://localhost",
+    "http://localhost:9000", "https://localhost:8000", "http://127.0.0.1:8000",
+])
+def test_a_page_of_another_site_is_refused(server, origin):
+    headers = ["Host: localhost:8000", f"Origin: {origin}"]
+    assert get_from(server, "/about", *headers) == 403
+    assert get_from(server, "/about", *headers, "Origin: http://localhost:8000") == 403
+    lines = ["POST /ask HTTP/1.1", *headers, "Content-Type: application/json"]
+    request_bytes = "\r\n".join(lines).encode() + b"\r\n" + LENGTH + b"\r\n" + QUESTION
+    assert exchange(server, request_bytes)[0] == 403
+
+
+@pytest.mark.parametrize("request_bytes, status", [
+    (GET + b"\r\n", 200),
+    (GET.replace(b"/ ", b"/nowhere ") + b"\r\n", 404),
+    (GET.replace(b"localhost", b"evil.test") + b"\r\n", 421),
+    (b"nonsense\r\n", 400),
+    (ASK + LENGTH + b"\r\n" + QUESTION, 200),
+])
+def test_no_answer_can_be_framed_loaded_or_guessed_at(server, request_bytes, status):
+    answered, headers, _ = exchange(server, request_bytes)
+    assert answered == status
+    assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+
+
+@pytest.fixture
+def listening():
+    """listening(host): a server there that nobody runs, for what it says about names."""
+    servers = []
+
+    def listen(host):
+        server = serve.listen(host, 0, "tiny")
+        servers.append(server)
+        return server
+
+    yield listen
+    for server in servers:
+        server.server_close()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "0"])
+def test_at_all_addresses_the_server_goes_by_any_address_but_not_by_any_name(listening, host):
+    server = listening(host)
+    known = ["192.0.2.7:8000", "[2001:db8::7]:8000", "[::1]", "localhost", socket.gethostname()]
+    for name in known:
+        assert server.goes_by(name), name
+    for name in ["evil.test", "192.0.2.7.evil.test", "", ":8000", "[evil.test]"]:
+        assert not server.goes_by(name), name
+
+
+def test_the_server_goes_by_the_name_and_the_address_of_host(listening):
+    server = listening("LOCALHOST")
+    assert server.goes_by("localhost:8000") and server.goes_by(server.server_address[0])
+    server = listening("127.0.0.2")
+    assert server.goes_by("127.0.0.2:8000") and server.goes_by("localhost")
+    assert not server.goes_by("127.0.0.3")
+    server = listening("0:0:0:0:0:0:0:1")
+    assert server.goes_by("[::1]:8000") and not server.goes_by("[::2]")
+
+
+# Clients that take their time
+
+
+def test_connections_are_limited_in_number(server, monkeypatch):
+    monkeypatch.setattr(serve, "MAX_CONNECTIONS", 3)
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(connect(server))
+        for _ in range(5):
+            status, _, body = exchange(server, b"")
+            assert status == 503 and b"too many connections" in body
+    while server.connections:
+        time.sleep(0.01)
+    assert answer(server, METAL) == said(server)
+
+
+def drip(connection, content):
+    """Send a byte every tenth of a second, for two seconds at most -> how many the server took."""
+    for i in range(20):
+        try:
+            connection.sendall(content[i:i + 1])
+        except OSError:
+            return i
+        time.sleep(0.1)
+    return 20
+
+
+@pytest.mark.parametrize("start, rest", [
+    (b"", b"GET / HTTP/1.1\r\nHost: localhost"),
+    (GET, b"X: x\r\n" * 5),
+    (ASK + b"Content-Length: 500\r\n\r\n", b" " * 50),
+    (ASK + b"Content-Length: 30000000\r\n\r\n", b" " * 50),
+], ids=["first line", "headers", "body", "a body too large"])
+def test_a_request_that_drips_is_given_up(server, monkeypatch, start, rest):
+    monkeypatch.setattr(serve, "MAX_SECONDS", 0.3)
+    monkeypatch.setattr(serve, "SLOWEST", 1e9)
+    with connect(server) as connection:
+        connection.sendall(start)
+        assert drip(connection, rest) < 20
+    while server.connections:
+        time.sleep(0.01)
+
+
+def test_a_large_picture_may_take_longer_to_come(server, monkeypatch):
+    monkeypatch.setattr(serve, "MAX_SECONDS", 0.3)
+    monkeypatch.setattr(serve, "SLOWEST", 100)
+    body = QUESTION + b" " * 1000
+    with connect(server) as connection:
+        connection.sendall(header(len(body)))
+        time.sleep(0.6)
+        connection.sendall(body)
+        assert b" 200 " in connection.recv(100)
+
+
+def test_a_client_that_reads_too_slowly_frees_the_desk(server, monkeypatch):
+    """Its connection is never silent, and yet its 20 MB would take ten seconds."""
+    sent = []
+    say = serve.Desk.say
+
+    def say_much(desk, question, turns, pixels):
+        if question != "much":
+            yield from say(desk, question, turns, pixels)
+            return
+        for i in range(200):
+            sent.append(i)
+            yield {"text": "x" * 100_000}
+
+    def read_slowly(connection):
+        with contextlib.suppress(OSError):
+            while connection.recv(100_000):
+                time.sleep(0.05)
+
+    monkeypatch.setattr(serve.Desk, "say", say_much)
+    monkeypatch.setattr(serve, "MAX_SECONDS", 0.3)
+    body = b'{"question": "much"}'
+    with connect(server) as connection:
+        connection.sendall(header(len(body)) + body)
+        reading = threading.Thread(target=read_slowly, args=(connection,))
+        reading.start()
+        while not sent:
+            time.sleep(0.01)
+        assert answer(server, METAL) == said(server)
+        assert len(sent) < 200
+        reading.join()
+
+
 # From the command line
 
 
@@ -297,15 +575,47 @@ def test_a_host_that_is_none(call):
     assert code == 2 and "cannot listen there" in stderr
 
 
-def test_serve_prints_its_address_and_ends_with_ctrl_c(call, monkeypatch):
+@pytest.mark.parametrize("host", ["a" * 70, "..", " ", "[::1]", "\udcff", "::1::", "1.2.3.4.5"])
+def test_more_hosts_that_are_none(fails, host):
+    fails(generate, "--serve", 0, "--host", host, *MODEL, says=["cannot listen there"])
+
+
+def test_an_empty_host_is_not_everybody(fails):
+    fails(generate, "--serve", 0, "--host", "", *MODEL, says=["--host is empty"])
+
+
+@pytest.fixture
+def served(call, monkeypatch):
+    """served("--flag", value, …) -> what `generate.py --serve 0` prints, and its server's name."""
     names = []
 
     def serve_forever(server):
         names.append(server.model_name)
         raise KeyboardInterrupt
 
+    def served(*args):
+        code, stdout, _ = call(generate, "--serve", 0, *args, *MODEL)
+        assert code == 130
+        return stdout, names[-1]
+
     monkeypatch.setattr(serve.Server, "serve_forever", serve_forever)
-    code, stdout, _ = call(generate, "--serve", 0, *MODEL)
-    assert code == 130
+    return served
+
+
+def test_serve_prints_its_address_and_ends_with_ctrl_c(served):
+    stdout, name = served()
     assert "http://127.0.0.1:" in stdout and "Ctrl-C ends it" in stdout
-    assert names == ["tiny · checkpoint-19.pth"]
+    assert "everybody" not in stdout
+    assert name == "tiny · checkpoint-19.pth"
+
+
+def test_an_address_of_ipv6_has_brackets(served):
+    stdout, _ = served("--host", "::1")
+    assert "http://[::1]:" in stdout and "everybody" not in stdout
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_at_all_addresses_it_says_who_can_ask(served, host):
+    stdout, _ = served("--host", host)
+    assert f"it listens at {host}: everybody in the network can ask" in stdout
+    assert "http://localhost:" in stdout
