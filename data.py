@@ -10,13 +10,16 @@ text contains) holds the place of the features. As a label, 0 means "no loss on 
 """
 
 import dataclasses
+import io
 import math
 import os
+import pickle
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -24,12 +27,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from sentencepiece import SentencePieceProcessor
 from torch.utils.data import DataLoader, Dataset
 
-from files import LavinError, tokenizer_path
+from files import LavinError, check_regular, tokenizer_path
 
 # Pictures
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]     # not CLIP's own: the
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]      # authors' choice
+
+
+# What Pillow may read, as far as this machine's Pillow can.
+PICTURE_FORMATS = frozenset("""
+    AVIF BLP BMP CUR DCX DDS DIB FLI FTEX GBR GIF ICNS ICO IM JPEG JPEG2000 MSP PCD PCX PIXAR
+    PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM XVTHUMB""".split())
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -46,20 +55,37 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
+def open_picture(source: str | Path | BinaryIO) -> Image.Image:
+    """A path or an open file -> the picture, its size known, its pixels not decoded yet.
+
+    Only files of PICTURE_FORMATS are pictures, whatever they are called: left to itself, Pillow
+    starts Ghostscript, which runs the program that an EPS file is. Raises LavinError for all else.
+    """
+    if isinstance(source, str | Path):
+        if not os.path.exists(source):
+            raise LavinError(f"{source}: no such picture")
+        check_regular(source)
+    Image.init()
+    formats = [name for name in Image.ID if name in PICTURE_FORMATS]
+    try:
+        return Image.open(source, formats=formats)
+    except UnidentifiedImageError as error:
+        raise LavinError(f"{source}: not a picture that Pillow can read (unknown format)"
+                         ) from error
+    except Exception as error:      # Pillow's readers raise anything, even SyntaxError
+        raise LavinError(f"{source}: not a picture that Pillow can read ({error})") from error
+
+
 def load_pixels(image: str | Path | Image.Image, resolution: int) -> torch.Tensor:
-    """A path or a picture -> (3, R, R) fp32, normalised. LavinError if Pillow cannot read it.
+    """A path or a picture -> (3, R, R) fp32, normalised. LavinError if it cannot be decoded.
 
     The picture is squeezed to R × R, not cropped: a diagram's border may hold the answer.
     """
+    picture = image if isinstance(image, Image.Image) else open_picture(image)
     try:
-        picture = to_rgb(image if isinstance(image, Image.Image) else Image.open(image))
-    except FileNotFoundError as error:
-        raise LavinError(f"{image}: no such picture") from error
-    except UnidentifiedImageError as error:
-        raise LavinError(f"{image}: not a picture that Pillow can read (unknown format)") from error
-    except Exception as error:      # Pillow's readers raise anything, even SyntaxError
+        picture = to_rgb(picture).resize((resolution, resolution), Image.Resampling.BICUBIC)
+    except Exception as error:
         raise LavinError(f"{image}: not a picture that Pillow can read ({error})") from error
-    picture = picture.resize((resolution, resolution), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255     # (3, R, R)
     return (pixels - IMAGENET_MEAN) / IMAGENET_STD
 
@@ -78,7 +104,7 @@ class Sample:
 
 @dataclass
 class Encoded:
-    """A sample as tokens: NumPy arrays, since every tensor costs a worker a file descriptor."""
+    """A sample as tokens: NumPy arrays, which may be parts of a mapped file."""
     tokens: np.ndarray          # (T,) int32
     labels: np.ndarray          # (T,) int32: the token itself where it belongs to an answer, else 0
     image: str | Path | Image.Image | torch.Tensor | None       # a tensor holds pixels (3, R, R)
@@ -119,11 +145,15 @@ class Batch:
 def load_tokenizer(llama: str | Path) -> SentencePieceProcessor:
     """LLaMA's sentencepiece model, from LLaMA's folder or the folder above it."""
     path = tokenizer_path(llama)
+    check_regular(path)
     try:
-        tokenizer = SentencePieceProcessor(model_file=str(path))
+        tokenizer = SentencePieceProcessor()
+        tokenizer.LoadFromSerializedProto(path.read_bytes())
         # A damaged file may load and still hold pieces that are not text.
         tokenizer.id_to_piece(list(range(tokenizer.vocab_size())))
-    except (OSError, RuntimeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise LavinError(f"{path}: cannot be read ({error.strerror})") from error
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise LavinError(f"{path}: not a sentencepiece tokenizer") from error
     if tokenizer.bos_id() < 0 or tokenizer.eos_id() < 0:
         raise LavinError(f"{path}: has no BOS or EOS token; take LLaMA's tokenizer.model")
@@ -153,17 +183,25 @@ def tokenize(sample: Sample, tokenizer: SentencePieceProcessor) -> tuple[list[in
     return tokens, labels
 
 
+def is_unicode(text: object) -> bool:
+    """Is it text that UTF-8 can hold? JSON and a terminal may give us half a pair of surrogates."""
+    if not isinstance(text, str):
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_unicode(sample: Sample) -> None:
-    """LavinError for text that sentencepiece would choke on: half of a surrogate pair."""
+    """LavinError for text that sentencepiece would choke on."""
     texts = [sample.prompt, sample.answer]
     for turn in sample.history:
         texts += turn
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            name = f"problem {sample.id}" if sample.id else "the prompt"
-            raise LavinError(f"{name}: not Unicode text ({error})") from error
+    if not all(is_unicode(text) for text in texts):
+        name = f"problem {sample.id}" if sample.id else "the prompt"
+        raise LavinError(f"{name}: not Unicode text")
 
 
 def encode(sample: Sample, tokenizer: SentencePieceProcessor, n_features: int, max_seq_len: int,
@@ -355,7 +393,7 @@ class Batches(Dataset):
 
 
 class Pictures(Dataset):
-    """Item i: sample i with its picture decoded."""
+    """Item i: (sample i with its picture decoded, None), or (with a blank one, why not)."""
 
     def __init__(self, encoded: list[Encoded], resolution: int):
         self.encoded = encoded
@@ -363,9 +401,10 @@ class Pictures(Dataset):
 
     def __getitem__(self, i):
         try:
-            return with_pixels(self.encoded[i], self.resolution)
+            return with_pixels(self.encoded[i], self.resolution), None
         except LavinError as error:
-            return error
+            blank = torch.zeros(3, self.resolution, self.resolution)
+            return dataclasses.replace(self.encoded[i], image=blank), str(error)
 
 
 def _ignore_signals(worker: int) -> None:
@@ -374,15 +413,48 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def pack(item: object) -> bytes:
+    """What a worker prepared, as bytes for the main process.
+
+    torch would send every tensor as an open file. Many micro-batches hold more tensors than a
+    process may have files open, and the main process would wait for ever.
+    """
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, protocol=5)
+    pickler.dispatch_table = {torch.Tensor: lambda tensor: (torch.from_numpy, (tensor.numpy(),))}
+    pickler.dump(item)
+    return file.getvalue()
+
+
+def check_open_files(workers: int) -> None:
+    """LavinError if so few files may be open that torch would hang while it starts its workers."""
+    opened = []
+    try:
+        for _ in range(4 * workers + 8):            # what each of them takes, and some more
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        raise LavinError(f"--workers {workers}: the system allows too few open files for so many "
+                         "processes; --workers 0 needs none, ulimit -n allows more") from error
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
 def prefetch(dataset: Dataset, indices: Iterable[int], workers: int, each: int = 2) -> Iterator:
     """Yield dataset[i] for i in indices, each worker process preparing `each` items in advance.
 
-    workers 0: this process prepares them when they are asked for.
+    workers 0: this process prepares them when they are asked for. Raises a LavinError that the
+    dataset returns.
     """
+    if workers:
+        check_open_files(workers)
     loader = DataLoader(
         dataset, batch_size=None, sampler=indices, num_workers=workers,
-        prefetch_factor=each if workers else None, worker_init_fn=_ignore_signals)
+        collate_fn=pack if workers else None, prefetch_factor=each if workers else None,
+        worker_init_fn=_ignore_signals)
     for item in loader:
+        if workers:
+            item = pickle.loads(item)       # a worker of ours packed it
         if isinstance(item, LavinError):
             raise item
         yield item

@@ -14,7 +14,12 @@ that needs to be said again.
 
 import argparse
 import json
+import os
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until `run` takes over: imports take a second
 
 import torch
 from PIL import Image
@@ -22,7 +27,8 @@ from PIL import Image
 import checkpoints
 import data
 from extras import benchmarks, chat, evaluate, flags, scienceqa, serve
-from files import (DTYPES, check_compiler, check_writable, choose_paths, pick_device, run,
+from extras.terminal import run
+from files import (DTYPES, check_compiler, check_writable, choose_paths, pick_device,
                    write_atomically)
 from model import LaVIN
 from tiny import world
@@ -34,7 +40,7 @@ def find_model(args: argparse.Namespace) -> tuple[str | None, dict]:
     if adapter == "none":
         adapter = None
     remembered = {}
-    if adapter and Path(adapter).is_file():
+    if adapter and os.path.isfile(adapter):
         _, _, remembered = checkpoints.read_adapter(adapter)
     world.prepare(args, remembered)
     choose_paths(args, remembered, adapter)
@@ -82,7 +88,23 @@ def load_data(args: argparse.Namespace, remembered: dict,
 
 def answer_data(lavin: LaVIN, truths: dict | None, samples: list[data.Sample], format: str,
                 args: argparse.Namespace) -> None:
-    """Answer what --data names, print its table, write --predictions."""
+    """Answer what --data names, print its table, write --predictions.
+
+    Whatever ends this early, the answers so far are written. LavinError if there was a picture that
+    could not be decoded.
+    """
+    answers = evaluate.Answers(samples)
+    try:
+        answer_and_score(lavin, truths, samples, answers, format, args)
+    finally:
+        if args.predictions and (answers.given or answers.unread):
+            write_predictions(args, truths, answers)
+    answers.check()
+
+
+def answer_and_score(lavin: LaVIN, truths: dict | None, samples: list[data.Sample],
+                     answers: evaluate.Answers, format: str, args: argparse.Namespace) -> None:
+    """Fill `answers`, and print the table that belongs to --data."""
     kind = args.data.partition(":")[0]
     how = {
         "temperature": args.temperature,
@@ -93,30 +115,48 @@ def answer_data(lavin: LaVIN, truths: dict | None, samples: list[data.Sample], f
     if kind == "sqa":
         print(f"{len(samples)} problems of {args.data_root}, split {args.split}, "
               f"format {format}")
-        results, outputs = evaluate.score(
-            lavin, truths, samples, format, args.by, args.score == "letters",
-            max_new_tokens=args.max_new_tokens, **how)
-        written = {"results": results, "outputs": outputs}
-    elif kind == "mme":
-        n_tokens = args.max_new_tokens or 16
-        outputs = evaluate.answer_all(lavin, samples, "-", n_tokens, **how)
-        scores = benchmarks.mme_scores(outputs, truths)
-        print(benchmarks.mme_table(scores))
-        answers = [benchmarks.yes_or_no(text) for text in outputs.values()]
-        print(f"{answers.count(None)} of {len(outputs)} answers begin with neither yes "
+        evaluate.score(lavin, truths, samples, format, args.by, args.score == "letters", answers,
+                       max_new_tokens=args.max_new_tokens, **how)
+        return
+    n_tokens = args.max_new_tokens or (16 if kind == "mme" else 64)
+    evaluate.answer_all(lavin, samples, answers, "-", n_tokens, **how)
+    if kind == "mme":
+        outputs = answers.outputs()
+        print(benchmarks.mme_table(benchmarks.mme_scores(outputs, truths)))
+        begins = [benchmarks.yes_or_no(text) for text in outputs.values()]
+        print(f"{begins.count(None)} of {len(outputs)} answers begin with neither yes "
               "nor no; they count as wrong")
-        written = {"scores": scores, "outputs": outputs}
-    else:
-        n_tokens = args.max_new_tokens or 64
-        outputs = evaluate.answer_all(lavin, samples, "-", n_tokens, **how)
+    answers.print_unread()
+
+
+def write_predictions(args: argparse.Namespace, truths: dict | None,
+                      answers: evaluate.Answers) -> None:
+    """Write --predictions, in the form of --data. What has no answer is named with the reason."""
+    kind = args.data.partition(":")[0]
+    outputs = answers.outputs()
+    missing = answers.missing()
+    if kind == "caption":               # COCO's evaluation reads a list
         written = []
         for image_id, text in outputs.items():
-            written.append({"image_id": image_id, "caption": text.strip()})
-    if args.predictions:
-        text = json.dumps(written, indent=1, ensure_ascii=False)
-        write_atomically(args.predictions,
-                         lambda path: path.write_text(text, encoding="utf-8"))
-        print(f"written: {args.predictions}")
+            row = {"image_id": image_id, "caption": text.strip()}
+            if image_id in missing:
+                row["missing"] = missing[image_id]
+            written.append(row)
+    else:
+        if kind == "sqa":
+            written = {"results": evaluate.sqa_predictions(truths, outputs), "outputs": outputs}
+        else:
+            written = {"scores": benchmarks.mme_scores(outputs, truths), "outputs": outputs}
+        if missing:
+            written["missing"] = missing
+    text = json.dumps(written, indent=1, ensure_ascii=False)
+
+    def write(path):
+        # A name that is not UTF-8 is read as surrogates. As \udc.., JSON can hold them.
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+    write_atomically(args.predictions, write)
+    print(f"written: {args.predictions}")
 
 
 def answer_prompt(lavin: LaVIN, args: argparse.Namespace, how: dict) -> None:
@@ -131,7 +171,7 @@ def main() -> None:
     """Settle what is asked and of which model, then do it."""
     parser = flags.generate_parser(__doc__.split("\n\n")[0])
     args = parser.parse_args()
-    flags.check_args(args, parser)
+    flags.check_args(args)
     adapter, remembered = find_model(args)
 
     # What can go wrong should go wrong before 13 GB are loaded.

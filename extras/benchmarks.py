@@ -6,11 +6,12 @@ the pictures are in images/, in questions_answers_YN/. The text has two lines, "
 counts the pictures of which both questions were answered correctly.
 """
 
+import os
 from pathlib import Path
 
-from data import Sample
+from data import Sample, check_unicode
 from extras.instructions import instruction_prompt, split_folder
-from files import LavinError, read_json
+from files import LavinError, check_regular, inside, read_json
 
 PERCEPTION = ("existence", "count", "position", "color", "posters",
               "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -28,8 +29,9 @@ def read_questions(picture, subtask):
     if not path.exists():
         path = subtask / "questions_answers_YN" / f"{picture.stem}.txt"
     try:
+        check_regular(path)
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (LavinError, OSError, UnicodeDecodeError) as error:
         reason = f"its questions, {path.name}, cannot be read ({error})"
         raise LavinError(f"{picture}: {reason}") from error
     questions = []
@@ -48,8 +50,9 @@ def load_mme(folder: str | Path) -> tuple[list[Sample], dict[str, bool]]:
 
     Raises LavinError, with the file and the line, for what is missing or not in MME's form.
     """
-    if not Path(folder).is_dir():
-        raise LavinError(f"--data mme:{folder}: there is no such folder")
+    if not os.path.isdir(folder):
+        raise LavinError(f"--data mme:{folder}: there is no such folder; "
+                         "give the one that holds a folder for each subtask")
     samples = []
     truths = {}
     for subtask in sorted(Path(folder).iterdir()):
@@ -60,6 +63,9 @@ def load_mme(folder: str | Path) -> tuple[list[Sample], dict[str, bool]]:
                 continue
             for number, (question, truth) in enumerate(read_questions(picture, subtask), 1):
                 identity = f"{subtask.name}/{picture.stem}/{number}"
+                if identity in truths:
+                    raise LavinError(f"{picture}: {subtask.name} has another picture "
+                                     "of the same name")
                 prompt = instruction_prompt(question, has_picture=True)
                 samples.append(Sample(prompt, "", picture, identity))
                 truths[identity] = truth
@@ -123,25 +129,35 @@ def load_captions(source: str, prompt: str) -> list[Sample]:
     pictures (default: that of FILE). Raises LavinError for what is missing or not in this form.
     """
     path, folder = split_folder(source)
+    if folder and not os.path.isdir(folder):
+        raise LavinError(f"--data caption:{source}: there is no folder {folder}")
     folder = Path(folder or Path(path).parent)
     content = read_json(path)
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list) or not images:
         raise LavinError(f'{path}: holds no list "images", as COCO\'s annotations do')
     prompt = instruction_prompt(prompt, has_picture=True)
-    samples = []
+    check_unicode(Sample(prompt))
+    samples = {}
     for number, image in enumerate(images, 1):
-        if not names_picture(image, folder):
-            reason = f'has no "id" or its "file_name" is not in {folder}'
-            raise LavinError(f"{path}: image {number} {reason}")
-        picture = folder / image["file_name"]
-        samples.append(Sample(prompt, "", picture, image["id"]))
-    return samples
+        try:
+            identity, picture = read_image(image, folder)
+            if identity in samples:
+                raise ValueError(f"has the id {identity!r} of another one")
+        except ValueError as error:
+            raise LavinError(f"{path}: image {number} {error}") from error
+        samples[identity] = Sample(prompt, "", picture, identity)
+    return list(samples.values())
 
 
-def names_picture(image, folder):
-    """Does this entry of "images" have an id and the name of a file in the folder?"""
-    if not isinstance(image, dict) or not isinstance(image.get("id"), int | str):
-        return False
+def read_image(image, folder):
+    """An entry of "images" -> (its id, the path of its picture). ValueError if it has none."""
+    if not isinstance(image, dict) or type(image.get("id")) not in (int, str):
+        raise ValueError('has no "id" that is a number or text')
     name = image.get("file_name")
-    return isinstance(name, str) and (folder / name).is_file()
+    if not isinstance(name, str):
+        raise ValueError('has no "file_name"')
+    path = inside(folder, name)
+    if not os.path.isfile(path):
+        raise ValueError(f'has a "file_name" that is no file in {folder}')
+    return image["id"], path

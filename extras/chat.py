@@ -6,7 +6,9 @@
 Each turn is an instruction in the authors' form, its response and EOS, as --multi-turn trains them.
 """
 
+import io
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -189,7 +191,8 @@ def save(conversation: Conversation, path: str) -> None:
         text += f"\nInstruction: {turn.question}\nResponse: {answer}\n"
 
     def write(temporary):
-        Path(temporary).write_text(text, encoding="utf-8")
+        # The name of the picture need not be Unicode.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     write_atomically(path, write)
     print(f"written: {path}")
@@ -213,7 +216,9 @@ def print_answer(conversation, question, how):
 def answer_line(conversation, line, how):
     """Do what a line says: a command, or a question."""
     command, _, path = line.partition(" ")
-    path = os.path.expanduser(path.strip())
+    path = path.strip()
+    if "\0" not in path:                                    # the system would take it as an error
+        path = os.path.expanduser(path)
     if command == "/image" and path:
         conversation.show(path)
     elif command == "/reset":
@@ -227,10 +232,17 @@ def answer_line(conversation, line, how):
 
 
 def talk(lavin: LaVIN, image: str | None, how: dict, compiled: bool = False) -> None:
-    """The loop of --chat, until /quit or the end of the input. how: what Conversation.say takes."""
+    """The loop of --chat, until /quit or the end of the input. how: what Conversation.say takes.
+
+    Raises LavinError if there is no input, or nothing can be printed.
+    """
+    if sys.stdin is None:
+        raise LavinError("--chat: there is no input to read questions from")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")     # file names need not be Unicode
     conversation = Conversation(lavin, image, compiled)
     print(HELP)
-    while True:
+    while not getattr(sys.stdout, "is_broken", False):
         try:
             line = input("> ").strip()
             if line.split(" ")[0] == "/quit":
@@ -243,3 +255,4 @@ def talk(lavin: LaVIN, image: str | None, how: dict, compiled: bool = False) -> 
             print("\n(/quit ends it)")
         except LavinError as error:
             print(f"error: {error}")
+    raise LavinError("standard output cannot be written")   # input() and the line above hide that

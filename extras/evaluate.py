@@ -11,7 +11,9 @@ A column of the table averages the problems of one kind:
     AVG               all of them
 """
 
+import itertools
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import data
 from data import Encoded, Sample
 from extras import plot
 from extras.scienceqa import SUBJECTS
+from extras.values import short
 from fast.engine import Engine, continue_prompts
 from fast.fold import fold
 from files import LavinError
@@ -88,7 +91,9 @@ def sqa_table_by(field: str, problems: dict, predictions: dict) -> str:
     """A row for each value of a field (skill, topic, …): percent, and how many of how many."""
     correct = {}
     for pid, index in predictions.items():
-        value = str(problems[pid].get(field))
+        value = problems[pid].get(field)
+        if not isinstance(value, str):
+            value = short(value)
         correct.setdefault(value, []).append(index == problems[pid]["answer"])
     rows = []
     for value, answers in sorted(correct.items()):
@@ -99,6 +104,46 @@ def sqa_table_by(field: str, problems: dict, predictions: dict) -> str:
 
 
 # Answers
+
+
+class Answers:
+    """The answers to a data set's samples, as they come. So what has come outlasts an error."""
+
+    def __init__(self, samples: list[Sample]):
+        self.ids = [sample.id for sample in samples]
+        self.given = {}         # {id: text}
+        self.unread = {}        # {id: why its picture cannot be decoded}
+
+    def add(self, identity: object, text: str) -> None:
+        """Keep an answer, but for a picture that the model was not shown."""
+        if identity not in self.unread:
+            self.given[identity] = text
+
+    def outputs(self) -> dict:
+        """{id: text} of all samples, "" for those without an answer."""
+        return {identity: self.given.get(identity, "") for identity in self.ids}
+
+    def missing(self) -> dict:
+        """{id: why there is no answer}."""
+        reasons = {}
+        for identity in self.ids:
+            if identity not in self.given:
+                reasons[identity] = self.unread.get(identity, "the run ended before its answer")
+        return reasons
+
+    def print_unread(self) -> None:
+        """Say how many pictures could not be decoded, if any."""
+        if self.unread:
+            first = next(iter(self.unread.values()))
+            print(f"{len(self.unread)} of {len(self.ids)} have a picture that cannot be decoded; "
+                  f"they count as wrong. The first of them: {first}")
+
+    def check(self) -> None:
+        """LavinError if any picture could not be decoded."""
+        if self.unread:
+            first = next(iter(self.unread.values()))
+            raise LavinError(f"{first} ({len(self.unread)} of {len(self.ids)} have no answer "
+                             "because of their picture; the others were answered)")
 
 
 def by_modality(encoded: list[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
@@ -114,25 +159,43 @@ def by_modality(encoded: list[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
     return groups
 
 
-def encode_prompts(lavin, samples, encode):
-    """-> ([encode(sample)], {id: ""} of the samples whose prompt does not fit the context)."""
+def encode_prompts(lavin, samples, answers, encode):
+    """-> [encode(sample)]. The answer is "" where a prompt does not fit the context."""
     encoded = []
-    outputs = {}
+    n_too_long = 0
     for sample in samples:
+        data.check_unicode(sample)
         try:
             encoded.append(encode(sample))
         except LavinError:
-            outputs[sample.id] = ""
-    if outputs:
-        print(f"{len(outputs)} prompts do not fit the context of {lavin.max_seq_len} tokens "
+            answers.add(sample.id, "")
+            n_too_long += 1
+    if n_too_long:
+        print(f"{n_too_long} prompts do not fit the context of {lavin.max_seq_len} tokens "
               "and count as wrong; --max-seq-len widens it")
-    return encoded, outputs
+    return encoded
 
 
-def answer_all(lavin: LaVIN, samples: list[Sample], format: str, max_new_tokens: int | None = None,
-               temperature: float = 0.0, top_p: float = 1.0, batch_size: int = 32,
-               workers: int = 0, compiled: bool = False) -> dict[str, str]:
-    """Answer every sample -> {its id: text}, "" for a prompt that does not fit the context.
+def decode_pictures(lavin: LaVIN, prompts: list[Encoded], answers: Answers, workers: int,
+                    each: int) -> Iterator[Encoded]:
+    """Yield the prompts with their pictures decoded; workers and each as in data.prefetch.
+
+    A picture that cannot be decoded costs its own answer alone. A blank one stands in for it, so
+    that the prompts keep their numbers, and `answers` will not take what the model says about it.
+    """
+    if prompts[0].image is None:
+        workers = 0                                         # they only decode pictures
+    pictures = data.Pictures(prompts, lavin.resolution)
+    for prompt, fault in data.prefetch(pictures, range(len(prompts)), workers, each):
+        if fault:
+            answers.unread[prompt.id] = fault
+        yield prompt
+
+
+def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: str,
+               max_new_tokens: int | None = None, temperature: float = 0.0, top_p: float = 1.0,
+               batch_size: int = 32, workers: int = 0, compiled: bool = False) -> None:
+    """Add an answer to every sample to `answers`, "" for a prompt that does not fit the context.
 
     format: that of ScienceQA's prompts, or "-" for samples of another kind. If the answer comes
     first, an output ends as soon as its letter is out, since the lecture and the solution behind it
@@ -148,24 +211,21 @@ def answer_all(lavin: LaVIN, samples: list[Sample], format: str, max_new_tokens:
     def encode(sample):
         return lavin.encode(sample, prompt_only=True)
 
-    encoded, outputs = encode_prompts(lavin, samples, encode)
+    encoded = encode_prompts(lavin, samples, answers, encode)
     with tqdm(total=len(encoded), desc="answering", unit=" problems", file=sys.stdout) as bar:
         for modality, group in enumerate(by_modality(encoded)):
             if not group:
                 continue
             rows = min(batch_size, len(group))
-            pictures = data.Pictures(group, lavin.resolution)
-            n_workers = workers if modality == 1 else 0         # they only load pictures
-            prompts = data.prefetch(pictures, range(len(group)), n_workers, each=rows)
+            prompts = decode_pictures(lavin, group, answers, workers, each=rows)
             # Only the generator holds the folded LLaMA. It is freed before the next one is made.
-            answers = continue_prompts(
+            generator = continue_prompts(
                 fold(lavin, modality), prompts, rows, max_new_tokens, temperature, top_p,
                 done=letter_is_out if answer_first else None, compiled=compiled,
                 longest=len(group[0].tokens))
-            for number, ids in answers:
-                outputs[group[number].id] = lavin.tokenizer.decode(ids)
+            for number, ids in generator:
+                answers.add(group[number].id, lavin.tokenizer.decode(ids))
                 bar.update()
-    return outputs
 
 
 def letter_prompt(lavin, sample, n_choices):
@@ -187,23 +247,21 @@ def letter_prompt(lavin, sample, n_choices):
     return start, tokens[:n_choices, position].tolist()
 
 
-def choose_group(lavin, group, letters, modality, batch_size, workers):
-    """Yield (ids of a batch's samples, index of the likeliest choice of each)."""
-    engine = Engine(fold(lavin, modality), batch_size, len(group[0].tokens))
-    plan = data.in_order(len(group), batch_size)
-    batches = data.Batches(group, plan.__getitem__, lavin.resolution)
-    n_workers = workers if modality == 1 else 0
-    for (batch,) in data.prefetch(batches, range(len(plan)), n_workers):
-        best = []
-        for identity, logits in zip(batch.ids, engine.prefill(batch)):
-            best.append(int(logits[letters[identity]].argmax()))
+def choose_group(lavin, group, letters, answers, modality, batch_size, workers):
+    """Yield (id of a sample, index of its likeliest choice)."""
+    rows = min(batch_size, len(group))
+    engine = Engine(fold(lavin, modality), rows, len(group[0].tokens))
+    prompts = decode_pictures(lavin, group, answers, workers, each=rows)
+    while batch := list(itertools.islice(prompts, rows)):
+        logits = engine.prefill(data.collate(batch, lavin.resolution))
         engine.lengths.clear()                              # the rows are free for the next batch
-        yield batch.ids, best
+        for prompt, row in zip(batch, logits):
+            yield prompt.id, int(row[letters[prompt.id]].argmax())
 
 
-def choose_all(lavin: LaVIN, samples: list[Sample], problems: dict, batch_size: int = 32,
-               workers: int = 0) -> dict[str, str]:
-    """The likeliest letter behind "The answer is", for each of ScienceQA's samples -> {id: text}.
+def choose_all(lavin: LaVIN, samples: list[Sample], answers: Answers, problems: dict,
+               batch_size: int = 32, workers: int = 0) -> None:
+    """Add the likeliest letter behind "The answer is", for each of ScienceQA's samples.
 
     One pass over each prompt; nothing is generated. "" for a prompt that does not fit the context.
     """
@@ -214,42 +272,50 @@ def choose_all(lavin: LaVIN, samples: list[Sample], problems: dict, batch_size: 
         start, letters[sample.id] = letter_prompt(lavin, sample, n_choices)
         return start
 
-    encoded, outputs = encode_prompts(lavin, samples, encode)
+    encoded = encode_prompts(lavin, samples, answers, encode)
     with tqdm(total=len(encoded), desc="choosing", unit=" problems", file=sys.stdout) as bar:
         for modality, group in enumerate(by_modality(encoded)):
             if not group:
                 continue
-            for ids, best in choose_group(lavin, group, letters, modality, batch_size, workers):
-                for identity, index in zip(ids, best):
-                    outputs[identity] = f"The answer is {data.LETTERS[index]}."
-                bar.update(len(ids))
-    return outputs
+            chosen = choose_group(lavin, group, letters, answers, modality, batch_size, workers)
+            for identity, index in chosen:
+                answers.add(identity, f"The answer is {data.LETTERS[index]}.")
+                bar.update()
+
+
+def sqa_predictions(problems: dict, outputs: dict[str, str]) -> dict[str, int]:
+    """{id: text} -> {id: index of the choice}, -1 where the text names no choice of the problem."""
+    predictions = {}
+    for pid, text in outputs.items():
+        index = data.sqa_answer(text)
+        n_choices = len(problems[pid]["choices"])
+        predictions[pid] = index if index < n_choices else -1
+    return predictions
 
 
 def score(lavin: LaVIN, problems: dict, samples: list[Sample], format: str, by: str | None = None,
-          letters: bool = False, **how) -> tuple[dict[str, int], dict[str, str]]:
-    """Answer ScienceQA's samples and print the table -> ({id: index of the choice}, {id: text}).
+          letters: bool = False, answers: Answers | None = None,
+          **how) -> tuple[dict[str, int], Answers]:
+    """Answer ScienceQA's samples and print the table -> ({id: index of the choice}, the answers).
 
-    The index is -1 if the text names no choice of the problem. That counts as wrong; the authors'
-    code takes a random choice instead. by: a field of the problems, for a second table with a row
-    for each of its values. letters: choose the likeliest letter, generate nothing. how: the further
-    arguments of answer_all.
+    What names no choice counts as wrong; the authors' code takes a random choice instead. by: a
+    field of the problems, for a second table with a row for each of its values. letters: choose the
+    likeliest letter, generate nothing. answers: an empty Answers of the caller's, to be filled.
+    how: the further arguments of answer_all.
     """
+    answers = answers or Answers(samples)
     if letters:
-        outputs = choose_all(lavin, samples, problems, how["batch_size"], how["workers"])
+        choose_all(lavin, samples, answers, problems, how["batch_size"], how["workers"])
     else:
-        outputs = answer_all(lavin, samples, format, **how)
-    predictions = {}
-    for sample in samples:
-        index = data.sqa_answer(outputs[sample.id])
-        n_choices = len(problems[sample.id]["choices"])
-        predictions[sample.id] = index if index < n_choices else -1
+        answer_all(lavin, samples, answers, format, **how)
+    predictions = sqa_predictions(problems, answers.outputs())
     if by:
         print(sqa_table_by(by, problems, predictions))
     print(sqa_table(problems, predictions))
     unparsed = list(predictions.values()).count(-1)
     print(f"{unparsed} of {len(predictions)} outputs name no valid choice; they count as wrong")
-    return predictions, outputs
+    answers.print_unread()
+    return predictions, answers
 
 
 # Routing

@@ -11,7 +11,8 @@ IMAGES is the folder of the pictures (default: that of FILE). COCO's pictures ar
 without COCO_train2014_ in front of their names.
 
 A row that cannot be used becomes a BadRow, which says where it is in the file and what is wrong.
-Whatever a row holds, reading it raises nothing else.
+Whatever a row holds, reading it raises nothing else. A picture has to be in IMAGES: rows come from
+other people, and a name such as ../../x.png would lead to files that are not theirs.
 """
 
 import functools
@@ -24,13 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 import data
 from data import Encoded, Sample
-from files import LavinError, read_json, write_atomically
+from files import LavinError, check_regular, inside, read_json, write_atomically
 
 KINDS = ("alpaca", "llava", "jsonl", "all_data")
 
@@ -74,12 +74,8 @@ def text_field(row, *names, needed=True):
         if row.get(name) is not None:
             value = row[name]
             break
-    if not isinstance(value, str):
-        raise ValueError(f"{names[0]!r} is not text")
-    try:
-        value.encode()              # JSON can hold half of a pair of surrogates
-    except UnicodeEncodeError:
-        raise ValueError(f"{names[0]!r} is not Unicode text") from None
+    if not data.is_unicode(value):
+        raise ValueError(f"{names[0]!r} is not Unicode text")
     if needed and not value.strip():
         missing = " or ".join(repr(name) for name in names)
         raise ValueError(f"{missing} is missing or empty")
@@ -89,13 +85,17 @@ def text_field(row, *names, needed=True):
 @functools.cache
 def list_folder(folder):
     """The names in a folder, read once. To ask the disk for each of 158,000 pictures is slow."""
-    if not os.path.isdir(folder):
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError:                 # no such folder, or one that may not be read
         return frozenset()
-    return frozenset(os.listdir(folder))
 
 
 def find_image(row, folder):
-    """The path of a row's picture, or None if it has none. Raises ValueError if it is not there."""
+    """The path of a row's picture, or None if it has none.
+
+    Raises ValueError if it is not there, or not in the folder.
+    """
     name = text_field(row, "image", needed=False)
     if not name:
         return None
@@ -111,10 +111,10 @@ def find_image(row, folder):
         f"train2014/{prefix}{bare}",
     )
     for variant in variants:
-        path = os.path.join(folder, variant)
+        path = str(inside(folder, variant))
         if os.path.basename(path) in list_folder(os.path.dirname(path)):
             return path
-    raise ValueError(f"no picture {name!r} in {folder}")
+    raise ValueError(f"no picture {name[:200]!r} in {folder}")
 
 
 def pairs_of_conversation(conversation, has_picture):
@@ -208,37 +208,39 @@ def parse_source(source: str) -> tuple[str, str, str]:
     A FILE alone is taken as jsonl if its name ends so, else as alpaca. Raises LavinError if the
     kind, the file or the folder does not exist.
     """
-    if os.path.isfile(source):
+    if os.path.exists(source):
         kind = "jsonl" if source.endswith(".jsonl") else "alpaca"
         source = f"{kind}:{source}"
     kind, _, rest = source.partition(":")
     if kind not in KINDS or not rest:
         forms = ", ".join(f"{kind}:FILE" for kind in KINDS)
-        raise LavinError(f"--data {source}: give sqa, or one of {forms}")
+        raise LavinError(f"--data {source}: no such file; give sqa, or one of {forms}")
     path, folder = split_folder(rest)
-    if not os.path.isfile(path):
-        raise LavinError(f"--data {source}: there is no file {path}")
+    check_regular(path)
     if folder and not os.path.isdir(folder):
         raise LavinError(f"--data {source}: there is no folder {folder}")
     return kind, path, folder or os.path.dirname(os.path.abspath(path))
 
 
-def is_picture(path):
-    """Does the file begin as a picture does? That takes 0.1 ms, where decoding it takes 6 ms."""
-    try:
-        with Image.open(path):
-            return True
-    except Exception:               # Pillow's readers raise anything
-        return False
-
-
-def bad_pictures(samples, reasons):
-    """A BadRow for each sample whose picture is among {path: why it cannot be used}."""
+def bad_pictures(samples, read):
+    """A BadRow for each sample whose picture `read(path)` raises LavinError for."""
+    paths = sorted({sample.image for sample in samples if sample.image})
+    reasons = {}
+    for path in tqdm(paths, desc="pictures", file=sys.stdout):
+        try:
+            read(path)
+        except LavinError as error:
+            reasons[path] = str(error)
     bad_rows = []
     for sample in samples:
         if sample.image in reasons:
             bad_rows.append(BadRow(sample.id, reasons[sample.image]))
     return bad_rows
+
+
+def look_at(path):
+    """Does the file begin as a picture does? That takes 0.1 ms, where decoding it takes 6 ms."""
+    data.open_picture(path).close()
 
 
 def read_instructions(source: str, multi_turn: bool = False,
@@ -260,12 +262,9 @@ def read_instructions(source: str, multi_turn: bool = False,
         except ValueError as error:
             bad_rows.append(BadRow(place, str(error)))
     if look:
-        reasons = {}
-        for image in {sample.image for sample in samples if sample.image}:
-            if not is_picture(image):
-                reasons[image] = f"{image}: not a picture"
-        bad_rows += bad_pictures(samples, reasons)
-        samples = [sample for sample in samples if sample.image not in reasons]
+        bad_rows += bad_pictures(samples, look_at)
+        bad_places = {row.place for row in bad_rows}
+        samples = [sample for sample in samples if sample.id not in bad_places]
     return samples, bad_rows
 
 
@@ -306,9 +305,26 @@ def write_tokens(path, samples, tokenizer, n_features, max_seq_len):
     write_atomically(path, write)
 
 
-def read_tokens(path, samples):
-    """The [Encoded] of what write_tokens wrote, mapped: the tokens stay on disk until used."""
-    flat = np.load(path, mmap_mode="c").view(np.ndarray)
+def map_tokens(path, n_samples, vocab_size):
+    """What write_tokens wrote, as an array that stays on disk until used; None if it is damaged."""
+    try:
+        check_regular(path)
+        flat = np.lib.format.open_memmap(path, mode="c").view(np.ndarray)
+    except Exception:               # damaged bytes make the reader raise anything
+        return None
+    if flat.dtype != np.int32 or flat.ndim != 1 or len(flat) < n_samples:
+        return None
+    lengths = flat[:n_samples]
+    tokens = flat[n_samples:]
+    if lengths.min() < 0 or len(tokens) != 2 * lengths.sum(dtype=np.int64):
+        return None
+    if tokens.min(initial=0) < 0 or tokens.max(initial=0) >= vocab_size:
+        return None
+    return flat
+
+
+def split_tokens(flat, samples):
+    """The [Encoded] of what write_tokens wrote."""
     lengths = flat[:len(samples)]
     tokens, labels = flat[len(samples):].reshape(2, -1)
     encoded = []
@@ -330,9 +346,11 @@ def encode_all(samples: list[Sample], tokenizer: SentencePieceProcessor, n_featu
         return [data.encode(sample, tokenizer, n_features, max_seq_len) for sample in samples]
     key = cache_key(samples, tokenizer, n_features, max_seq_len)
     path = Path(folder, f"tokens-{key}.npy")
-    if not path.exists():
+    flat = map_tokens(path, len(samples), tokenizer.vocab_size())
+    if flat is None:
         write_tokens(path, samples, tokenizer, n_features, max_seq_len)
-    return read_tokens(path, samples)
+        flat = map_tokens(path, len(samples), tokenizer.vocab_size())
+    return split_tokens(flat, samples)
 
 
 # What a source holds
@@ -373,16 +391,8 @@ def show(sample: Sample, encoded: Encoded, tokenizer: SentencePieceProcessor) ->
     return f"{title}\n{shown}"
 
 
-def check_pictures(samples):
-    """Decode every picture -> [BadRow] of the samples whose picture cannot be decoded."""
-    paths = sorted({sample.image for sample in samples if sample.image})
-    reasons = {}
-    for path in tqdm(paths, desc="pictures", file=sys.stdout):
-        try:
-            data.load_pixels(path, 1)
-        except LavinError as error:
-            reasons[path] = str(error)
-    return bad_pictures(samples, reasons)
+def decode(path):
+    data.load_pixels(path, 1)
 
 
 def print_lengths(samples, tokenizer, n_features, max_seq_len):
@@ -413,7 +423,7 @@ def check_samples(name: str, samples: list[Sample], bad_rows: list[BadRow],
     name: the source's. bad_rows: those found when it was read; the rows whose picture cannot be
     decoded are added to them. n_features: the number of tokens that a picture takes.
     """
-    bad_rows = bad_rows + check_pictures(samples)
+    bad_rows = bad_rows + bad_pictures(samples, decode)
     for row in bad_rows:
         print(row)
     n_pictures = sum(sample.image is not None for sample in samples)

@@ -20,6 +20,7 @@ CHART_WIDTH = WIDTH - LEFT - RIGHT
 CHART_HEIGHT = HEIGHT - TOP - BOTTOM
 
 COLOURS = ("#1f5fbf", "#d9541e", "#9dbce6", "#f0b89c")
+LARGEST = 1e300         # y of larger size, or infinite, or NaN, are left out
 GREY = "#606060"
 LIGHT_GREY = "#e4e4e4"
 
@@ -43,7 +44,7 @@ def make_axes(xs, series):
     """Axes on which all finite values of the series fit, with a margin above and below."""
     finite = []
     for ys in series.values():
-        finite += [y for y in ys if math.isfinite(y)]
+        finite += [y for y in ys if abs(y) < LARGEST]
     if not finite:
         finite = [0.0]
     low = min(finite)
@@ -81,7 +82,7 @@ def draw_axes(draw, font, axes):
 
 def draw_series(draw, axes, xs, ys, colour):
     """One line, and dots on it where there are few points."""
-    points = [axes.point(x, y) for x, y in zip(xs, ys) if math.isfinite(y)]
+    points = [axes.point(x, y) for x, y in zip(xs, ys) if abs(y) < LARGEST]
     draw.line(points, colour, 2)
     if len(points) < 50:
         for x, y in points:

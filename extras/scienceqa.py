@@ -11,8 +11,9 @@ What is wrong is a LavinError that names the file, the problem and the field.
 import re
 from pathlib import Path
 
-from data import LETTERS, Sample, check_format, sqa_prompt
-from files import LavinError, read_json
+from data import LETTERS, Sample, check_format, is_unicode, sqa_prompt
+from extras.values import short
+from files import LavinError, check_regular, inside, read_json
 
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 
@@ -25,21 +26,21 @@ def problem_fault(problem) -> str | None:
     for field in (*texts, "choices", "answer", "image"):
         if field not in problem:
             return f"lacks the field {field!r}"
-        if field in texts and not isinstance(problem[field], str):
-            return f"has a {field!r} that is not text"
+        if field in texts and not is_unicode(problem[field]):
+            return f"has a {field!r} that is not Unicode text"
     choices = problem["choices"]
     answer = problem["answer"]
-    only_text = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+    only_text = isinstance(choices, list) and all(is_unicode(choice) for choice in choices)
     if not only_text or not 1 <= len(choices) <= len(LETTERS):
         return f"does not have 1 to {len(LETTERS)} texts as choices"
     if type(answer) is not int or not 0 <= answer < len(choices):
-        return f"has the answer {answer!r}, outside its {len(choices)} choices"
+        return f"has the answer {short(answer)}, outside its {len(choices)} choices"
     if problem["subject"] not in SUBJECTS:
         return f"has the subject {problem['subject']!r}, which is not one of ScienceQA's"
-    if not re.fullmatch(r"grade\d{1,2}", problem["grade"]):
+    if not re.fullmatch("grade[0-9]{1,2}", problem["grade"]):
         return f"has the grade {problem['grade']!r}, which is not one of ScienceQA's"
     if not isinstance(problem["image"], str | None):
-        return f"has the image {problem['image']!r}, neither a file name nor null"
+        return f"has the image {short(problem['image'])}, neither a file name nor null"
     return None
 
 
@@ -56,6 +57,23 @@ def read_problems(root: Path) -> dict:
     return problems
 
 
+def split_fault(pids, problems) -> str | None:
+    """What is wrong with a split of pid_splits.json, or None."""
+    if not isinstance(pids, list):
+        return "is not a list of ids"
+    seen = set()
+    for pid in pids:
+        if type(pid) not in (str, int):
+            return f"holds {short(pid)}, which is no id"
+        pid = str(pid)
+        if pid not in problems:
+            return f"names problem {pid}, which problems.json lacks"
+        if pid in seen:
+            return f"names problem {pid} twice"
+        seen.add(pid)
+    return None
+
+
 def read_split(root: Path, split: str, problems: dict) -> list[str]:
     """The ids of a split from pid_splits.json. All splits are checked, not only this one."""
     path = root / "pid_splits.json"
@@ -63,12 +81,9 @@ def read_split(root: Path, split: str, problems: dict) -> list[str]:
     if not isinstance(splits, dict):
         raise LavinError(f"{path}: not an object, as ScienceQA's is")
     for name, pids in splits.items():
-        if not isinstance(pids, list):
-            raise LavinError(f"{path}: split {name!r} is not a list of ids")
-        for pid in pids:
-            if str(pid) not in problems:
-                raise LavinError(f"{path}: split {name!r} names problem {pid}, "
-                                 "which problems.json lacks")
+        fault = split_fault(pids, problems)
+        if fault:
+            raise LavinError(f"{path}: split {name!r} {fault}")
     if split not in splits:
         raise LavinError(f"{path}: no split {split!r}; it has {', '.join(splits)}")
     if not splits[split]:
@@ -77,11 +92,27 @@ def read_split(root: Path, split: str, problems: dict) -> list[str]:
 
 
 def read_captions(root: Path) -> dict[str, str]:
+    """captions.json -> {id: text}."""
     path = root / "captions.json"
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("captions"), dict):
         raise LavinError(f'{path}: not an object with an object "captions", as ScienceQA\'s is')
+    for pid, caption in content["captions"].items():
+        if not is_unicode(caption):
+            raise LavinError(f"{path}: the caption of problem {pid} is not Unicode text")
     return content["captions"]
+
+
+def find_image(root: Path, pid: str, problem: dict) -> Path | None:
+    """The path of a problem's picture. LavinError if it is not in images/, or no file."""
+    if not problem["image"]:
+        return None
+    try:
+        path = inside(root / "images", f"{problem['split']}/{pid}/{problem['image']}")
+        check_regular(path)
+    except (ValueError, LavinError) as error:
+        raise LavinError(f"{root}/problems.json: problem {pid}: {error}") from error
+    return path
 
 
 def load_sqa(root: str | Path, split: str, format: str = "QCM-ALE",
@@ -95,11 +126,7 @@ def load_sqa(root: str | Path, split: str, format: str = "QCM-ALE",
     chosen = {pid: problems[pid] for pid in pids}
     samples = []
     for pid, problem in chosen.items():
-        image = None
-        if problem["image"]:
-            image = root / "images" / problem["split"] / pid / problem["image"]
-            if not image.is_file():
-                raise LavinError(f"problem {pid}: {image}: no such picture")
+        image = find_image(root, pid, problem)
         prompt, answer = sqa_prompt(problem, format, captions.get(pid, ""))
         samples.append(Sample(prompt, answer, image, pid))
     return chosen, samples

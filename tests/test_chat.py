@@ -1,10 +1,14 @@
 """Conversations: what the cache keeps, what the context has no room for, what a person types."""
 
 import builtins
+import io
+import os
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import data
 import generate
@@ -149,6 +153,7 @@ def terminal(monkeypatch, call):
 
 def test_commands(terminal, tmp_path, lavin):
     answer = say(Conversation(lavin), "Name a metal.")
+    os.mkfifo(tmp_path / "pipe")
     first = tmp_path / "a.txt"
     second = tmp_path / "b.txt"
     stdout = terminal(
@@ -157,13 +162,18 @@ def test_commands(terminal, tmp_path, lavin):
         f"/image {PICTURE}", "What is it?", f"/save {second}",
         "/image nowhere.png", "/image ~nobody/x.png",
         f"/save {tmp_path}", f"/save {second / 'c'}", "/save \0x", "/save",
+        f"/save {tmp_path / 'pipe'}", "/save ~\0x", "/image ~\0x", "/image /dev/zero",
+        f"/image {tmp_path / 'pipe'}", f"/image {tmp_path}", "/image " + "x" * 100_000,
         "Are ~5 red?", "why " * 200, "",
         "/quit", "never read")
     assert stdout.count(answer) == 2
     assert stdout.count(chat.HELP) == 3                 # at the start, for /foo, for /save alone
     assert "(/quit ends it)" in stdout
     assert "error: nowhere.png: no such picture" in stdout
-    assert stdout.count("cannot be written") == 3
+    assert stdout.count("no such picture") == 4
+    assert stdout.count("a pipe or a device, where a file is needed") == 2
+    assert stdout.count("a folder, where a file is needed") == 1
+    assert stdout.count("cannot be written") == 5
     assert "a context of 128 has room" in stdout
     turn = f"Instruction: Name a metal.\nResponse: {answer}\n"
     assert first.read_text() == f"Image: N/A\n\n{turn}"
@@ -196,3 +206,26 @@ def test_chat_flags(call):
     assert call(generate, "--chat", "--prompt", "x", *MODEL)[0] == 2
     code, _, stderr = call(generate, "--chat", "--image", "nowhere.png", *MODEL)
     assert code == 2 and "no such picture" in stderr
+
+
+def test_bytes_that_are_no_text(tmp_path, monkeypatch, call):
+    """They are refused as a question, but a picture may be called so."""
+    folder = os.fsencode(tmp_path)
+    Image.new("RGB", (8, 8)).save(os.path.join(tmp_path, "caf\udce9.png"))
+    lines = [b"caf\xe9", b"/image %s/caf\xe9.png" % folder, b"/save %s/x.txt" % folder, b"\xff"]
+    stdin = io.TextIOWrapper(io.BytesIO(b"\n".join(lines) + b"\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    code, stdout, stderr = call(generate, "--chat", *MODEL)
+    assert (code, stderr) == (0, "")
+    assert stdout.count("error: the prompt: not Unicode text") == 2
+    assert (tmp_path / "x.txt").read_text().endswith("caf\\udce9.png\n")
+
+
+def test_without_input_or_output_it_ends(monkeypatch, call):
+    monkeypatch.setattr(sys, "stdin", None)
+    code, _, stderr = call(generate, "--chat", *MODEL)
+    assert code == 2 and "--chat: there is no input" in stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Name a metal.\n" * 20))
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    code, _, stderr = call(generate, "--chat", *MODEL)
+    assert (code, stderr) == (2, "error: standard output cannot be written\n")

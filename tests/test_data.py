@@ -1,19 +1,43 @@
 """Prompts, tokens, pictures, and the batches that they become."""
 
 import json
+import os
+import resource
+import signal
+import threading
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import data
 from conftest import GOLDEN
 from data import Sample
-from extras import instructions
+from extras import instructions, terminal
 from extras.scienceqa import load_sqa
 from files import LavinError
+
+
+
+def outcome(action, seconds=5):
+    """What `action()` returns, or the LavinError that it raises. It has so many seconds."""
+    results = []
+
+    def act():
+        try:
+            results.append(action())
+        except LavinError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert results, "it hangs, or raised something else than LavinError"
+    return results[0]
+
 
 # ScienceQA's prompts
 
@@ -112,6 +136,28 @@ def test_tokens_of_many_samples_are_kept_and_never_taken_for_others(
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:-4],
+    lambda content: content[:200],
+    lambda content: b"",
+    lambda content: content[:-4] + b"\xff\xff\xff\x7f",          # no token of the vocabulary
+    lambda content: content.replace(b"<i4", b"|O8"),
+], ids=["cut", "cut short", "empty", "too large", "objects"])
+def test_kept_tokens_that_are_damaged_are_made_again(
+        lavin, samples, tmp_path, monkeypatch, damage):
+    def encode_all():
+        encoded = instructions.encode_all(samples, lavin.tokenizer, 2, 128, tmp_path)
+        return [(e.tokens.tolist(), e.labels.tolist()) for e in encoded]
+
+    monkeypatch.setattr(instructions, "MANY", 4)
+    expected = encode_all()
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    assert encode_all() == expected
+    assert path.read_bytes() == content
+
+
 # Pictures
 
 
@@ -163,6 +209,72 @@ def test_pixels_are_normalised_by_imagenet():
     assert pixels.shape == (3, 4, 4)
     white = torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
     assert torch.allclose(pixels[:, 0, 0], white)
+
+
+# What is a picture
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 10 10
+%%EndComments
+showpage
+%%EOF
+"""
+
+
+def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
+    """Pillow runs Ghostscript on an EPS file, whatever its name is."""
+    marker = tmp_path / "started"
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {marker}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)      # Pillow has not looked for it yet
+    picture = tmp_path / "x.png"
+    picture.write_bytes(EPS)
+    with pytest.raises(LavinError, match="x.png: not a picture .*unknown format"):
+        data.load_pixels(picture, 4)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("format", [
+    "AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM",
+    "QOI", "SGI", "SPIDER", "TGA", "TIFF", "WEBP"])
+def test_raster_formats_are_read(tmp_path, format):
+    Image.init()
+    if format not in Image.SAVE:
+        pytest.skip("this Pillow cannot write it")
+    mode = "F" if format == "SPIDER" else "RGB"
+    path = tmp_path / "picture"
+    Image.new(mode, (64, 64), 200 if mode == "F" else (200, 200, 200)).save(path, format=format)
+    pixels = data.load_pixels(path, 4) * data.IMAGENET_STD + data.IMAGENET_MEAN
+    assert (pixels * 255 - 200).abs().max() < 6
+    with open(path, "rb") as file:
+        assert data.open_picture(file).size == (64, 64)
+
+
+def test_what_is_no_file_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for path, says in [
+        (tmp_path / "pipe", "a pipe or a device"),
+        ("/dev/zero", "a pipe or a device"),
+        (tmp_path, "a folder"),
+        (tmp_path / "none.png", "none.png: no such picture"),
+        (tmp_path / "loop", "no such picture"),
+        ("x\0.png", "no such picture"),
+        ("x" * 100_000, "no such picture"),
+        ("caf\udce9.png", "no such picture"),
+        ("\ud800.png", "no such picture"),
+    ]:
+        error = outcome(lambda: data.load_pixels(path, 4))
+        assert isinstance(error, LavinError) and says in str(error)
+
+
+def test_a_picture_in_a_file_whose_name_is_not_unicode(tmp_path):
+    path = tmp_path / "caf\udce9.png"
+    Image.new("RGB", (8, 8)).save(path)
+    assert data.load_pixels(path, 4).shape == (3, 4, 4)
 
 
 # Batches
@@ -230,3 +342,63 @@ def test_a_batch_is_its_samples_concatenated(lavin, samples):
     assert (batch.tokens[batch.picture_starts] == lavin.tokenizer.bos_id()).all()
     assert batch.n_answer == len(batch.answer_indices) == n_answer
     assert (batch.labels[batch.answer_indices] != 0).all()
+
+
+# Worker processes
+
+
+def many_batches(lavin, samples, n):
+    """A data set of which an item is n batches."""
+    encoded = [lavin.encode(samples[0])]
+    return data.Batches(encoded, lambda item: [[0]] * n, lavin.resolution)
+
+
+@pytest.fixture
+def few_files():
+    """few_files(n): this process may open n more files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def few_files(n):
+        last = max(int(number) for number in os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last + n, hard))
+
+    yield few_files
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_workers_need_no_open_file_for_each_tensor(lavin, samples, few_files):
+    """A step of 60 micro-batches has 500 tensors. A process may often open 1024 files, or 64."""
+    batches = many_batches(lavin, samples, 60)
+    few_files(40)
+    items = outcome(lambda: list(data.prefetch(batches, range(2), workers=1)), seconds=20)
+    assert [len(item) for item in items] == [60, 60]
+
+
+def test_more_workers_than_open_files_allow_are_refused(lavin, samples, few_files):
+    batches = many_batches(lavin, samples, 1)
+    few_files(40)
+    error = outcome(lambda: list(data.prefetch(batches, range(2), workers=200)), seconds=20)
+    assert "--workers 200" in str(error) and "--workers 0" in str(error)
+    assert len(list(data.prefetch(batches, range(2), workers=0))) == 2
+
+
+class Killed(torch.utils.data.Dataset):
+    """Its second item kills the process that prepares it, as the system does without memory."""
+
+    def __getitem__(self, i):
+        if i == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return i
+
+
+@pytest.mark.parametrize("seconds", [0, 0.5], ids=["waited for", "while the main process works"])
+def test_a_killed_worker_is_one_line(capsys, seconds):
+    def main():
+        for _ in data.prefetch(Killed(), range(3), workers=1, each=1):
+            time.sleep(seconds)
+
+    with pytest.raises(SystemExit) as end:
+        terminal.run(main)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "process that decodes pictures" in line and "--workers 0" in line

@@ -10,6 +10,8 @@ from conftest import LLAMA, VIT
 from extras import evaluate
 from extras.scienceqa import load_sqa
 from fast import engine
+from fast.engine import Engine
+from files import LavinError
 
 # Scores
 
@@ -109,10 +111,12 @@ def test_a_sample_ends_as_soon_as_its_letter_is_out(sqa, monkeypatch):
     lavin = checkpoints.load(LLAMA, VIT, max_seq_len=300)
     problems, samples = load_sqa(sqa, "test")
     samples = [sample for sample in samples if sample.image is None]
-    answer_first = evaluate.answer_all(lavin, samples, "QCM-ALE")
-    assert set(answer_first.values()) == {"The answer is B"}
-    reasons_first = evaluate.answer_all(lavin, samples, "QCM-LEA")
-    assert set(reasons_first.values()) == {ScriptedEngine.SAID}
+    answers = evaluate.Answers(samples)
+    evaluate.answer_all(lavin, samples, answers, "QCM-ALE")
+    assert set(answers.outputs().values()) == {"The answer is B"}
+    evaluate.answer_all(lavin, samples, answers, "QCM-LEA")
+    assert set(answers.outputs().values()) == {ScriptedEngine.SAID}
+    assert answers.missing() == {}
     predictions, _ = evaluate.score(lavin, problems, samples, "QCM-ALE")
     assert set(predictions.values()) == {1}
 
@@ -122,10 +126,101 @@ def test_a_letter_that_is_no_choice_is_not_an_answer(sqa, monkeypatch, capsys):
     lavin = checkpoints.load(LLAMA, VIT, max_seq_len=300)
     problems, samples = load_sqa(sqa, "test")
 
-    def answer_e(lavin, samples, format, **how):
-        return {sample.id: "The answer is E." for sample in samples}
+    def answer_e(lavin, samples, answers, format, **how):
+        for sample in samples:
+            answers.add(sample.id, "The answer is E.")
 
     monkeypatch.setattr(evaluate, "answer_all", answer_e)
     predictions, _ = evaluate.score(lavin, problems, samples, "QCM-ALE")
     assert set(predictions.values()) == {-1}
     assert "12 of 12" in capsys.readouterr().out
+
+
+def test_a_table_by_a_field_of_any_type():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    problems = {"0": {"skill": deep, "answer": 1}, "1": {"answer": 1}}
+    table = evaluate.sqa_table_by("skill", problems, {"0": 1, "1": 0})
+    rows = table.split("\n")
+    assert len(rows) == 2 and max(len(row) for row in rows) < 100
+
+
+# Pictures that cannot be decoded, and runs that end early
+
+
+BAD = ("34", "40")
+
+
+@pytest.fixture
+def test_split(sqa):
+    """(problems, samples) of the test split. Two of its six pictures have changed since."""
+    problems, samples = load_sqa(sqa, "test")
+    vanished, overwritten = BAD
+    (sqa / "images" / "test" / vanished / "image.png").unlink()
+    (sqa / "images" / "test" / overwritten / "image.png").write_bytes(b"no picture")
+    return problems, samples
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("letters", [False, True], ids=["generated", "letters"])
+def test_a_bad_picture_costs_its_own_answer_alone(
+        sqa, test_split, capsys, workers, letters):
+    lavin = checkpoints.load(LLAMA, VIT, max_seq_len=300)
+    problems, samples = test_split
+    how = {"letters": letters, "batch_size": 4, "workers": workers}
+    if not letters:
+        how["max_new_tokens"] = 3
+    predictions, answers = evaluate.score(lavin, problems, samples, "QCM-ALE", **how)
+    assert set(answers.missing()) == set(BAD)
+    assert "2 of 12 have a picture that cannot be decoded" in capsys.readouterr().out
+    outputs = answers.outputs()
+    with pytest.raises(LavinError, match="problem (34|40): .*picture .*2 of 12 have no"):
+        answers.check()
+    for pid in BAD:
+        assert outputs[pid] == "" and predictions[pid] == -1
+    # The others are answered as if the bad ones were not there.
+    others = [sample for sample in samples if sample.id not in BAD]
+    _, alone = evaluate.score(lavin, problems, others, "QCM-ALE", **how)
+    alone.check()
+    assert alone.outputs() == {sample.id: outputs[sample.id] for sample in others}
+
+
+def test_answers_outlast_what_ends_the_run(test_split, monkeypatch):
+    """Whatever is raised, and wherever."""
+    lavin = checkpoints.load(LLAMA, VIT, max_seq_len=300)
+    _, samples = test_split
+    prefill = Engine.prefill
+    calls = []
+
+    def interrupted(engine, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return prefill(engine, batch)
+
+    monkeypatch.setattr(Engine, "prefill", interrupted)
+    answers = evaluate.Answers(samples)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.answer_all(lavin, samples, answers, "QCM-ALE", 3, batch_size=3)
+    assert 0 < len(answers.given) < 12
+    assert answers.missing().keys() | answers.given.keys() == {sample.id for sample in samples}
+    assert "the run ended before its answer" in answers.missing().values()
+
+
+def test_the_engine_has_no_rows_that_nobody_needs(test_split, monkeypatch):
+    """--batch-size 100000 asks for a cache of that many rows, however few samples there are."""
+    lavin = checkpoints.load(LLAMA, VIT, max_seq_len=300)
+    problems, samples = test_split
+    rows = []
+    make = Engine.__init__
+
+    def counted(engine, lavin, n_rows, *more):
+        rows.append(n_rows)
+        make(engine, lavin, n_rows, *more)
+
+    monkeypatch.setattr(Engine, "__init__", counted)
+    evaluate.choose_all(lavin, samples, evaluate.Answers(samples), problems, batch_size=100_000)
+    answers = evaluate.Answers(samples)
+    evaluate.answer_all(lavin, samples, answers, "QCM-ALE", 1, batch_size=100_000)
+    assert rows == [6, 6, 6, 6]

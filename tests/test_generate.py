@@ -1,11 +1,20 @@
 """Answers and scores from the command line, with what a training run left behind."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
 
 import generate
 import train
-from conftest import ADAPTER, LLAMA, VIT
+from conftest import ADAPTER, LLAMA, ROOT, VIT
 from extras.evaluate import COLUMNS
+from fast.engine import Engine
+from files import LavinError
 from test_train import flags
 from tiny import world
 
@@ -114,3 +123,110 @@ def test_letters_need_a_data_set_with_choices(call):
     letters = ("--score", "letters", *MODEL)
     assert call(generate, "--prompt", "x", *letters)[0] == 2
     assert call(generate, "--data", "sqa", "--temperature", 1, *letters)[0] == 2
+
+
+# Answers that are kept
+
+
+@pytest.fixture
+def ask_sqa(call, sqa, tmp_path):
+    """ask_sqa("--flag", value, …): answer the test split with --predictions tmp_path/p.json."""
+    def ask_sqa(*flags):
+        return call(generate, "--data", "sqa", "--data-root", sqa, *MODEL, "--max-seq-len", 256,
+                    "--predictions", tmp_path / "p.json", *flags)
+    return ask_sqa
+
+
+@pytest.mark.parametrize("flags", [
+    ("--max-new-tokens", 3, "--workers", 0),
+    ("--max-new-tokens", 3, "--workers", 2),
+    ("--score", "letters", "--workers", 0),
+], ids=["alone", "workers", "letters"])
+def test_a_bad_picture_costs_its_own_answer_alone(ask_sqa, sqa, tmp_path, flags):
+    (sqa / "images" / "test" / "40" / "image.png").write_bytes(b"no picture")
+    code, stdout, stderr = ask_sqa(*flags)
+    (line,) = stderr.splitlines()
+    assert code == 2 and "problem 40: " in line and "not a picture" in line
+    assert "/12" in stdout and "1 of 12 have a picture that cannot be decoded" in stdout
+    written = json.loads((tmp_path / "p.json").read_text())
+    assert list(written["missing"]) == ["40"] and "not a picture" in written["missing"]["40"]
+    assert written["results"]["40"] == -1
+    assert [pid for pid, text in written["outputs"].items() if text == ""] == ["40"]
+
+
+def test_predictions_are_written_even_if_every_picture_is_bad(ask_sqa, sqa, tmp_path):
+    splits = json.loads((sqa / "pid_splits.json").read_text())
+    splits["test"] = ["32", "34"]
+    (sqa / "pid_splits.json").write_text(json.dumps(splits))
+    for pid in splits["test"]:
+        (sqa / "images" / "test" / pid / "image.png").write_bytes(b"no picture")
+    assert ask_sqa("--max-new-tokens", 3)[0] == 2
+    written = json.loads((tmp_path / "p.json").read_text())
+    assert set(written["missing"]) == {"32", "34"}
+    assert written["outputs"] == {"32": "", "34": ""}
+
+
+@pytest.mark.parametrize("error, expected", [
+    (KeyboardInterrupt(), 130),
+    (LavinError("standard output cannot be written"), 2),
+    (MemoryError(), 2),
+], ids=["Ctrl-C", "full disk", "memory"])
+def test_what_ends_a_run_early_leaves_the_answers_so_far(
+        ask_sqa, tmp_path, monkeypatch, error, expected):
+    step = Engine.step
+    calls = []
+
+    def interrupted(engine, ids):
+        calls.append(ids)
+        if len(calls) == 5:
+            raise error
+        return step(engine, ids)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    code, _, stderr = ask_sqa("--max-new-tokens", 3, "--batch-size", 4, "--workers", 0)
+    assert code == expected and len(stderr.splitlines()) == (expected == 2)
+    written = json.loads((tmp_path / "p.json").read_text())
+    answered = [pid for pid, text in written["outputs"].items() if text]
+    assert answered and written["missing"]
+    assert {*answered, *written["missing"]} == set(map(str, range(32, 44)))
+
+
+def test_a_run_without_answers_leaves_older_ones_alone(ask_sqa, tmp_path, monkeypatch):
+    def interrupted(engine, batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "prefill", interrupted)
+    (tmp_path / "p.json").write_text("older")
+    assert ask_sqa("--max-new-tokens", 3)[0] == 130
+    assert (tmp_path / "p.json").read_text() == "older"
+
+
+# From the shell
+
+
+def start(*args, **more):
+    command = [sys.executable, ROOT / "generate.py", *map(str, args)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **more)
+
+
+def test_a_reader_who_has_read_enough_is_one_line():
+    """generate.py … | head -1"""
+    reading, writing = os.pipe()
+    process = start("--prompt", "Name a metal.", *MODEL, stdout=writing)
+    os.close(writing)
+    assert os.read(reading, 10)         # the first line comes before the model is loaded
+    os.close(reading)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    (line,) = stderr.splitlines()
+    assert line.startswith("error: standard output cannot be written")
+
+
+def test_ctrl_c_is_silent_while_torch_is_imported(tmp_path):
+    process = start("--prompt", "x", "--llama", tmp_path)
+    loaded = f"/proc/{process.pid}/maps"
+    while "libtorch" not in open(loaded).read():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert stderr == "" and process.returncode in (130, -signal.SIGINT)

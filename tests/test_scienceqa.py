@@ -1,6 +1,8 @@
 """ScienceQA's files: what is read, and what is wrong with damaged ones."""
 
 import functools
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ import pytest
 import generate
 import train
 from extras.scienceqa import load_sqa
+from files import LavinError
+from test_data import outcome
 from test_errors import ask, edit
 from test_train import flags
 
@@ -37,8 +41,21 @@ def test_load_sqa(sqa):
     ("choices", "ab", "does not have 1 to 5 texts as choices"),
     ("subject", "cooking", "subject 'cooking'"),
     ("grade", "first", "grade 'first'"),
-    ("question", None, "'question' that is not text"),
+    ("answer", True, "has the answer True"),
+    ("answer", 10**400, "has the answer 1000"),
+    ("question", None, "'question' that is not Unicode text"),
+    ("hint", "\ud800", "'hint' that is not Unicode text"),
+    ("choices", ["x", "\ud800"], "does not have 1 to 5 texts as choices"),
+    ("grade", "grade\u0663", "which is not one of ScienceQA's"),
     ("image", 3, "has the image 3"),
+    ("image", [[[]]], "has the image [[[]]]"),
+    ("image", "../../../../problems.json", "leads out of"),
+    ("image", "/usr/share/x.png", "no such file"),
+    ("image", "x\0.png", "leads out of"),
+    ("image", "x" * 100_000, "File name too long"),
+    ("split", "../..", "leads out of"),
+    ("split", "/usr", "leads out of"),
+    ("split", "exam", "no such file"),
 ])
 def test_a_field_that_is_wrong(fails_to_train, sqa, field, value, says):
     def change(problems):
@@ -83,12 +100,82 @@ def test_splits_that_cannot_be_read(fails_to_train, sqa, content, says):
     fails_to_train(says=["pid_splits.json", says])
 
 
+@pytest.mark.parametrize("pid, says", [
+    ({}, "holds {}, which is no id"),
+    (None, "holds None"),
+    (1.5, "holds 1.5"),
+    (True, "holds True"),
+    ("1", "names problem 1 twice"),
+    (1, "names problem 1 twice"),
+    (10**400, "names problem 1000"),
+    ("\x1b[2J", "which problems.json lacks"),
+])
+def test_an_id_that_is_none(fails_to_train, sqa, pid, says):
+    edit(sqa / "pid_splits.json", lambda splits: splits["val"].extend(["1", pid]))
+    fails_to_train(says=["pid_splits.json", "split 'val'", says])
+
+
+def test_ids_may_be_numbers(sqa):
+    edit(sqa / "pid_splits.json", lambda splits: splits.update(few=[3, "5"]))
+    problems, _ = load_sqa(sqa, "few")
+    assert list(problems) == ["3", "5"]
+
+
+@pytest.mark.parametrize("pid", ["../../../../../etc", "/etc", "..", "x\0", "\ud800", "x" * 99_999])
+def test_an_id_that_is_no_folder_of_the_data_set(sqa, pid):
+    """A picture is looked for in a folder called like its problem."""
+    edit(sqa / "problems.json", lambda problems: problems.update({pid: problems["0"]}))
+    edit(sqa / "pid_splits.json", lambda splits: splits["train"].append(pid))
+    with pytest.raises(LavinError, match="problems.json: problem .*(leads out|no such|cannot)"):
+        load_sqa(sqa, "train")
+
+
+def test_links_to_pictures_elsewhere_are_followed(sqa, tmp_path):
+    (sqa / "images").rename(tmp_path / "elsewhere")
+    (sqa / "images").symlink_to(tmp_path / "elsewhere")
+    _, samples = load_sqa(sqa, "train")
+    assert samples[0].image.is_file()
+
+
+def test_an_empty_choice_is_a_choice(sqa):
+    def change(problems):
+        problems["6"]["choices"][1] = ""
+
+    edit(sqa / "problems.json", change)
+    load_sqa(sqa, "train")
+
+
+@pytest.mark.parametrize("name", [
+    "problems.json", "pid_splits.json", "captions.json", "images/train/10/image.png"])
+def test_a_pipe_is_not_waited_for(sqa, name):
+    (sqa / name).unlink()
+    os.mkfifo(sqa / name)
+    error = outcome(lambda: load_sqa(sqa, "train", use_captions=True))
+    assert "a pipe or a device, where a file is needed" in str(error)
+
+
+@pytest.mark.parametrize("caption", [3, None, ["x"], "\ud800"])
+def test_a_caption_that_is_no_text(fails_to_train, sqa, caption):
+    edit(sqa / "captions.json", lambda content: content["captions"].update({"6": caption}))
+    fails_to_train("--captions", says=["captions.json", "problem 6 is not Unicode text"])
+
+
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_json_that_is_too_deep(fails_to_train, sqa, depth):
+    """At 900 it can still be read, but perhaps not be shown."""
+    deep = "[" * depth + "]" * depth
+    problems = json.loads((sqa / "problems.json").read_text())
+    problems["6"]["image"] = "DEEP"
+    (sqa / "problems.json").write_text(json.dumps(problems).replace('"DEEP"', deep))
+    fails_to_train(says=["problems.json"])
+
+
 def test_a_caption_file_that_is_none(fails_to_train, sqa):
     for content in ("[]", "{}", '{"captions": 3}', "{"):
         (sqa / "captions.json").write_text(content)
         fails_to_train("--captions", says=["captions.json"])
     (sqa / "captions.json").unlink()
-    fails_to_train("--captions", says=["captions.json", "cannot be read"])
+    fails_to_train("--captions", says=["captions.json", "no such file"])
 
 
 def cut_in_half(path: Path) -> None:
