@@ -18,11 +18,15 @@ import json
 import math
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until `run`: the imports take a second
 
 import torch
 from torch.amp import GradScaler
@@ -30,15 +34,17 @@ from torch.optim import Optimizer
 
 import checkpoints
 import data
-from extras import evaluate, flags, runs, scienceqa
+from extras import evaluate, flags, resume, runs, scienceqa
+from extras.terminal import run
 from fast import ops, ranks
 from files import (DTYPES, LavinError, check_compiler, check_writable, choose_paths,
-                   pick_device, run, write_atomically)
+                   pick_device, save_tensors)
 from model import LaVIN
 from tiny import world
 
 
-# A new setting has its flag in extras/flags.py, and there stands in FIXED, ONCE or neither.
+# A new setting is described in extras/values.py and has its flag in extras/flags.py. In
+# extras/resume.py it stands in FIXED, ONCE or neither.
 @dataclass
 class Settings:
     """Every setting of a run, with the paper's defaults for ScienceQA. Flags write into it.
@@ -89,7 +95,11 @@ class Settings:
     max_steps: int | None = None
     save_every: int | None = None       # steps; None: once an epoch
     eval_limit: int | None = None       # problems scored at the end; None: all
-    n_samples: int | None = None        # counted, not given: what the data amounted to
+    # Not given, but found: what the data amounted to, and which data and models they were
+    n_samples: int | None = None
+    data_hash: str | None = None
+    llama_hash: str | None = None
+    vit_hash: str | None = None
 
 
 def learning_rate(step: int, steps_per_epoch: int, settings: Settings) -> float:
@@ -196,14 +206,15 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
             try:
                 loss, norm = train_step(lavin, optimizer, scaler, gradients, micro_batches)
             except LavinError as error:
-                raise LavinError(f"step {step}: {error}; stopped, "
-                                 "no checkpoint written") from error
+                raise LavinError(f"step {step}: {error}; stopped without saving") from error
 
+            signals.listen()
             n_samples = sum(len(batch.ids) for batch in micro_batches if batch.n_answer)
-            sums = torch.tensor([loss, n_samples, signals.count], dtype=torch.float64)
+            has_to_stop = signals.count > 0 or log.failure is not None
+            sums = torch.tensor([loss, n_samples, has_to_stop], dtype=torch.float64)
             sums = ranks.total(sums.to(lavin.device))
-            loss, n_samples, n_signals = sums.tolist()
-            stopped = n_signals > 0
+            loss, n_samples, n_to_stop = sums.tolist()
+            stopped = n_to_stop > 0
             log.step(step, step / steps_per_epoch, loss, lr, n_samples, norm)
 
             ends_epoch = step == n_steps or step % steps_per_epoch == 0
@@ -215,9 +226,8 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
                 save(lavin, optimizer, scaler, step, steps_per_epoch, settings)
             if stopped:
                 break
-    if stopped:
-        print(f"stopped after step {step}; saved. --resume goes on from here")
-        sys.exit(128 + signals.first)
+    if stopped or log.failure:
+        runs.end_early(log, signals, step)
 
 
 def load_batches(lavin: LaVIN, samples: runs.TrainingSet, steps: range,
@@ -253,8 +263,8 @@ def save(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, step: int,
         "epoch": (step - 1) // steps_per_epoch,
         "step": step,
         "config": dataclasses.asdict(settings)}
-    path = Path(settings.out, "checkpoint.pth")
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    resume.check_sound(checkpoint)
+    save_tensors(Path(settings.out, "checkpoint.pth"), checkpoint)
 
 
 # The model of a run
@@ -290,12 +300,7 @@ def build(settings: Settings, resumed: dict | None,
     optimizer = make_optimizer(lavin, settings)
     scaler = GradScaler(device.type, enabled=settings.dtype == "fp16")
     if resumed:
-        try:
-            optimizer.load_state_dict(resumed["optimizer"])
-            scaler.load_state_dict(resumed["scaler"])
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise LavinError(f"--resume: {path} holds no optimizer of this model "
-                             f"({error})") from error
+        resume.restore(optimizer, scaler, resumed, settings.out)
     lavin.llama.checkpointing = settings.checkpointing
     lavin.vit.checkpointing = settings.checkpointing
     if settings.compile:
@@ -357,9 +362,9 @@ def parse_args() -> tuple[Settings, dict | None]:
     resumed = None
     if settings.resume:
         names = [setting.name for setting in dataclasses.fields(Settings)]
-        resumed = flags.read_resumed(settings.out, names)
+        resumed = resume.read_resumed(settings.out, names)
         remembered = dict(resumed["config"])
-        for name in flags.ONCE:
+        for name in resume.ONCE:
             remembered.pop(name, None)
         settings = parser.parse_args(namespace=Settings(**remembered))
     elif world.is_meant(settings):
@@ -373,11 +378,11 @@ def parse_args() -> tuple[Settings, dict | None]:
         settings.warmup = 2 if has_sqa else 0.2
     if settings.workers is None:
         settings.workers = data.default_workers()
-    flags.check_settings(settings, parser)
+    flags.check_settings(settings)
     if resumed:
         # Older checkpoints do not name the warm-up.
         defaults = Settings(warmup=settings.warmup)
-        flags.check_unchanged(settings, resumed["config"], defaults)
+        resume.check_unchanged(settings, resumed["config"], defaults)
     return settings, resumed
 
 
@@ -401,20 +406,18 @@ def load_and_train(settings: Settings, resumed: dict | None, device: torch.devic
     lavin, optimizer, scaler = build(settings, resumed, device)
     samples = runs.make_training_set(lavin, sources, settings)
     settings.n_samples = len(samples.encoded)
-    path = Path(settings.out, "checkpoint.pth")
-    if resumed:
-        n_before = resumed["config"].get("n_samples")
-        if n_before != settings.n_samples:
-            raise LavinError(f"--resume: {path} was trained on {n_before} samples, "
-                             f"not {settings.n_samples}")
+    settings.data_hash = samples.hash()
     steps_per_epoch, n_steps = count_steps(settings)
+    if resumed:
+        resume.check_found(settings, resumed["config"])
+        resume.check_step(resumed["step"], settings.epochs * steps_per_epoch, settings.out)
     runs.describe(lavin, settings, steps_per_epoch)
     if settings.dry_run:
         dry_run(lavin, samples, optimizer, scaler, settings)
         return
     first_step = resumed["step"] if resumed else 0
     train(lavin, samples, optimizer, scaler, first_step, settings)
-    print(f"saved    {path}")
+    print(f"saved    {settings.out}/checkpoint.pth")
     if settings.compile:
         n_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         print(f"compile  {n_graphs} graphs in the whole run")
@@ -452,10 +455,13 @@ def main() -> None:
         problems, samples = scienceqa.load_sqa(
             settings.data_root, "val", settings.format, settings.captions)
         val = problems, samples[:settings.eval_limit]
+    resume.find_models(settings)
+    resume.check_found(settings, remembered)
     if not settings.dry_run:
         check_writable(Path(settings.out, "checkpoint.pth"), "--out")
     try:
-        load_and_train(settings, resumed, device, sources, val)
+        with runs.alone_in(settings):
+            load_and_train(settings, resumed, device, sources, val)
     except torch.OutOfMemoryError as error:
         ways = runs.ways_to_save_memory(settings)
         raise LavinError(f"{device} has too little memory for this; "

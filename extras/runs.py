@@ -1,5 +1,7 @@
 """What surrounds a training run: its data, what it says, its log, its signals, the ablations."""
 
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -21,7 +23,8 @@ from extras import instructions, plot
 from extras.scienceqa import load_sqa
 from fast import ranks
 from fast.quantize import n_quantized
-from files import DEFAULTS, LavinError, tokenizer_path, write_atomically
+from files import (DEFAULTS, LavinError, locked, remove_temporaries, tokenizer_path,
+                   write_atomically)
 from router import Router
 
 # Data
@@ -35,6 +38,16 @@ class TrainingSet:
 
     def __post_init__(self):
         self.lengths = [len(e.tokens) for e in self.encoded]
+
+    def hash(self) -> str:
+        """It tells these samples, in this order, from others. Of a picture, its name counts."""
+        key = hashlib.sha256()
+        for e in self.encoded:
+            key.update(e.tokens.tobytes())
+            key.update(e.labels.tobytes())
+            if e.image is not None:
+                key.update(os.path.basename(e.image).encode(errors="replace"))
+        return key.hexdigest()[:16]
 
 
 def read_source(source: str, settings, look: bool) -> tuple[list, list]:
@@ -159,7 +172,12 @@ def check_data(settings, small_llama: str | Path) -> int:
     settings.data_root = settings.data_root or DEFAULTS["data_root"]
     n_bad = 0
     for source in settings.data:
-        samples, bad_rows = read_source(source, settings, look=False)
+        try:
+            samples, bad_rows = read_source(source, settings, look=False)
+        except LavinError as error:         # the other sources are looked at all the same
+            print(f"{source}: {error}")
+            n_bad += 1
+            continue
         n_bad += instructions.check_samples(
             source, samples, bad_rows, tokenizer, n_features, settings.max_seq_len)
     return 1 if n_bad else 0
@@ -253,6 +271,22 @@ def ways_to_save_memory(settings) -> str:
     return ", ".join(ways)
 
 
+# Its folder
+
+
+@contextlib.contextmanager
+def alone_in(settings) -> Iterator[None]:
+    """In a `with`, no other run writes to OUT. LavinError if one does."""
+    if settings.dry_run or ranks.rank() > 0:        # these write nothing
+        yield
+        return
+    taken = (f"--out {settings.out}: another run is writing there; wait for its end, "
+             "or choose another place")
+    with locked(settings.out, otherwise=taken):
+        remove_temporaries(settings.out)            # of a run that was killed
+        yield
+
+
 # Its log
 
 
@@ -288,14 +322,16 @@ def open_metrics(out: str, first_step: int):
 
 def draw_losses(out: str) -> None:
     """OUT/loss.png from OUT/metrics.jsonl: the loss of every step, and a running mean."""
+    path = Path(out, "metrics.jsonl")
     steps = []
     losses = []
-    for text in Path(out, "metrics.jsonl").read_text().splitlines():
-        line = json.loads(text)
-        if "loss" in line:
-            steps.append(line["step"])
-            losses.append(line["loss"])
-    if not losses:                                  # the log of a finished run was deleted
+    if path.exists():
+        for text in path.read_text().splitlines():
+            line = json.loads(text)
+            if "loss" in line:
+                steps.append(line["step"])
+                losses.append(line["loss"])
+    if not losses:                                  # somebody deleted it
         return
     n = max(1, len(losses) // 50)
     means = []
@@ -309,7 +345,8 @@ def draw_losses(out: str) -> None:
 class Log:
     """A run's progress bar and metrics.jsonl, a line for each step; at the end its loss.png.
 
-    On ranks other than 0 it is silent.
+    On ranks other than 0 it is silent. Where it cannot be written, a full disk or a closed
+    terminal, it raises nothing: the loop looks at `failure`, why it cannot, and saves first.
     """
 
     def __init__(self, settings, first_step: int, n_steps: int):
@@ -319,6 +356,7 @@ class Log:
             self.metrics = open_metrics(self.out, first_step)
         else:
             self.metrics = open(os.devnull, "w")
+        self.failure = None
         self.bar = tqdm(total=n_steps, initial=first_step, unit="step", file=sys.stdout)
         self.began = time.perf_counter()
 
@@ -326,10 +364,28 @@ class Log:
         return self
 
     def __exit__(self, error, *_):
-        self.bar.close()
-        self.metrics.close()
-        if error is None and ranks.rank() == 0:
+        with self.attempt():
+            self.bar.close()
+        with self.attempt():
+            self.metrics.close()
+        if error is None and ranks.rank() == 0 and not self.failure:
             draw_losses(self.out)
+
+    @contextlib.contextmanager
+    def attempt(self):
+        """In a `with`: note as `failure` that something cannot be written, and go on."""
+        try:
+            yield
+        except OSError as error:                        # of metrics.jsonl
+            self.failure = f"{self.out}/metrics.jsonl cannot be written ({error.strerror})"
+        except LavinError as error:                     # of the terminal
+            self.failure = str(error)
+
+    def write(self, line):
+        with self.attempt():
+            self.metrics.write(json.dumps(line) + "\n")
+            if ranks.rank() == 0 and os.fstat(self.metrics.fileno()).st_nlink == 0:
+                self.failure = f"{self.out}/metrics.jsonl was deleted"
 
     def step(self, step, epoch, loss, lr, n_samples, norm):
         """Log one step; the time since the last one gives the speed."""
@@ -338,18 +394,20 @@ class Log:
         self.began = now
         line = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "samples_per_s": speed,
                 "grad_norm": norm if math.isfinite(norm) else None}
-        self.metrics.write(json.dumps(line) + "\n")
+        self.write(line)
         memory = ""
         if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
             memory = f" {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
         self.bar.set_description(f"epoch {math.ceil(epoch)}/{self.epochs}", refresh=False)
         self.bar.set_postfix_str(f"loss {loss:.3f} {speed:.1f} samples/s{memory}", refresh=False)
-        self.bar.update()
+        with self.attempt():
+            self.bar.update()
 
     def held_out(self, step, losses):
-        self.metrics.write(json.dumps({"step": step, "held_out": losses}) + "\n")
+        self.write({"step": step, "held_out": losses})
         shown = " · ".join(f"{source} {loss:.3f}" for source, loss in losses.items())
-        self.bar.write(f"held out {shown}", file=sys.stdout)
+        with self.attempt():
+            self.bar.write(f"held out {shown}", file=sys.stdout)
 
 
 # Its signals
@@ -357,16 +415,21 @@ class Log:
 
 class StopSignals:
     """In a `with`, counts SIGINT and SIGTERM instead of ending at once, so that a step can finish
-    and be saved. The second signal of a kind ends the run as usual.
+    and be saved. The second signal of a kind ends the run as usual, and so does one that comes
+    before `listen` is called.
     """
 
     def __enter__(self):
         self.count = 0
         self.first = signal.SIGTERM     # what ended the run, if it was another rank that heard it
         self.handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self.hear)
         return self
+
+    def listen(self):
+        """From here on there is something to save."""
+        if not self.handlers:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.hear)
 
     def hear(self, number, frame):
         if self.count == 0:
@@ -377,3 +440,14 @@ class StopSignals:
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+
+def end_early(log: Log, signals: StopSignals, step: int) -> None:
+    """End a run after a step that is saved, as a signal or a log that cannot be written asks for.
+
+    Raises LavinError for the log, and exits as programs do that a signal ends.
+    """
+    if log.failure:
+        raise LavinError(f"{log.failure}; stopped after step {step}, which is saved")
+    print(f"stopped after step {step}; saved. --resume goes on from here")
+    sys.exit(128 + signals.first)

@@ -16,7 +16,7 @@ import checkpoints
 import data
 import train
 from conftest import ADAPTER, LLAMA, ROOT, VIT, difference
-from extras.flags import FIXED, ONCE
+from extras.resume import FIXED, ONCE
 from extras.scienceqa import load_sqa
 from fast import ranks
 from model import LaVIN
@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(call, sqa, tmp_path):
     assert code == 2
     assert len(stderr.splitlines()) == 1
     assert "step 3: the loss is nan on the samples" in stderr
-    assert "no checkpoint written" in stderr
+    assert "stopped without saving" in stderr
     assert not (out / "checkpoint.pth").exists()
 
 
@@ -352,7 +352,8 @@ def test_an_earlier_version_is_held_to_its_settings_as_well(call, sqa, tmp_path)
 def test_every_setting_is_fixed_or_taken_anew_or_free_at_resume():
     """A new setting needs this decision. Those that are free may change, and nothing asks why."""
     free = {"skip_bad", "micro_batch", "weight_decay", "betas", "llama", "vit", "delta",
-            "data_root", "checkpointing", "workers", "save_every", "eval_limit", "n_samples"}
+            "data_root", "checkpointing", "workers", "save_every", "eval_limit", "n_samples",
+            "data_hash", "llama_hash", "vit_hash"}
     names = {setting.name for setting in dataclasses.fields(train.Settings)}
     assert set(FIXED) | set(ONCE) | free == names
     assert not set(FIXED) & set(ONCE)
