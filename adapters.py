@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fast.ops import mix_experts
-from router import Router
+from router import NoRouter, Router
 
 
 @dataclass
@@ -25,6 +25,7 @@ class AdapterConfig:
     tau: float = 10.0           # temperature of the routers: 10 for 7B, 5 for 13B
     scale: float = 1.0          # s
     dropout: float = 0.1
+    experts: int = 2            # 1: a plain adapter without a router, an ablation
 
 
 class Adapter(nn.Module):
@@ -39,11 +40,12 @@ class Adapter(nn.Module):
         self.scale = config.scale
         self.down = nn.Linear(width, config.rank)
         self.dropout = nn.Dropout(config.dropout)
-        # Both experts in one tensor. An expert is a 1×1 convolution in two groups: the first half
-        # of its outputs reads the first half of h, the second half reads the second.
-        self.up = nn.Parameter(torch.empty(2, width, config.rank // 2))     # (2, C, r/2)
-        self.up_bias = nn.Parameter(torch.empty(2, width))                  # (2, C)
-        self.router = Router(width, config.tau)
+        # All E = 2 experts in one tensor. An expert is a 1×1 convolution in two groups: the first
+        # half of its outputs reads the first half of h, the second half reads the second.
+        n = config.experts
+        self.up = nn.Parameter(torch.empty(n, width, config.rank // 2))     # (E, C, r/2)
+        self.up_bias = nn.Parameter(torch.empty(n, width))                  # (E, C)
+        self.router = Router(width, config.tau) if n > 1 else NoRouter()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -56,18 +58,21 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up)
         nn.init.zeros_(self.up_bias)
-        self.router.reset_parameters()
+        if isinstance(self.router, Router):
+            self.router.reset_parameters()
 
     def forward(self, y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """y (B, T, C), w (B, T, 2) or, one for a whole row, (B, 1, 2) -> (B, T, C)."""
+        """y (B, T, C), w (B, T, E) or, one for a whole row, (B, 1, E) -> (B, T, C)."""
         h = self.dropout(self.down(y))                              # (B, T, r)
         mixed = mix_experts(h, w, self.up, self.up_bias)            # self.mixed(h, w), but faster
         return y + self.scale * mixed.type_as(y)
 
     def mixed(self, h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """w0 up0(h) + w1 up1(h), written as the paper does: h (B, T, r) -> (B, T, C)."""
-        w0, w1 = w.split(1, dim=-1)                                 # (B, T or 1, 1) each
-        return w0 * self.expert(0, h) + w1 * self.expert(1, h)
+        mixed = 0
+        for e, w_e in enumerate(w.split(1, dim=-1)):                # (B, T or 1, 1) each
+            mixed = mixed + w_e * self.expert(e, h)
+        return mixed
 
     def expert(self, e: int, h: torch.Tensor) -> torch.Tensor:
         """up_e(h), a matrix product for each of the two groups."""

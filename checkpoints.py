@@ -354,15 +354,14 @@ def official_table(lavin: LaVIN) -> dict[str, tuple]:
     for i, block in enumerate(lavin.vit.resblocks):
         adapters[f"backbone.visual.transformer.resblocks.{i}.adapter_attn"] = block.adapter
     for prefix, adapter in adapters.items():
-        router = adapter.router
         table[f"{prefix}.conv_A.weight"] = (adapter.down.weight, None, True)
         table[f"{prefix}.conv_A.bias"] = (adapter.down.bias, None, False)
-        table[f"{prefix}.conv_B.weight"] = (adapter.up, 0, True)
-        table[f"{prefix}.conv_B.bias"] = (adapter.up_bias, 0, False)
-        table[f"{prefix}.conv_D.weight"] = (adapter.up, 1, True)
-        table[f"{prefix}.conv_D.bias"] = (adapter.up_bias, 1, False)
-        table[f"{prefix}.expert_weights.weight"] = (router.weight, None, False)
-        table[f"{prefix}.expert_weights.bias"] = (router.bias, None, False)
+        for e in range(len(adapter.up)):
+            name = ("conv_B", "conv_D")[e]
+            table[f"{prefix}.{name}.weight"] = (adapter.up, e, True)
+            table[f"{prefix}.{name}.bias"] = (adapter.up_bias, e, False)
+        for kind, p in adapter.router.named_parameters():       # none where there is one expert
+            table[f"{prefix}.expert_weights.{kind}"] = (p, None, False)
     return table
 
 
@@ -389,7 +388,7 @@ def official_checkpoint(lavin: LaVIN, format: str, bits: int = 16) -> dict:
     config = lavin.adapter_config
     args = Namespace(
         adapter_type="attn",
-        visual_adapter_type="router",
+        visual_adapter_type="router" if config.experts > 1 else "normal",
         adapter_dim=config.rank,
         adapter_scale=config.scale,
         temperature=config.tau,
@@ -435,7 +434,8 @@ def read_adapter(path: str | Path) -> tuple[dict, AdapterConfig, dict]:
         projector_dim=projector_dim,
         tau=float(args.get("temperature", AdapterConfig.tau)),
         scale=float(args.get("adapter_scale", AdapterConfig.scale)),
-        dropout=float(args.get("dropout", AdapterConfig.dropout)))
+        dropout=float(args.get("dropout", AdapterConfig.dropout)),
+        experts=2 if "layers.0.adapter_attn.conv_D.weight" in state else 1)
     settings = {
         "max_seq_len": args.get("max_seq_len"),
         "format": args.get("prompt_format"),
@@ -518,11 +518,11 @@ def check_context(max_seq_len: int, tokenizer: SentencePieceProcessor,
                          f"a picture takes {n_picture}")
 
 
-def begin_with(adapter: str | Path | None, tau: float | None,
+def begin_with(adapter: str | Path | None, fresh: AdapterConfig | None, tau: float | None,
                dropout: float | None) -> tuple[dict, AdapterConfig, dict]:
     """What `read_adapter` returns, or fresh adapters' settings; tau and dropout as given."""
     state = {}
-    config = AdapterConfig()
+    config = fresh or AdapterConfig()
     settings = {}
     if adapter:
         state, config, settings = read_adapter(adapter)
@@ -535,17 +535,18 @@ def begin_with(adapter: str | Path | None, tau: float | None,
 
 def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, *,
          device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-         max_seq_len: int | None = None, tau: float | None = None,
-         dropout: float | None = None, bits: int = 16, fsdp: bool = False,
-         delta: str | Path | None = None) -> LaVIN:
+         max_seq_len: int | None = None, fresh: AdapterConfig | None = None,
+         tau: float | None = None, dropout: float | None = None, bits: int = 16,
+         fsdp: bool = False, delta: str | Path | None = None) -> LaVIN:
     """LLaMA's folder, CLIP's file and a LaVIN checkpoint, or None to begin afresh -> LaVIN.
 
     It is in eval mode, its frozen weights in dtype, the trained ones in fp32. max_seq_len, tau and
-    dropout are as given, else as in the checkpoint, else 512, 10 and 0.1. bits 8 or 4 quantizes
-    LLaMA, and fsdp cuts it into a part for each rank, block by block as it is read. delta: a folder
-    of Hugging Face's that is added to LLaMA. LavinError for files that are damaged or do not fit.
+    dropout are as given, else as in the checkpoint, else 512, 10 and 0.1. fresh: what the adapters
+    are like that begin afresh. bits 8 or 4 quantizes LLaMA, and fsdp cuts it into a part for each
+    rank, block by block as it is read. delta: a folder of Hugging Face's that is added to LLaMA.
+    LavinError for files that are damaged or do not fit.
     """
-    state, config, settings = begin_with(adapter, tau, dropout)
+    state, config, settings = begin_with(adapter, fresh, tau, dropout)
     max_seq_len = max_seq_len or settings.get("max_seq_len") or 512
     tokenizer = data.load_tokenizer(llama)
     vit_state, vit_config = read_clip(vit)
@@ -599,7 +600,8 @@ def describe(path: str | Path) -> dict:
     blocks = [f"{part} of {len(w)} blocks, {w[0]} wide" for part, w in widths.items()]
     print(" · ".join(blocks))
     print(f"rank {config.rank} · projector's hidden size {config.projector_dim} · "
-          f"τ {config.tau:g} · scale {config.scale:g} · dropout {config.dropout:g}")
+          f"τ {config.tau:g} · scale {config.scale:g} · dropout {config.dropout:g} · "
+          f"experts {config.experts}")
     known = []
     for name in SHOWN:
         value = settings.get(name)
@@ -609,6 +611,16 @@ def describe(path: str | Path) -> dict:
             known.append(f"{name} {value}")
     print(" · ".join(known))
     return settings
+
+
+def print_routing(lavin: LaVIN) -> None:
+    """Print how each layer mixes its experts."""
+    if lavin.adapter_config.experts == 1:
+        print("routing  none: the adapters have a single expert")
+        return
+    for i, (text, picture) in enumerate(lavin.route().tolist(), 1):
+        print(f"layer {i:3}   text {text[0]:.3f} {text[1]:.3f}"
+              f"   picture {picture[0]:.3f} {picture[1]:.3f}")
 
 
 def main() -> None:
@@ -639,9 +651,7 @@ def main() -> None:
     if args.fold:
         check_writable(Path(args.fold, "params.json"), "--fold")
     lavin = load(llama, vit, args.file, delta=settings.get("delta"))
-    for i, (text, picture) in enumerate(lavin.route().tolist(), 1):
-        print(f"layer {i:3}   text {text[0]:.3f} {text[1]:.3f}"
-              f"   picture {picture[0]:.3f} {picture[1]:.3f}")
+    print_routing(lavin)
     if args.fold:
         save_folded(fold(lavin, 0), args.fold)
         print(f"written: {args.fold}; ask it with python generate.py "

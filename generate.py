@@ -78,7 +78,9 @@ def load_data(args: argparse.Namespace, remembered: dict,
         truths = None
     else:
         captions = remembered.get("captions", False)
-        truths, samples = scienceqa.load_sqa(args.data_root, args.split, format, captions)
+        images = remembered.get("images", True)
+        truths, samples = scienceqa.load_sqa(
+            args.data_root, args.split, format, captions, images)
     if args.blank_images:
         for sample in samples:
             if sample.image:

@@ -32,8 +32,20 @@ class Router(nn.Linear):
         return torch.softmax(logits / self.tau, dim=-1)
 
 
+class NoRouter(nn.Module):
+    """In the place of a router where there is a single expert: (..., C) -> (..., 1), its weight 1.
+
+    A plain adapter, for the paper's ablations.
+    """
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return torch.ones(*y.shape[:-1], 1, device=y.device)
+
+
 def route(llama: nn.Module, modality_embedding: torch.Tensor) -> torch.Tensor:
-    """The routing weights of all layers for both modalities: (L, 2 modalities, 2 experts), fp32.
+    """The routing weights of all layers for both modalities: (L, 2 modalities, E experts), fp32.
+
+    E is 2, but in the ablation with a single expert.
 
     `modality_embedding` (2, C) holds the two tokens. They go through the blocks of model.py as two
     rows of one token each, and a lone token attends to itself alone. Training needs the gradient
@@ -44,7 +56,7 @@ def route(llama: nn.Module, modality_embedding: torch.Tensor) -> torch.Tensor:
     rope = llama.rope(torch.zeros(1, device=x.device))              # position 0: no rotation
     routed = []
     for layer in llama.layers:
-        w = layer.adapter.router(layer.attention_norm(x))           # (2, 1, 2)
+        w = layer.adapter.router(layer.attention_norm(x))           # (2, 1, E)
         x = layer(x, w, rope)
         routed.append(w[:, 0])
-    return torch.stack(routed)                                      # (L, 2, 2)
+    return torch.stack(routed)                                      # (L, 2, E)

@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 
 import checkpoints
 import data
+from adapters import AdapterConfig
 from extras import evaluate, flags, resume, runs, scienceqa
 from extras.terminal import run
 from fast import ops, ranks
@@ -57,6 +58,7 @@ class Settings:
     weights: list[float] | None = None  # shares of several sources in every epoch
     format: str = "QCM-ALE"             # of ScienceQA's prompts
     captions: bool = False
+    images: bool = True                 # False: without pictures, an ablation
     multi_turn: bool = False            # a conversation is one sample; else each answer is one
     skip_bad: bool = False
     val_fraction: float = 0.0           # held out of every source
@@ -68,9 +70,14 @@ class Settings:
     micro_batch: int = 4                # samples of one forward pass, at most
     lr: float | None = None             # at its peak; None: 9e-3 · batch_size / 256
     weight_decay: float = 0.02          # on matrices; none on biases
+    clip: float | None = None           # the gradient's largest norm; None: it is not clipped
     betas: tuple[float, float] = (0.9, 0.95)
     tau: float = 10.0                   # of the routers: 10 for 7B, 5 for 13B
     dropout: float = 0.1                # in the adapters
+    rank: int = 8                       # of the adapters
+    scale: float = 1.0                  # of the adapters
+    hidden: int = 128                   # size of the projector's hidden layer
+    experts: int = 2                    # of an adapter; 1: no router, an ablation
     adapters: str = "all"               # or "llama", "none": ablations
     routing: bool = True                # False: both experts count one half, an ablation
     seed: int = 0
@@ -131,15 +138,15 @@ def make_optimizer(lavin: LaVIN, settings: Settings) -> torch.optim.AdamW:
 
 
 def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients: torch.Tensor,
-               micro_batches: list[data.Batch]) -> tuple[float, float]:
+               micro_batches: list[data.Batch], clip: float | None = None) -> tuple[float, float]:
     """One optimizer step on one global batch -> (its loss, the norm of its gradient).
 
     The loss is the sum over all answer tokens of the global batch, divided by their number. So the
     split into micro-batches and ranks changes nothing. (A mean of micro-batch means, as in the
     authors' code, gives the tokens of a short answer more weight.) `gradients` is one buffer: the
-    p.grad of every trained parameter is a view of its part (ranks.gradient_buffer). Nothing is
-    clipped. With several ranks, micro_batches and the loss returned are this rank's share.
-    LavinError where loss or gradient is not finite.
+    p.grad of every trained parameter is a view of its part (ranks.gradient_buffer). A gradient
+    longer than `clip` is cut to that norm. With several ranks, micro_batches and the loss returned
+    are this rank's share. LavinError where loss or gradient is not finite.
     """
     n_answer = float(sum(batch.n_answer for batch in micro_batches))
     n_answer = ranks.total(torch.tensor(n_answer, device=lavin.device))
@@ -148,8 +155,7 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
     # Backward goes in two stages. The routing weights are the same for all micro-batches, since
     # they depend on nothing but the modality. So the two modality tokens go through the layers
     # once, and the micro-batches get the result as a leaf, in which their gradients add up. Then
-    # one backward pass takes that sum on through the two-token stream. By the chain rule this is
-    # the gradient of passing through the stream once for each micro-batch.
+    # one backward pass takes that sum on through the stream: the chain rule, term by term.
     routed = lavin.route()                                          # (L, 2 modalities, 2 experts)
     leaf = routed.detach().requires_grad_()
     losses = []
@@ -171,6 +177,8 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
     fp16_can_recover = scaler.is_enabled() and scaler.get_scale() >= 1
     if not fp16_can_recover:
         check_finite("gradient", norm, micro_batches)
+    if clip and norm > clip:
+        gradients.mul_(clip / norm)
     scaler.step(optimizer)
     scaler.update()
     return sum(losses), norm
@@ -187,8 +195,7 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
           first_step: int, settings: Settings) -> None:
     """The loop, from first_step on, until all steps are done or a signal asks to stop.
 
-    `load_batches` yields the micro-batches that data.global_batch chooses for each step. In
-    settings.out, metrics.jsonl, loss.png and checkpoint.pth are left (see `save`).
+    It leaves metrics.jsonl, loss.png and checkpoint.pth (see `save`) in settings.out.
     """
     steps_per_epoch, n_steps = count_steps(settings)
     loader = load_batches(lavin, samples, range(first_step, n_steps), settings)
@@ -204,7 +211,8 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
             rank_seed = settings.seed + 7919 * rank     # each rank draws dropout of its own
             torch.manual_seed(data.mixed_seed(rank_seed, step))
             try:
-                loss, norm = train_step(lavin, optimizer, scaler, gradients, micro_batches)
+                loss, norm = train_step(
+                    lavin, optimizer, scaler, gradients, micro_batches, settings.clip)
             except LavinError as error:
                 raise LavinError(f"step {step}: {error}; stopped without saving") from error
 
@@ -281,6 +289,11 @@ def build(settings: Settings, resumed: dict | None,
     """-> LaVIN, its optimizer and its scaler, at the step at which they are to go on."""
     torch.manual_seed(data.mixed_seed(settings.seed, 0))
     path = Path(settings.out, "checkpoint.pth")
+    fresh = AdapterConfig(
+        rank=settings.rank,
+        projector_dim=settings.hidden,
+        scale=settings.scale,
+        experts=settings.experts)
     lavin = checkpoints.load(
         settings.llama,
         settings.vit,
@@ -288,15 +301,17 @@ def build(settings: Settings, resumed: dict | None,
         device=device,
         dtype=DTYPES[settings.dtype],
         max_seq_len=settings.max_seq_len,
+        fresh=fresh,
         tau=settings.tau,
         dropout=settings.dropout,
         bits=settings.bits,
         fsdp=settings.fsdp,
         delta=settings.delta)
+    resume.check_sizes(lavin.adapter_config, settings)
     if lavin.llama.config.attention_bias:
         raise LavinError(f"{settings.llama}: adapters are folded into it; "
                          "train on the LLaMA that it was made from")
-    runs.freeze(lavin, settings.adapters, settings.routing)
+    runs.freeze(lavin, settings)
     optimizer = make_optimizer(lavin, settings)
     scaler = GradScaler(device.type, enabled=settings.dtype == "fp16")
     if resumed:
@@ -453,7 +468,7 @@ def main() -> None:
     val = {}, []
     if "sqa" in settings.data and settings.eval_limit != 0:
         problems, samples = scienceqa.load_sqa(
-            settings.data_root, "val", settings.format, settings.captions)
+            settings.data_root, "val", settings.format, settings.captions, settings.images)
         val = problems, samples[:settings.eval_limit]
     resume.find_models(settings)
     resume.check_found(settings, remembered)

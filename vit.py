@@ -92,7 +92,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         y = self.ln_1(x)                                            # (B, T, C)
-        w = self.adapter.router(y)                                  # (B, T, 2)
+        w = self.adapter.router(y)                                  # (B, T, E)
         x = x + self.attn(self.adapter(y, w))
         x = x + self.mlp(self.ln_2(x))
         return x

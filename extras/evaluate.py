@@ -326,6 +326,9 @@ def show_routing(lavin: LaVIN, path: str | Path) -> None:
 
     `lavin` is left with untrained adapters. Raises LavinError if `path` cannot be written.
     """
+    if lavin.adapter_config.experts == 1:
+        raise LavinError("--show-routing: these adapters have a single expert, "
+                         "so nothing is routed")
     trained = lavin.route()                                 # (layers, 2 modalities, 2 experts)
     lavin.init_trained()
     untrained = lavin.route()

@@ -52,6 +52,8 @@ def add_source_flags(group) -> None:
     add("--format", metavar="FORMAT", help="of ScienceQA's prompts: what is asked - what is "
         "answered (default: QCM-ALE)")
     switch("--captions", action="store_true", help="put captions.json's caption into the context")
+    switch("--no-images", dest="images", action="store_false",
+           help="leave out the pictures, in training and scoring; captions stay")
     add("--max-seq-len", help="context in tokens (default: 512)")
     add("--llama", help="directory of LLaMA in Meta's layout (default: weights/7B)")
     add("--vit", help="CLIP's image encoder (default: weights/ViT-L-14.pt)")
@@ -70,6 +72,12 @@ def add_training_flags(group) -> None:
     add("--lr", help="peak learning rate (default: 9e-3 · batch size / 256)")
     add("--tau", help="temperature of the routers: 10 for 7B (default), 5 for 13B")
     add("--dropout", help="in the adapters (default: 0.1)")
+    add("--weight-decay", help="on matrices, none on biases (default: 0.02)")
+    add("--clip", help="the gradient's largest norm (default: not clipped)")
+    add("--rank", help="of the adapters, an even number (default: 8)")
+    add("--scale", help="of the adapters (default: 1)")
+    add("--hidden", help="size of the projector's hidden layer (default: 128)")
+    add("--experts", help="of an adapter; 1 is a plain adapter without a router (default: 2)")
     add("--seed", help="default: 0")
     add("--adapters",
         help="leave them out of the ViT, or everywhere, so that only the projector learns")
@@ -105,6 +113,8 @@ def check_settings(settings) -> None:
         raise LavinError("--data names a source twice; --weights gives it a larger share")
     if settings.weights and len(settings.weights) != len(settings.data):
         raise LavinError("--weights: give one above 0 for each source of --data")
+    if settings.rank % 2:
+        raise LavinError("--rank is even: an expert has two groups")
     if settings.fsdp and (settings.bits < 16 or "RANK" not in os.environ):
         raise LavinError("--fsdp goes with torchrun (torchrun --nproc-per-node 8 train.py …) "
                          "and with --bits 16")

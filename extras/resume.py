@@ -11,13 +11,15 @@ import torch
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from adapters import AdapterConfig
 from extras.values import SETTINGS, Kind, check_values
 from files import LavinError, check_tensor, fingerprint, is_finite, read_checkpoint
 
 # What makes a run what it is. --resume refuses to change these.
-FIXED = ("data", "weights", "multi_turn", "val_fraction", "format", "captions", "max_seq_len",
-         "epochs", "warmup", "batch_size", "lr", "tau", "dropout", "adapters", "routing",
-         "seed", "dtype", "bits")
+FIXED = ("data", "weights", "multi_turn", "val_fraction", "format", "captions", "images",
+         "max_seq_len", "epochs", "warmup", "batch_size", "lr", "weight_decay", "clip", "tau",
+         "dropout", "rank", "scale", "hidden", "experts", "adapters", "routing", "seed", "dtype",
+         "bits")
 # What a resumed run does not take over from the one before.
 ONCE = ("out", "adapter", "resume", "max_steps", "device", "compile", "fsdp", "dry_run",
         "check")
@@ -99,6 +101,17 @@ def check_found(settings, before: dict) -> None:
         if now and then and now != then:
             raise LavinError(f"--resume: {path} was trained with another {what}; "
                              f"--adapter {path} with another --out would begin with its adapters")
+
+
+def check_sizes(config: AdapterConfig, settings) -> None:
+    """LavinError if the adapters of a checkpoint have other sizes than the settings say."""
+    sizes = {"rank": config.rank, "hidden": config.projector_dim, "scale": config.scale,
+             "experts": config.experts}
+    for name, size in sizes.items():
+        wanted = getattr(settings, name)
+        if wanted != size:
+            raise LavinError(f"--{name} {wanted:g}: the adapters of the checkpoint have {size:g}; "
+                             "give that")
 
 
 def check_step(step: int, n_steps: int, out: str) -> None:

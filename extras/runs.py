@@ -56,9 +56,14 @@ def read_source(source: str, settings, look: bool) -> tuple[list, list]:
     ScienceQA has no bad rows: whatever is wrong with it is a LavinError.
     """
     if source == "sqa":
-        _, samples = load_sqa(settings.data_root, "train", settings.format, settings.captions)
+        _, samples = load_sqa(settings.data_root, "train", settings.format, settings.captions,
+                              settings.images)
         return samples, []
-    return instructions.read_instructions(source, settings.multi_turn, look)
+    samples, bad_rows = instructions.read_instructions(source, settings.multi_turn, look)
+    if not settings.images:
+        for sample in samples:
+            sample.image = None
+    return samples, bad_rows
 
 
 def read_sources(settings) -> dict[str, list[data.Sample]]:
@@ -186,24 +191,30 @@ def check_data(settings, small_llama: str | Path) -> int:
 # Ablations
 
 
-def freeze(lavin: nn.Module, adapters: str, routing: bool) -> None:
-    """The paper's ablations: adapters stay the identity, routers say ½ for both experts."""
+def freeze(lavin: nn.Module, settings) -> None:
+    """The paper's ablations: adapters stay the identity, routers say ½ for both experts.
+
+    Without pictures, what they pass through is frozen too: weight decay would still move it.
+    """
     left_out = []
-    if adapters in ("llama", "none"):
+    if settings.adapters in ("llama", "none") or not settings.images:
         left_out += lavin.vit.resblocks
-    if adapters == "none":
+    if settings.adapters == "none":
         left_out += lavin.llama.layers
+    if not settings.images:
+        lavin.projector.requires_grad_(False)
     for block in left_out:
         for module in block.modules():
             if isinstance(module, Adapter):
                 module.requires_grad_(False)
-    if not routing:
+    if not settings.routing:
         for module in lavin.modules():
             if isinstance(module, Router):
                 module.requires_grad_(False)
                 module.weight.zero_()
                 module.bias.zero_()
-    if not routing or adapters == "none":
+    has_routers = settings.routing and settings.experts > 1
+    if not has_routers or settings.adapters == "none":
         lavin.modality_embedding.requires_grad_(False)
 
 

@@ -116,7 +116,8 @@ def find_image(root: Path, pid: str, problem: dict) -> Path | None:
 
 
 def load_sqa(root: str | Path, split: str, format: str = "QCM-ALE",
-             use_captions: bool = False) -> tuple[dict, list[Sample]]:
+             use_captions: bool = False,
+             use_images: bool = True) -> tuple[dict, list[Sample]]:
     """One split of ScienceQA -> ({id: problem}, [Sample]); captions go into the context."""
     check_format(format)
     root = Path(root)
@@ -126,7 +127,7 @@ def load_sqa(root: str | Path, split: str, format: str = "QCM-ALE",
     chosen = {pid: problems[pid] for pid in pids}
     samples = []
     for pid, problem in chosen.items():
-        image = find_image(root, pid, problem)
+        image = find_image(root, pid, problem) if use_images else None
         prompt, answer = sqa_prompt(problem, format, captions.get(pid, ""))
         samples.append(Sample(prompt, answer, image, pid))
     return chosen, samples

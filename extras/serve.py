@@ -2,6 +2,7 @@
 
     GET /           page.html
     GET /about      {"model", "context", "route": [layers, 2 modalities, 2 experts]}
+                    "route" is [] for adapters with a single expert
     POST /ask       {"question", "turns": [[question, answer], …], "image": base64 or null}
 
 The answer to /ask is a line of JSON for each event:
@@ -163,7 +164,9 @@ class Desk:
         self.lavin = lavin
         self.how = how
         self.queue = Queue()
-        self.route = lavin.route().tolist()
+        self.route = []
+        if lavin.adapter_config.experts > 1:
+            self.route = lavin.route().tolist()
         self.conversation = Conversation(lavin, None, compiled)
 
     def answer(self, question: str, turns: list, pixels: torch.Tensor | None) -> Iterator[dict]:

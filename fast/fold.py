@@ -45,11 +45,12 @@ class ConstantAdapter(nn.Module):
 
 
 def constant_matrices(adapter: Adapter, w: torch.Tensor):
-    """U (C, r) and U d + u (C,) of an adapter whose experts have the weights w (2,)."""
-    # An expert's two groups are one block-diagonal matrix.
-    up_0 = torch.block_diag(*adapter.up[0].chunk(2))            # (C, r)
-    up_1 = torch.block_diag(*adapter.up[1].chunk(2))
-    up = adapter.scale * (w[0] * up_0 + w[1] * up_1)
+    """U (C, r) and U d + u (C,) of an adapter whose experts have the weights w (E,)."""
+    up = 0
+    for w_e, expert in zip(w, adapter.up):
+        # An expert's two groups are one block-diagonal matrix.
+        up = up + w_e * torch.block_diag(*expert.chunk(2))      # (C, r)
+    up = adapter.scale * up
     bias = adapter.scale * (w @ adapter.up_bias) + up @ adapter.down.bias
     return up, bias
 

@@ -37,7 +37,7 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
 def mix_experts(h: torch.Tensor, w: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor):
     """w0 up0(h) + w1 up1(h), as Adapter.mixed spells it out, in a single matrix product.
 
-    h (B, T, r), w (B, T or 1, 2), up (2, C, r/2), up_bias (2, C) -> (B, T, C).
+    h (B, T, r), w (B, T or 1, E), up (E, C, r/2), up_bias (E, C) -> (B, T, C), with E = 2 experts.
 
     Each `up` reads its input in two groups, so it is a block-diagonal matrix (C, r). Two weighted
     experts are then one product: [w0 h, w1 h] times the two matrices side by side. On two CPU cores
@@ -45,9 +45,9 @@ def mix_experts(h: torch.Tensor, w: torch.Tensor, up: torch.Tensor, up_bias: tor
     forward and backward (python -m bench.speed experts).
     """
     matrices = [torch.block_diag(*expert.chunk(2)) for expert in up]
-    both = torch.cat(matrices, dim=1)                           # (C, 2r)
-    weighted = torch.cat([w[..., :1] * h, w[..., 1:] * h], dim=-1)      # (B, T, 2r)
-    return F.linear(weighted, both) + w @ up_bias
+    side_by_side = torch.cat(matrices, dim=1)                   # (C, E r)
+    weighted = torch.cat([w_e * h for w_e in w.split(1, dim=-1)], dim=-1)       # (B, T, E r)
+    return F.linear(weighted, side_by_side) + w @ up_bias
 
 
 class _CrossEntropy(torch.autograd.Function):
