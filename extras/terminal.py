@@ -105,6 +105,9 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, too_little) or "can't allocate memory" in str(error):
         return ("there is too little memory for this; --bits 8 or 4, or a lower --batch-size "
                 "or --max-seq-len, would help")
+    if "probability tensor contains" in str(error):         # torch.multinomial's words
+        return ("the model's logits are not finite, so no token can be drawn; "
+                "--dtype bf16 or fp32 has a wider range than fp16")
     # Wherever this process is when a worker dies, PyTorch raises it there.
     if "DataLoader worker" in str(error):
         return ("a process that decodes pictures was killed, perhaps for want of memory; "

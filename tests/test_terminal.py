@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import generate
 from conftest import ADAPTER, LLAMA, ROOT, VIT
-from extras import terminal
+from extras import chat, terminal
 from extras.chat import Conversation
 from extras.terminal import LONGEST_MESSAGE, Terminal
 from files import LavinError
@@ -149,3 +150,17 @@ def test_generate_says_what_is_wrong_in_any_terminal():
     assert code == 2 and len(stderr.splitlines()) == 1
     assert "no such picture" in stderr and "\x1b" not in stderr
     assert " ? CLIP " in stdout             # a middle dot
+
+
+def test_logits_that_are_not_finite_are_one_line(call, monkeypatch):
+    """fp16 may overflow. Where a token is drawn, PyTorch finds no probabilities to draw by."""
+    def overflow(logits, temperature, top_p):
+        probabilities = torch.full_like(logits, float("nan"))
+        return torch.multinomial(probabilities, 1)
+
+    monkeypatch.setattr(chat, "pick", overflow)
+    code, _, stderr = call(
+        generate, "--prompt", "What?", "--adapter", ADAPTER, "--llama", LLAMA, "--vit", VIT,
+        "--temperature", 1)
+    assert code == 2
+    assert stderr.startswith("error: the model's logits are not finite")
