@@ -1,0 +1,109 @@
+"""README and docs/: every command line parses, and what docs/paper.md prints is what it says."""
+
+import contextlib
+import io
+import re
+import shlex
+
+import pytest
+
+from conftest import ROOT
+from extras import flags
+from files import LavinError
+from train import Settings
+
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+SCRIPTS = ("train.py", "generate.py")
+
+
+def code_of(text):
+    """The code in a page of Markdown: each line of its fenced blocks, and each `span`."""
+    code = []
+    is_fenced = False
+    for line in text.replace("\\\n", "").splitlines():
+        if line.startswith("```"):
+            is_fenced = not is_fenced
+        elif is_fenced:
+            code.append(line)
+        else:
+            code.extend(re.findall(r"`([^`]+)`", line))
+    return code
+
+
+def commands_of(text):
+    """["python", "train.py", "--data", …] for each call of train.py or generate.py with flags."""
+    commands = []
+    for code in code_of(text):
+        for part in code.split("&&"):
+            if re.match(r"\s*(\S*python |torchrun .*)?(train|generate)\.py -", part):
+                commands.append(shlex.split(part, comments=True))
+    return commands
+
+
+def check_command(command):
+    """LavinError for a flag that does not exist, a value out of range, or flags in conflict."""
+    for script in SCRIPTS:
+        if script in command:
+            values = command[command.index(script) + 1:]
+            if "--help" in values:
+                return
+            if script == "train.py":
+                parser = flags.train_parser("")
+                flags.check_settings(parser.parse_args(values, Settings()))
+            else:
+                parser = flags.generate_parser("")
+                flags.check_args(parser.parse_args(values))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_every_command_parses(page):
+    for command in commands_of(page.read_text(encoding="utf-8")):
+        try:
+            check_command(command)
+        except LavinError as error:
+            raise AssertionError(f"{page.name}: {shlex.join(command)}: {error}") from error
+
+
+def test_the_counts_of_the_paper_page():
+    page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    script, shown = re.search(r"```python\n(.*?)```\n```\n(.*?)```", page, re.DOTALL).groups()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(script, {})
+    assert printed.getvalue() == shown
+    for count in re.findall(r"[\d,]{9}", shown):
+        millions = int(count.replace(",", "")) / 1e6
+        assert f"| {millions:.2f} |" in page, f"{count} is in no table"
+
+
+# The checks themselves can fail
+
+
+def test_commands_are_found():
+    page = """
+Run `python train.py --data sqa`, or `generate.py` (see `train.py: train`), as in
+
+```
+python3 -m venv .venv && .venv/bin/python train.py --out a     # a comment
+torchrun --nproc-per-node 8 train.py --data sqa
+python generate.py --prompt "two words" \\
+    --image x.png && generate.py --serve
+saved    out/checkpoint.pth
+```
+"""
+    assert commands_of(page) == [
+        ["python", "train.py", "--data", "sqa"],
+        [".venv/bin/python", "train.py", "--out", "a"],
+        ["torchrun", "--nproc-per-node", "8", "train.py", "--data", "sqa"],
+        ["python", "generate.py", "--prompt", "two words", "--image", "x.png"],
+        ["generate.py", "--serve"]]
+
+
+@pytest.mark.parametrize("command", [
+    "python train.py --no-pictures",
+    "python train.py --experts 3",
+    "python train.py --rank 5",
+    "python generate.py --data sqa --split",
+    "python generate.py --data sqa --chat"])
+def test_a_wrong_command_is_found(command):
+    with pytest.raises(LavinError):
+        check_command(command.split())
