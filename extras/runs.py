@@ -221,7 +221,8 @@ def freeze(lavin: nn.Module, settings) -> None:
 # What a run says
 
 
-def count_parameters(module, trained):
+def count_parameters(module: nn.Module, trained: bool) -> int:
+    """How many of its parameters are trained, or, with trained=False, are frozen."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad == trained)
 
 
@@ -232,15 +233,18 @@ def print_counts(title, counts):
 
 def describe(lavin: nn.Module, settings, steps_per_epoch: int) -> None:
     """Say once what follows from the settings."""
+    n_modality = {True: 0, False: 0}
+    n_modality[lavin.modality_embedding.requires_grad] = lavin.modality_embedding.numel()
     print_counts("trained", {
         "adapters and routers in LLaMA": count_parameters(lavin.llama, trained=True),
         "in the ViT": count_parameters(lavin.vit, trained=True),
         "projector": count_parameters(lavin.projector, trained=True),
-        "modality embedding": lavin.modality_embedding.numel()})
+        "modality embedding": n_modality[True]})
     print_counts("frozen", {
         "LLaMA": count_parameters(lavin.llama, trained=False) + n_quantized(lavin.llama),
         "ViT": count_parameters(lavin.vit, trained=False),
-        "projector": count_parameters(lavin.projector, trained=False)})
+        "projector": count_parameters(lavin.projector, trained=False),
+        "modality embedding": n_modality[False]})
 
     micro_batch = min(settings.micro_batch, settings.batch_size)
     line = (f"batch    {settings.batch_size} in micro-batches of {micro_batch} · "

@@ -82,6 +82,15 @@ def test_what_each_row_of_the_paper_trains(
     assert sum(p.numel() for p in whole.parameters() if p.requires_grad) == n_trained
 
 
+@pytest.mark.parametrize("row", ["--experts=1", "--no-routing"])
+def test_a_modality_embedding_that_nothing_reads_counts_as_frozen(call, sqa, tmp_path, row):
+    code, stdout, stderr = call(train, *flags(sqa, tmp_path / "out", row, "--dry-run"))
+    assert code == 0, stderr
+    trained, frozen = stdout.split("trained ")[1].splitlines()[:2]
+    assert "modality embedding" not in trained
+    assert "modality embedding 128" in frozen
+
+
 def test_without_pictures_none_is_looked_at(call, sqa, tmp_path):
     """Not even their files: training, scoring and generate.py do without them."""
     for path in sqa.rglob("*.png"):
