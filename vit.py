@@ -69,7 +69,7 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = self.c_fc(x)
-        x = x * torch.sigmoid(1.702 * x)                            # QuickGELU, CLIP's own
+        x = F.silu(1.702 * x) / 1.702       # QuickGELU, x · sigmoid(1.702 x), CLIP's own
         return self.c_proj(x)
 
 

@@ -1,72 +1,117 @@
 """What each part of MMA is worth, measured on the small world over several seeds.
 
-    python -m bench.ablations DIRECTORY [--seeds 3] [--jobs 2]
+    python -m bench.ablations DIRECTORY [--seeds 5] [--jobs 2]
 
-It trains LaVIN as it is, without routing, with adapters in LLaMA only, and with the projector only.
-Two controls show what can be answered without looking: LaVIN with blank pictures, and LLaMA alone.
-Two Markdown tables are printed, one by ScienceQA's columns and one by skill.
+It climbs the ladder of the paper's ablation: text only, pictures with single adapters in LLaMA,
+adapters in the ViT as well, a ViT that sees finer, and MMA. Beside the ladder stand a single
+adapter of twice the rank, and MMA without routing. For each variant the learning rate is chosen
+first, among three, by the val split and a seed of its own. Two controls show what can be answered
+without looking: MMA with blank pictures, and LLaMA alone. Markdown tables are printed: by
+ScienceQA's columns, by skill, and how far apart the routing holds the two modalities.
 
 train.py and generate.py run as a person would run them, and write into DIRECTORY. What is there
-already is not done again. With 3 seeds it takes about a quarter of an hour on two CPU cores.
+already is not done again. With 5 seeds it takes about an hour on two CPU cores.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import checkpoints
 from extras.evaluate import sqa_scores
 from extras.scienceqa import load_sqa
 from extras.terminal import Parser, run
 from tiny import world
 
 ROOT = Path(__file__).absolute().parent.parent
+COARSE = ["--vit", str(world.COARSE_VIT)]
+SINGLE = ["--experts", "1"]
 VARIANTS = {
+    "text only": [*SINGLE, "--adapters", "llama", "--no-images"],
+    "pictures, adapters in LLaMA": [*SINGLE, "--adapters", "llama", *COARSE],
+    "adapters in the ViT as well": [*SINGLE, *COARSE],
+    "a ViT that sees finer": SINGLE,
     "MMA": [],
-    "without routing": ["--no-routing"],
-    "adapters in LLaMA only": ["--adapters", "llama"],
+    "MMA without routing": ["--no-routing"],
+    "single adapters of rank 16": [*SINGLE, "--rank", "16"],
+    "adapters in LLaMA, the finer ViT": [*SINGLE, "--adapters", "llama"],
     "projector only": ["--adapters", "none"],
 }
-COLUMNS = ("IMG", "TXT", "NO", "AVG")
+RATES = (3e-3, 6e-3, 12e-3)
+RATE_SEED = 100             # of the runs that choose the learning rate
 
 
-def call(script: str, *flags) -> float:
-    """Run a script on ScienceQA's data -> the seconds that it took."""
+# Runs
+
+
+def call(script: str, log: Path, *flags) -> float:
+    """Run a script on ScienceQA's data, what it prints goes to the log -> its seconds."""
     command = [sys.executable, ROOT / script, "--data", "sqa"]
     for flag in flags:
         command.append(str(flag))
     # The models are small and the runs are side by side, so each gets one thread.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     began = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    with open(log, "w") as file:
+        subprocess.run(command, check=True, stdout=file, env=environment)
     return time.perf_counter() - began
 
 
-def read_results(path: Path) -> dict[str, int]:
-    """What generate.py --predictions wrote -> {id: index of the choice}."""
-    return json.loads(path.read_text())["results"]
+def train_flags(variant: str, rate: float, seed: int) -> list:
+    """The small world's paths and values, each by its flag, with the variant's own behind them."""
+    flags = []
+    for name, path in world.PATHS.items():
+        flags += [f"--{name.replace('_', '-')}", path]
+    for name, value in (world.DEFAULTS | {"lr": rate, "seed": seed}).items():
+        flags += [f"--{name.replace('_', '-')}", value]
+    return flags + VARIANTS[variant]
 
 
-def measure(directory: Path, variant: str, seed: int) -> dict[str, dict]:
+def folder_of(directory: Path, variant: str, what: str) -> Path:
+    """The folder of a run, made if need be."""
+    name = re.sub(r"\W+", "-", f"{variant} {what}")
+    folder = directory / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def val_score(directory: Path, variant: str, rate: float) -> float:
+    """Train at this learning rate -> AVG of the val split, in percent."""
+    out = folder_of(directory, variant, f"rate {rate}")
+    path = out / "val.json"
+    if not path.exists():
+        flags = train_flags(variant, rate, RATE_SEED)
+        call("train.py", out / "train.log", "--out", out, "--eval-limit", 0, *flags)
+        call("generate.py", out / "val.log", "--adapter", out / "checkpoint.pth",
+             "--split", "val", "--predictions", path)
+    problems, _ = load_sqa(world.PATHS["data_root"], "val")
+    return sqa_scores(problems, read_results(path))["AVG"]
+
+
+def measure(directory: Path, variant: str, rate: float, seed: int) -> dict[str, dict]:
     """Train, and answer the test split with its pictures and with blank ones.
 
     -> {"test": {id: index of the choice}, "blank": the same}. seconds.json is written last, so a
     folder that has it is complete.
     """
-    out = directory / f"{variant.replace(' ', '-')}-{seed}"
+    out = folder_of(directory, variant, f"seed {seed}")
     adapter = out / "checkpoint.pth"
     if not (out / "seconds.json").exists():
         seconds = {}
+        flags = train_flags(variant, rate, seed)
         seconds["train"] = call(
-            "train.py", "--out", out, "--seed", seed, "--eval-limit", 0, *VARIANTS[variant])
+            "train.py", out / "train.log", "--out", out, "--eval-limit", 0, *flags)
         seconds["test"] = call(
-            "generate.py", "--adapter", adapter, "--predictions", out / "test.json")
+            "generate.py", out / "test.log", "--adapter", adapter,
+            "--predictions", out / "test.json")
         seconds["blank"] = call(
-            "generate.py", "--adapter", adapter, "--blank-images",
+            "generate.py", out / "blank.log", "--adapter", adapter, "--blank-images",
             "--predictions", out / "blank.json")
         (out / "seconds.json").write_text(json.dumps(seconds))
     return {
@@ -75,25 +120,43 @@ def measure(directory: Path, variant: str, seed: int) -> dict[str, dict]:
     }
 
 
-def measure_all(directory: Path, n_seeds: int, n_jobs: int) -> dict[tuple, dict]:
-    """{(variant, seed): what `measure` returns}, n_jobs runs at a time."""
+def read_results(path: Path) -> dict[str, int]:
+    """What generate.py --predictions wrote -> {id: index of the choice}."""
+    return json.loads(path.read_text())["results"]
+
+
+def choose_rates(directory: Path, pool: ThreadPoolExecutor) -> dict[str, float]:
+    """{variant: the learning rate that is best on the val split}."""
     futures = {}
-    results = {}
-    with ThreadPoolExecutor(n_jobs) as pool:
-        for variant in VARIANTS:
-            for seed in range(n_seeds):
-                futures[variant, seed] = pool.submit(measure, directory, variant, seed)
-        for key, future in futures.items():
-            results[key] = future.result()
-    return results
+    for variant in VARIANTS:
+        for rate in RATES:
+            futures[variant, rate] = pool.submit(val_score, directory, variant, rate)
+    rates = {}
+    for variant in VARIANTS:
+        scores = {rate: futures[variant, rate].result() for rate in RATES}
+        rates[variant] = max(scores, key=scores.get)
+    return rates
+
+
+def measure_all(directory: Path, rates: dict[str, float], n_seeds: int,
+                pool: ThreadPoolExecutor) -> dict[tuple, dict]:
+    """{(variant, seed): what `measure` returns}."""
+    futures = {}
+    for seed in range(n_seeds):
+        for variant, rate in rates.items():
+            futures[variant, seed] = pool.submit(measure, directory, variant, rate, seed)
+    return {key: future.result() for key, future in futures.items()}
 
 
 def measure_llama_alone(directory: Path) -> dict[str, int]:
     """The answers of LLaMA without LaVIN's adapters, which sees no picture."""
     path = directory / "frozen.json"
     if not path.exists():
-        call("generate.py", "--adapter", "none", "--predictions", path)
+        call("generate.py", directory / "frozen.log", "--adapter", "none", "--predictions", path)
     return read_results(path)
+
+
+# Tables
 
 
 def spread(values: list[float]) -> str:
@@ -106,25 +169,42 @@ def print_row(cells):
     print(f"| {' | '.join(cells)} |")
 
 
-def print_variants(problems, results, frozen, n_seeds):
-    """The table by ScienceQA's columns: a row for each variant, mean and range over the seeds."""
-    print_row(["", *COLUMNS])
-    print("|---|" + "---|" * len(COLUMNS))
-    rows = [(variant, variant, "test") for variant in VARIANTS]
-    rows.insert(1, ("MMA, pictures blanked", "MMA", "blank"))
-    for label, variant, kind in rows:
-        scores = []
-        for seed in range(n_seeds):
-            scores.append(sqa_scores(problems, results[variant, seed][kind]))
-        cells = [spread([score[column] for score in scores]) for column in COLUMNS]
-        print_row([label, *cells])
-    frozen_scores = sqa_scores(problems, frozen)
-    print_row(["LLaMA alone", *[f"{frozen_scores[column]:.1f}" for column in COLUMNS]])
-
-
 def percent_right(problems, pids, predictions):
     right = sum(predictions[pid] == problems[pid]["answer"] for pid in pids)
     return 100 * right / len(pids)
+
+
+def score_columns(problems, predictions) -> dict[str, float]:
+    """ScienceQA's columns, and "words alone": the problems without a picture."""
+    scores = sqa_scores(problems, predictions)
+    pids = [pid for pid in predictions if not problems[pid]["image"]]
+    scores["words alone"] = percent_right(problems, pids, predictions)
+    return scores
+
+
+def count_trained(directory: Path, variant: str) -> str:
+    """The trained parameters, as train.py printed them."""
+    log = folder_of(directory, variant, "seed 0") / "train.log"
+    return re.search(r"trained +([\d,]+) parameters", log.read_text()).group(1)
+
+
+def print_variants(directory, problems, results, rates, frozen, n_seeds):
+    """The table by ScienceQA's columns: a row for each variant, mean and range over the seeds."""
+    columns = ("IMG", "words alone", "NO", "AVG")
+    print_row(["", "trained", "lr", *columns])
+    print("|---|---|---|" + "---|" * len(columns))
+    rows = [(variant, variant, "test") for variant in VARIANTS]
+    rows.append(("MMA, pictures blanked", "MMA", "blank"))
+    for label, variant, kind in rows:
+        scores = []
+        for seed in range(n_seeds):
+            scores.append(score_columns(problems, results[variant, seed][kind]))
+        cells = [spread([score[column] for score in scores]) for column in columns]
+        trained = count_trained(directory, variant)
+        print_row([label, trained, f"{rates[variant]:g}", *cells])
+    frozen_scores = score_columns(problems, frozen)
+    cells = [f"{frozen_scores[column]:.1f}" for column in columns]
+    print_row(["LLaMA alone", "0", "", *cells])
 
 
 def print_skills(problems, results, n_seeds):
@@ -144,21 +224,40 @@ def print_skills(problems, results, n_seeds):
         print_row([f"{skill} ({len(pids)})", spread(percents["test"]), blank])
 
 
+def print_distances(directory, n_seeds):
+    """|w(text only) − w(text and a picture)| of the first expert, layer by layer, of MMA."""
+    distances = []
+    for seed in range(n_seeds):
+        adapter = folder_of(directory, "MMA", f"seed {seed}") / "checkpoint.pth"
+        lavin = checkpoints.load(world.PATHS["llama"], world.PATHS["vit"], adapter)
+        w = lavin.route()[:, :, 0]                          # (L, 2 modalities)
+        distances.append((w[:, 0] - w[:, 1]).abs().tolist())
+    print_row(["layer", "distance"])
+    print("|---|---|")
+    for layer, values in enumerate(zip(*distances), 1):
+        mean = sum(values) / len(values)
+        print_row([str(layer), f"{mean:.2f} ({min(values):.2f}–{max(values):.2f})"])
+
+
 def main() -> None:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     # Made here, the data need not be made by several runs at once.
     world.prepare(argparse.Namespace(data="sqa", llama=None, vit=None, data_root=None))
     problems, _ = load_sqa(world.PATHS["data_root"], "test")
-    results = measure_all(args.directory, args.seeds, args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rates = choose_rates(args.directory, pool)
+        results = measure_all(args.directory, rates, args.seeds, pool)
     frozen = measure_llama_alone(args.directory)
-    print_variants(problems, results, frozen, args.seeds)
+    print_variants(args.directory, problems, results, rates, frozen, args.seeds)
     print()
     print_skills(problems, results, args.seeds)
+    print()
+    print_distances(args.directory, args.seeds)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import generate
 import train
 from extras.scienceqa import SUBJECTS, load_sqa
 from files import LavinError
-from tiny import pretrain, world
+from tiny import album, corpus, drawing, pretrain, world
 
 SIZES = (64, 12, 40)
 
@@ -67,14 +67,14 @@ def test_the_world_is_a_function_of_its_seed(tmp_path):
 
 
 def test_a_version_of_the_world_never_changes(tmp_path):
-    """The base models were trained on version 1, and its tables are in the README.
+    """The tables in docs/small-world.md were measured on version 2.
 
     Pictures draw from the same generator as the questions do, so a change to either shows.
     """
     world.write_world(tmp_path, sizes=SIZES)
     digest = hashlib.sha256((tmp_path / "problems.json").read_bytes()).hexdigest()
-    assert world.VERSION == 1
-    assert digest == "44653193087e65c50b7d9de72024f9d9437f43f8fc7cd2a0ba2c31036638dea2"
+    assert world.VERSION == 2
+    assert digest == "0efe5b864970c15b9cb3ede27fec7d32a7d172694087837f5944ba701b546ef6"
 
 
 def test_nothing_can_be_guessed_from_the_text():
@@ -104,10 +104,29 @@ def test_every_skill_has_subjects_grades_and_reasons(tmp_path):
     assert len({p["skill"] for p in told}) >= 6
     assert {p["subject"] for p in shown + told} == set(SUBJECTS)
     assert {int(p["grade"].removeprefix("grade")) <= 6 for p in shown + told} == {True, False}
-    assert {bool(p["hint"]) for p in shown} == {True, False}
+    hints = {p["hint"].partition("'s picture shows")[1] for p in shown}
+    assert hints == {"", "'s picture shows"}
     for p in problems:
         assert p["lecture"]
         assert p["choices"][p["answer"]] in p["solution"]
+
+
+def test_the_same_hint_is_the_truth_in_words_and_misleads_beside_a_picture(tmp_path):
+    world.write_world(tmp_path, sizes=(2000, 2, 2))
+    problems = json.loads((tmp_path / "problems.json").read_text())
+    captions = json.loads((tmp_path / "captions.json").read_text())["captions"]
+    n_hints = Counter()
+    for pid, problem in problems.items():
+        _, shows, scene = problem["hint"].partition("'s picture shows ")
+        if not shows:
+            continue
+        n_hints[problem["image"]] += 1
+        if problem["image"]:
+            assert scene != captions[pid] + ".", problem
+        else:
+            assert problem["skill"] == "described scenes"
+    assert 400 < n_hints["image.png"] < 600            # half of those with a picture
+    assert 250 < n_hints[None] < 450                   # a third of those in words alone
 
 
 def shows_new_pair(caption):
@@ -143,9 +162,47 @@ def test_new_pairs_are_not_described_in_training_but_read_about_in_pretraining()
         hint = world.described(rng).hint
         scene = hint.removeprefix("The picture shows ").removesuffix(".")
         assert not shows_new_pair(scene), hint
-    last_stage = pretrain.CURRICULUM[-1]
-    texts = [pretrain.document(rng, last_stage) for _ in range(2000)]
+    last_stage = corpus.CURRICULUM[-1]
+    texts = [corpus.document(rng, last_stage) for _ in range(2000)]
     assert any(shows_new_pair(words or "") for words, _ in texts)
+
+
+# Drawing
+
+
+def test_the_pencil_keeps_the_ground_and_hatches_the_things():
+    flat = Image.new("RGB", (drawing.SIDE, drawing.SIDE), (240, 240, 240))
+    flat.paste((220, 40, 40), (40, 40, 90, 90))
+    drawn = drawing.pencil(flat, Random(0))
+    inside = [drawn.getpixel((x, 65)) for x in range(45, 85)]
+    n_red = sum(pixel == (220, 40, 40) for pixel in inside)
+    assert 8 < n_red < 32                               # strokes, and paper between them
+    edge = drawn.getpixel((40, 65))
+    assert max(edge) < 150                              # the outline is dark
+    outside = [drawn.getpixel((x, 20)) for x in range(128)]
+    assert (220, 40, 40) not in outside
+
+
+def test_a_group_of_the_album_is_hard_to_tell_apart():
+    """Within a group most of the captions' words are the same."""
+    rng = Random(0)
+    for _ in range(30):
+        captions = [caption for _, caption in album.group(16, rng)]
+        words = [word for caption in captions for word in caption.replace(",", "").split()]
+        assert len(set(words)) < 50
+        assert len(set(captions)) > 3, captions
+
+
+def test_the_album_shows_no_pair_that_is_kept_for_the_test_split():
+    rng = Random(0)
+    for _ in range(300):
+        for picture, caption in album.group(4, rng):
+            assert picture.size == (drawing.SIDE, drawing.SIDE)
+            words = caption.replace(",", "").split()
+            for colour, shape in zip(words, words[1:]):
+                assert not world.is_new(shape, colour), caption
+            for shape in album.UNSEEN_SHAPES:
+                assert shape not in words
 
 
 # Pre-training
@@ -174,7 +231,7 @@ def test_captions_in_which_order_matters_are_not_blurred():
 
 
 def test_pretraining_writes_models_that_lavin_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "TOKENIZER_DOCUMENTS", 2000)
+    monkeypatch.setattr(corpus, "TOKENIZER_DOCUMENTS", 2000)
     folder = tmp_path / "llama"
     vit = tmp_path / "ViT.pt"
 
@@ -182,7 +239,7 @@ def test_pretraining_writes_models_that_lavin_reads(tmp_path, monkeypatch):
         pretrain.pretrain_llama(temporary, steps=3, batch_size=4, n_scored=1)
 
     world.make_folder(folder, write)
-    pretrain.pretrain_clip(vit, steps=3, batch_size=12, n_pictures=200, n_scored=20)
+    pretrain.pretrain_clip(vit, steps=3, batch_size=12, n_scored=3)
     lavin = checkpoints.load(folder, vit)
     picture = world.render(world.magnets(Random(0)), Random(0))
     batch = lavin.batch([
@@ -200,7 +257,7 @@ def test_pretraining_writes_models_that_lavin_reads(tmp_path, monkeypatch):
 def test_the_committed_tokenizer_is_what_pretraining_makes():
     """So the corpus is still the one that the committed LLaMA was trained on."""
     committed = data.load_tokenizer(world.PATHS["llama"])
-    made = SentencePieceProcessor(model_proto=pretrain.train_tokenizer(seed=0))
+    made = SentencePieceProcessor(model_proto=corpus.train_tokenizer(seed=0))
     ids = list(range(1024))
     assert made.id_to_piece(ids) == committed.id_to_piece(ids)
 
@@ -214,7 +271,7 @@ def test_the_committed_llama_answers_questions_about_described_scenes():
 
 def test_pretraining_knows_two_models(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "vicuna"])
-    with pytest.raises(LavinError, match="vicuna: the models are llama and clip"):
+    with pytest.raises(LavinError, match="vicuna: the models are llama, clip, coarse"):
         pretrain.main()
 
 

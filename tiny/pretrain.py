@@ -1,25 +1,24 @@
-"""The small world's two base models, pre-trained from nothing: a LLaMA and a CLIP.
+"""The small world's base models, pre-trained from nothing: a LLaMA and a CLIP.
 
-    python -m tiny.pretrain              make tiny/llama and tiny/ViT-tiny.pt anew, in about an hour
-    python -m tiny.pretrain llama        make one of them: llama or clip
+    python -m tiny.pretrain              make them anew, one after the other
+    python -m tiny.pretrain clip         make one of them: llama, clip or coarse
 
-LLaMA is trained on text of the world: facts, and questions about scenes that are described in
-words. It never sees a picture. CLIP is trained contrastively on rendered scenes and their captions,
-with a text tower that is then dropped. Both are written in the official formats, so the rest of the
-code does not know where they come from.
+LLaMA is trained on text of the world (tiny/corpus.py): facts, and questions about scenes that are
+described in words. It never sees a picture. CLIP is trained contrastively on pictures and their
+captions, half of them the world's scenes and half from tiny/album.py, with a text tower that is
+then dropped. "coarse" is a second CLIP that sees less, for bench/ablations.py. All are written in
+the official formats, so the rest of the code does not know where they come from.
 """
 
-import io
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import numpy as np
-import sentencepiece
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -30,158 +29,20 @@ from tqdm import tqdm
 import data
 from adapters import Adapter, AdapterConfig
 from data import Sample
-from extras.instructions import instruction_prompt
 from extras.terminal import Parser, run
+from fast import ops
 from files import read_json, write_atomically
 from model import LLaMA, LLaMAConfig
+from tiny import album
+from tiny.corpus import CURRICULUM, document, train_tokenizer
 from tiny.world import (
-    CAPITALS, COLOURS, COUNTS, DIRECTIONS, GOODS, KINDS, LANGUAGE, MATERIALS, NAMES, OBJECTS,
-    OPPOSITES, PAST, PATHS, PICTURE_SKILLS, POSITIONS, ROOT, SHAPES, TEXT_SKILLS, VERSION, Item,
-    kinds, make_folder, opposites, past_tense, picture_item, problem, render, things)
+    COARSE_VIT, PATHS, PICTURE_SKILLS, ROOT, TEXT_SKILLS, VERSION, Item, make_folder, problem,
+    render, things)
 from vit import LayerNorm, ViTConfig, VisionTransformer
 
+MODELS = ("llama", "clip", "coarse")
 LLAMA_STEPS = 5000
-CLIP_STEPS = 1600
-
-
-# The corpus
-
-
-@dataclass
-class Stage:
-    """A stretch of LLaMA's pre-training, and the shares of its texts."""
-    end: float                  # the step at which it ends
-    registers: float            # share of registers, the rest are questions
-    links: tuple[str, ...]      # what stands between a word and its letter in a register
-    drills: float               # share of drills among the questions
-    taught: float = 0           # share of TAUGHT among the other questions
-    new: float = 0              # among scenes, share of the pairs that are kept for the test split
-
-
-# By far the hardest thing to learn here is to choose a letter, and everything rests on it. So it is
-# taught in stages, from its densest form to the questions themselves.
-LINKS = (" is ", "? The answer is ", ". The answer is ")
-CURRICULUM = (
-    Stage(end=360, registers=1, links=(" ",), drills=0),
-    Stage(end=560, registers=1, links=(" ", *LINKS), drills=0),
-    Stage(end=800, registers=0.3, links=LINKS, drills=1),
-    Stage(end=1400, registers=0.1, links=LINKS, drills=0.4),
-    Stage(end=math.inf, registers=0.03, links=LINKS, drills=1 / 7, taught=0.2, new=1 / 6),
-)
-TAUGHT = (opposites, past_tense, kinds, kinds)      # skills with more facts than the others
-FORMS = {"QCM-ALE": 8, "QCM-A": 3, "QCM-EA": 2, "Instruction": 2}       # with their weights
-
-
-def all_words():
-    """Every word that is the choice of some question."""
-    words = [
-        *COLOURS, *SHAPES, *COUNTS, *POSITIONS, *DIRECTIONS, *NAMES, *GOODS, *OBJECTS, *MATERIALS,
-        *KINDS]
-    for pair in OPPOSITES + PAST:
-        words += pair
-    for _, capital in CAPITALS:
-        words.append(capital)
-    return words
-
-
-WORDS = all_words()
-
-
-def register(rng: Random, links: tuple[str, ...]) -> Sample:
-    """Options, and then ten times a word of theirs and its letter: "cup is B. hat is A. …"."""
-    n = rng.randrange(2, 5)
-    words = rng.sample(WORDS, n)
-    link = rng.choice(links)
-    options = []
-    for letter, word in zip(data.LETTERS, words):
-        options.append(f"({letter}) {word}")
-    entries = []
-    for _ in range(10):
-        i = rng.randrange(n)
-        entries.append(f"{words[i]}{link}{data.LETTERS[i]}.")
-    return Sample(f"Options: {' '.join(options)}\nResponse:", " ".join(entries))
-
-
-def drill(rng: Random) -> Item:
-    """A register's task as a question: find a word among options."""
-    n = rng.randrange(2, 5)
-    words = rng.sample(WORDS, n)
-    return Item(
-        "drill", LANGUAGE, f"Which option says {words[0]}?", words,
-        lecture="",
-        solution=f"The option says {words[0]}.")
-
-
-def draw_question(rng, stage):
-    """A drill, a fact or a question of the world, as often as the stage says."""
-    if rng.random() < stage.drills:
-        return drill(rng)
-    if stage.taught > 0 and rng.random() < stage.taught:
-        skill = rng.choice(TAUGHT)
-        return skill(rng)
-    if rng.random() < 0.6:
-        new = stage.new > 0 and rng.random() < stage.new
-        return picture_item(rng, new)
-    skill = rng.choice(TEXT_SKILLS)
-    return skill(rng)
-
-
-def document(rng: Random, stage: Stage) -> tuple[str | None, Sample]:
-    """A text of the world -> (the words in the picture's place or None, Sample).
-
-    A scene's words are the remarks of its caption in any order, since a picture has no order.
-    """
-    if rng.random() < stage.registers:
-        return None, register(rng, stage.links)
-    item = draw_question(rng, stage)
-    form = rng.choices(list(FORMS), list(FORMS.values()))[0]
-    remarks = item.caption.split(", ")
-    words = ", ".join(rng.sample(remarks, len(remarks))) or None
-    if form == "Instruction":
-        # The form of a question about a picture, for those in words alone as well.
-        prompt = instruction_prompt(item.question, has_picture=True)
-        return words, Sample(prompt, item.solution)
-    written = problem(item, rng, "corpus")
-    if form != "QCM-ALE":
-        written["lecture"] = ""
-    prompt, answer = data.sqa_prompt(written, form)
-    return words, Sample(prompt, answer)
-
-
-# The tokenizer
-
-
-TOKENIZER_DOCUMENTS = 20_000
-TOKENIZER_STAGE = Stage(end=math.inf, registers=0.1, links=LINKS, drills=0.3)
-
-
-def train_tokenizer(seed: int) -> bytes:
-    """sentencepiece's model file.
-
-    The settings are LLaMA's: BPE, single bytes for what is unknown, numbers split into digits.
-    """
-    rng = Random(f"{seed} tokenizer")
-    lines = []
-    for _ in range(TOKENIZER_DOCUMENTS):
-        words, sample = document(rng, TOKENIZER_STAGE)
-        lines.append(f"Image: {words or 'N/A'}")
-        lines.append(sample.prompt + sample.answer)
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=1024,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        character_coverage=1.0,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-        # One token each, so that a letter stands right in front of its option.
-        user_defined_symbols=[f"▁({letter})" for letter in data.LETTERS])
-    return model.getvalue()
+CLIP_STEPS = 5000
 
 
 # What both models share
@@ -402,7 +263,10 @@ def pretrain_llama(folder: Path, steps: int, seed: int = 0, batch_size: int = 32
 # CLIP
 
 
-CLIP_CONFIG = ViTConfig(width=128, layers=12, patch=16, resolution=64)
+CLIP_CONFIG = ViTConfig(width=64, layers=12, patch=8, resolution=64)
+# Sees less: a quarter of the tokens. For the ladder of ablations, in which the paper changes
+# ViT-B/16 for ViT-L/14.
+COARSE_CONFIG = ViTConfig(width=64, layers=12, patch=16, resolution=64)
 
 
 class Towers(nn.Module):
@@ -437,19 +301,31 @@ class Towers(nn.Module):
         return images @ texts.T * scale
 
 
-def album(n: int, rng: Random, new: bool = False) -> dict[str, list]:
-    """n rendered scenes -> {skill: [(pixels, caption)]}, pixels (R, R, 3) uint8.
+def shrink(picture: Image.Image) -> np.ndarray:
+    """A picture as CLIP sees it: pixels (R, R, 3) uint8."""
+    side = CLIP_CONFIG.resolution
+    return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
 
-    The four skills of world.things show the same scenes and are one here, "things".
+
+def scene(skill: Callable[[Random], Item], rng: Random) -> tuple[np.ndarray, str]:
+    """A rendered scene of a skill of the world, and its caption."""
+    item = skill(rng)
+    return shrink(render(item, rng)), item.caption
+
+
+def draw_batch(n: int, rng: Random) -> list[tuple[np.ndarray, str]]:
+    """n pictures with their captions in four groups that are hard to tell apart within.
+
+    One is of things, which stand for four skills, one of another skill of the world, and two are
+    from the album.
     """
-    size = (CLIP_CONFIG.resolution, CLIP_CONFIG.resolution)
-    scenes = {}
-    for _ in tqdm(range(n), desc="drawing", unit=" pictures", file=sys.stdout):
-        item = picture_item(rng, new)
-        picture = render(item, rng).resize(size, Image.Resampling.BICUBIC)
-        skill = "things" if " thing" in item.caption else item.skill
-        scenes.setdefault(skill, []).append((np.asarray(picture), item.caption))
-    return scenes
+    size = n // 4
+    other = rng.choice(OTHER_SKILLS)
+    batch = [scene(old_things, rng) for _ in range(size)]
+    batch += [scene(other, rng) for _ in range(size)]
+    for picture, caption in album.group(size, rng) + album.group(size, rng):
+        batch.append((shrink(picture), caption))
+    return batch
 
 
 def clip_batch(scenes: list, tokenizer):
@@ -486,18 +362,33 @@ def best_is_right(scores, match):
     return scores[-1].argmax(1) == match
 
 
+def old_things(rng: Random) -> Item:
+    """Things, but none of the pairs that are kept for the test split."""
+    return things(rng, new=False)
+
+
+def new_things(rng: Random) -> Item:
+    return things(rng, new=True)
+
+
+OTHER_SKILLS = [skill for skill in PICTURE_SKILLS if skill is not things]
+
+
 @torch.no_grad()
-def caption_scores(towers: Towers, tokenizer, new: bool, n: int) -> dict[str, float]:
+def caption_scores(towers: Towers, tokenizer, n: int) -> dict[str, float]:
     """{skill: percent of new pictures whose own caption is likeliest among all of that skill's}.
 
-    n: pictures in all. new: `things` show the pairs that are kept for the test split.
+    n: pictures of each skill.
     """
-    scenes = album(n, Random(f"caption scores {new}"), new)
+    rng = Random("caption scores")
+    skills = {skill.__name__: skill for skill in OTHER_SKILLS}
+    skills |= {"things": old_things, "new combinations": new_things}
     scores = {}
-    for skill in sorted(scenes):
-        pixels, captions, lengths, match = clip_batch(scenes[skill], tokenizer)
+    for name, skill in skills.items():
+        scenes = [scene(skill, rng) for _ in range(n)]
+        pixels, captions, lengths, match = clip_batch(scenes, tokenizer)
         is_right = best_is_right(towers(pixels, captions, lengths), match)
-        scores[skill] = percent(is_right)
+        scores[name] = percent(is_right)
     return scores
 
 
@@ -512,22 +403,20 @@ def official_clip(towers: Towers) -> dict[str, torch.Tensor]:
     return state
 
 
-def pretrain_clip(path: Path, steps: int, seed: int = 0, batch_size: int = 96, lr: float = 1e-3,
-                  n_pictures: int = 24_000, n_scored: int = 2000) -> dict[str, float]:
+def pretrain_clip(path: Path, steps: int, config: ViTConfig = CLIP_CONFIG, seed: int = 0,
+                  batch_size: int = 64, lr: float = 1e-3, n_scored: int = 200) -> dict[str, float]:
     """Write CLIP's image encoder to the path -> its caption_scores, "new combinations" included."""
+    ops.keep_freed_memory()
     torch.manual_seed(seed)
     rng = Random(f"{seed} album")
     tokenizer = SentencePieceProcessor(model_proto=train_tokenizer(seed))
-    towers = Towers(CLIP_CONFIG, tokenizer.vocab_size())
-    scenes = album(n_pictures, rng)
+    towers = Towers(config, tokenizer.vocab_size())
     optimizer = make_optimizer(towers, beta2=0.98)
     right = 0.0                 # a moving average over about fifty steps
     bar = tqdm(range(steps), desc="CLIP", file=sys.stdout)
     for step in bar:
-        chosen = []             # of three skills: scenes of one skill are hard to tell apart
-        for skill in [*rng.sample(sorted(scenes), 2), "things"]:
-            chosen += rng.sample(scenes[skill], batch_size // 3)
-        pixels, captions, lengths, match = clip_batch(chosen, tokenizer)
+        batch = draw_batch(batch_size, rng)
+        pixels, captions, lengths, match = clip_batch(batch, tokenizer)
         scores = towers(pixels, captions, lengths)
         loss = contrastive_loss(scores, match)
         update(towers, optimizer, loss, step / steps, lr)
@@ -535,21 +424,17 @@ def pretrain_clip(path: Path, steps: int, seed: int = 0, batch_size: int = 96, l
         status = f"loss {loss.item():.3f} captions {100 * right:.1f} %"
         bar.set_postfix_str(status, refresh=False)
     write_atomically(path, lambda temporary: torch.save(official_clip(towers), temporary))
-    result = caption_scores(towers, tokenizer, False, n_scored)
-    of_new = caption_scores(towers, tokenizer, True, n_scored)
-    result["new combinations"] = of_new["things"]
-    return result
+    return caption_scores(towers, tokenizer, n_scored)
 
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "models", nargs="*", metavar="MODEL", help="llama or clip (default: both)")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(MODELS)}")
     args = parser.parse_args()
-    models = args.models or ["llama", "clip"]
+    models = args.models or MODELS
     for model in models:
-        if model not in ("llama", "clip"):
-            parser.error(f"{model}: the models are llama and clip")
+        if model not in MODELS:
+            parser.error(f"{model}: the models are {', '.join(MODELS)}")
     path = ROOT / "scores.json"
     scores = read_json(path) if path.exists() else {}
 
@@ -560,6 +445,8 @@ def main() -> None:
         make_folder(PATHS["llama"], write_llama)
     if "clip" in models:
         scores["clip"] = pretrain_clip(PATHS["vit"], CLIP_STEPS)
+    if "coarse" in models:
+        scores["coarse"] = pretrain_clip(COARSE_VIT, CLIP_STEPS, COARSE_CONFIG)
     text = json.dumps(scores, indent=1)
     write_atomically(path, lambda temporary: temporary.write_text(text))
     print(text)

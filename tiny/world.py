@@ -31,14 +31,17 @@ import data
 import files
 from extras.terminal import Parser, run
 from files import LavinError, locked, read_json, write_atomically
+from tiny import drawing
+from tiny.drawing import COLOURS, DIRECTIONS, POSITIONS, SHAPES
 
-VERSION = 1
+VERSION = 2
 ROOT = Path(__file__).absolute().parent
 PATHS = {
     "llama": ROOT / "llama",
     "vit": ROOT / "ViT-tiny.pt",
     "data_root": ROOT / "scienceqa",
 }
+COARSE_VIT = ROOT / "ViT-coarse.pt"     # another CLIP, for the ladder of bench/ablations.py
 # train.py's flags for models of this size and a run of three minutes. No workers: to prepare a
 # picture of this size takes less time than to send it from one process to another.
 DEFAULTS = {
@@ -50,8 +53,7 @@ DEFAULTS = {
     "workers": 0,
 }
 SPLITS = ("train", "val", "test")
-SIZES = (6000, 300, 600)        # problems of each split
-PICTURE_SIDE = 128              # pixels; CLIP sees a picture at 64
+SIZES = (6000, 300, 1200)       # problems of each split
 
 NATURAL = "natural science"
 SOCIAL = "social science"
@@ -79,66 +81,20 @@ def add_distractors(rng: Random, right: str, candidates: Iterable[str], n: int) 
     return [right, *rng.sample(wrong, n - 1)]
 
 
-# Colours and shapes. All coordinates are pixels, with y pointing down.
-
-COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (50, 80, 220),
-    "yellow": (235, 205, 40),
-    "purple": (145, 60, 175),
-    "orange": (240, 140, 30),
-}
-DARK = (60, 60, 60)
-SHAPES = ("circle", "square", "triangle", "star", "cross")
-
-
-def shade(colour: str, rng: Random) -> tuple[int, ...]:
-    """A colour of the palette, a little off, as (red, green, blue)."""
-    channels = []
-    for channel in COLOURS[colour]:
-        shifted = round(channel + rng.uniform(-15, 15))
-        channels.append(min(255, max(0, shifted)))
-    return tuple(channels)
-
-
-def draw_shape(canvas, shape, x, y, r, fill):
-    """One of SHAPES, centred at (x, y), r pixels from its centre to its edge."""
-    if shape == "circle":
-        canvas.ellipse((x - r, y - r, x + r, y + r), fill)
-    elif shape == "square":
-        canvas.rectangle((x - r, y - r, x + r, y + r), fill)
-    elif shape == "cross":
-        canvas.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill)
-        canvas.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill)
-    elif shape == "triangle":
-        canvas.polygon(corners(x, y, [1.15 * r] * 3), fill)
-    else:
-        canvas.polygon(corners(x, y, [1.15 * r, 0.45 * r] * 5), fill)
-
-
-def corners(x, y, distances):
-    """Points at these distances from (x, y), at equal angles, clockwise from the top."""
-    points = []
-    for i, distance in enumerate(distances):
-        angle = 2 * math.pi * i / len(distances)
-        points.append((x + distance * math.sin(angle), y - distance * math.cos(angle)))
-    return points
-
-
 # The skills that need a picture
 
 
 COUNTS = ("one", "two", "three", "four")
-POSITIONS = {"top": (0, -30), "bottom": (0, 30), "left": (-30, 0), "right": (30, 0)}
 
 
 def is_new(shape: str, colour: str) -> bool:
     """Is this pair kept for the test split? LLaMA reads about it, but no other picture shows it."""
+    if shape not in SHAPES or colour not in COLOURS:
+        return False
     return list(COLOURS).index(colour) == SHAPES.index(shape)
 
 
-def shape_colour_pairs(new):
+def shape_colour_pairs(new: bool) -> list[tuple[str, str]]:
     """The pairs that are kept for the test split, or all others."""
     pairs = []
     for shape in SHAPES:
@@ -154,39 +110,29 @@ def things(rng: Random, new: bool) -> Item:
     n = rng.randrange(1, 5)
     position = rng.choice(list(POSITIONS))
     count = COUNTS[n - 1]
-    skill, question, right, candidates = rng.choice([
-        ("count", "How many things are there?", count, COUNTS),
-        ("colour", "Which colour is there?", colour, COLOURS),
-        ("shape", "Which shape is there?", shape, SHAPES),
-        ("place", "Where are the things?", position, POSITIONS),
-    ])
+    skill = rng.choice(["count", "colour", "shape", "place"])
+    if skill == "count":
+        question = "How many things are there?"
+        choices = add_distractors(rng, count, COUNTS, 4)
+    elif skill == "colour":
+        question = "Which colour is there?"
+        choices = add_distractors(rng, colour, COLOURS, 4)
+    elif skill == "shape":
+        question = "Which shape is there?"
+        choices = add_distractors(rng, shape, SHAPES, 4)
+    else:
+        question = "Where are the things?"
+        choices = add_distractors(rng, position, POSITIONS, 4)
     if new:
         skill += " (new combinations)"
     verb = "is" if n == 1 else "are"
     plural = "" if n == 1 else "s"
     return Item(
-        skill, NATURAL, question, add_distractors(rng, right, candidates, 4),
+        skill, NATURAL, question, choices,
         lecture="Things have a shape, a colour and a place.",
         solution=f"There {verb} {count} {colour} {shape}{plural} at the {position}.",
         caption=f"{count} thing{plural}, {colour}, {shape}, {position}",
-        draw=draw_things, scene=(shape, colour, n, position))
-
-
-def draw_things(canvas, rng, shape, colour, n, position):
-    dx, dy = POSITIONS[position]
-    r = rng.uniform(11, 13.5)
-    gap = rng.uniform(28, 31)
-    for i in range(n):
-        along = (i - (n - 1) / 2) * gap
-        if position in ("left", "right"):       # a column at a side, else a row
-            x = 64 + dx
-            y = 64 + along
-        else:
-            x = 64 + along
-            y = 64 + dy
-        x += rng.uniform(-3, 3)
-        y += rng.uniform(-3, 3)
-        draw_shape(canvas, shape, x, y, r, shade(colour, rng))
+        draw=drawing.draw_things, scene=(shape, colour, n, position))
 
 
 def magnets(rng: Random) -> Item:
@@ -203,27 +149,7 @@ def magnets(rng: Random) -> Item:
         lecture="Poles that differ attract. Poles that are alike repel.",
         solution=f"The poles that face each other {state}, so they {choices[0]}.",
         caption=f"two magnets, the poles {state}",
-        draw=draw_magnets, scene=(left, right))
-
-
-def draw_magnets(canvas, rng, left, right):
-    """Two bar magnets whose poles `left` and `right` face each other."""
-    y = rng.uniform(54, 74)
-    h = rng.uniform(10, 20)
-    w = rng.uniform(20, 26)
-    gap = rng.uniform(3, 9)
-    for side, pole in ((-1, left), (1, right)):
-        near = 64 + side * gap
-        middle = 64 + side * (gap + w)
-        far = 64 + side * (gap + w * 2)
-        draw_pole(canvas, rng, pole, near, middle, y, h)
-        draw_pole(canvas, rng, "south" if pole == "north" else "north", middle, far, y, h)
-
-
-def draw_pole(canvas, rng, pole, x1, x2, y, h):
-    """Half a magnet: north is red, south is blue."""
-    fill = shade("red" if pole == "north" else "blue", rng)
-    canvas.rectangle((min(x1, x2), y - h, max(x1, x2), y + h), fill)
+        draw=drawing.draw_magnets, scene=(left, right))
 
 
 def bars(rng: Random) -> Item:
@@ -235,15 +161,7 @@ def bars(rng: Random) -> Item:
         lecture="Bars show numbers.",
         solution=f"The {tall} bar is the tallest and the {short} bar is the shortest.",
         caption=f"a bar chart, tall {tall}, middle {middle}, short {short}",
-        draw=draw_bars, scene=(order, columns))
-
-
-def draw_bars(canvas, rng, order, columns):
-    canvas.line((12, 112, 116, 112), DARK, 3)
-    for colour, column, height in zip(order, columns, (88, 54, 22)):
-        x = 31 + 33 * column
-        top = 110 - height - rng.uniform(-7, 7)
-        canvas.rectangle((x - 11, top, x + 11, 110), shade(colour, rng))
+        draw=drawing.draw_bars, scene=(order, columns))
 
 
 def thermometer(rng: Random) -> Item:
@@ -256,19 +174,7 @@ def thermometer(rng: Random) -> Item:
         lecture="Thermometers measure heat.",
         solution=f"The thermometer shows {right}.",
         caption=f"a thermometer at {right}",
-        draw=draw_thermometer, scene=(level,))
-
-
-def draw_thermometer(canvas, rng, level):
-    x = rng.uniform(54, 74)
-    y = rng.uniform(-3, 3)
-    canvas.rounded_rectangle((x - 9, 8 + y, x + 9, 106 + y), 8, "white", DARK, 2)
-    canvas.ellipse((x - 15, 96 + y, x + 15, 122 + y), shade("red", rng))
-    top = 96 - 16 * level + y + rng.uniform(-2, 2)
-    canvas.rectangle((x - 5, top, x + 5, 104 + y), shade("red", rng))
-    for i in range(1, 6):
-        mark = 96 - 16 * i + y
-        canvas.line((x + 12, mark, x + 20, mark), DARK, 2)
+        draw=drawing.draw_thermometer, scene=(level,))
 
 
 def jars(rng: Random) -> Item:
@@ -284,17 +190,7 @@ def jars(rng: Random) -> Item:
         lecture="Water that stands higher is more.",
         solution=f"In the picture {state}, so the answer is {right}.",
         caption=f"two jars, {state}",
-        draw=draw_jars, scene=levels[right])
-
-
-def draw_jars(canvas, rng, left, right):
-    """Two jars filled to these heights."""
-    for x, level in ((36, left), (92, right)):
-        canvas.rectangle((x - 17, 108 - level, x + 17, 108), shade("blue", rng))
-        canvas.line([(x - 19, 30), (x - 19, 110), (x + 19, 110), (x + 19, 30)], DARK, 3)
-
-
-DIRECTIONS = {"north": (0, -1), "east": (1, 0), "south": (0, 1), "west": (-1, 0)}
+        draw=drawing.draw_jars, scene=levels[right])
 
 
 def compass(rng: Random) -> Item:
@@ -305,20 +201,7 @@ def compass(rng: Random) -> Item:
         lecture="North is up, south is down, east is right and west is left.",
         solution=f"The needle points {direction}.",
         caption=f"a compass, the needle points {direction}",
-        draw=draw_compass, scene=(direction,))
-
-
-def draw_compass(canvas, rng, direction):
-    x = rng.uniform(60, 68)
-    y = rng.uniform(60, 68)
-    angle = rng.uniform(-0.2, 0.2)
-    canvas.ellipse((x - 48, y - 48, x + 48, y + 48), "white", DARK, 4)
-    east, south = DIRECTIONS[direction]
-    dx = east * math.cos(angle) - south * math.sin(angle)
-    dy = east * math.sin(angle) + south * math.cos(angle)
-    for length, fill in ((40, shade("red", rng)), (-40, (150, 150, 150))):
-        tip = (x + length * dx, y + length * dy)
-        canvas.polygon([tip, (x - 9 * dy, y + 9 * dx), (x + 9 * dy, y - 9 * dx)], fill)
+        draw=drawing.draw_compass, scene=(direction,))
 
 
 def treasure_map(rng: Random) -> Item:
@@ -329,24 +212,7 @@ def treasure_map(rng: Random) -> Item:
         lecture="On a map north is up.",
         solution=f"The tree is {direction} of the house.",
         caption=f"a map, the tree is {direction} of the house",
-        draw=draw_map, scene=(direction,))
-
-
-def draw_map(canvas, rng, direction):
-    """The house lies on one side of the middle and the tree on the other."""
-    east, south = DIRECTIONS[direction]
-    dx = east * rng.uniform(30, 36)
-    dy = south * rng.uniform(30, 36)
-    middle_x = 64 + rng.uniform(-10, 10)
-    middle_y = 64 + rng.uniform(-10, 10)
-    x = middle_x - dx
-    y = middle_y - dy
-    canvas.rectangle((x - 12, y - 4, x + 12, y + 14), shade("orange", rng))
-    canvas.polygon([(x - 15, y - 4), (x + 15, y - 4), (x, y - 17)], shade("red", rng))
-    x = middle_x + dx
-    y = middle_y + dy
-    canvas.rectangle((x - 3, y, x + 3, y + 16), (120, 80, 40))
-    canvas.ellipse((x - 13, y - 16, x + 13, y + 7), shade("green", rng))
+        draw=drawing.draw_map, scene=(direction,))
 
 
 STATES = {"solid": "in rows", "liquid": "close and loose", "gas": "far apart"}
@@ -361,27 +227,7 @@ def particles(rng: Random) -> Item:
                 "far apart in a gas.",
         solution=f"The particles are {STATES[state]}, so this is a {state}.",
         caption=f"particles that are {STATES[state]}",
-        draw=draw_particles, scene=(state,))
-
-
-def draw_particles(canvas, rng, state):
-    """A box of 6 × 6 cells. A solid fills all, a liquid the lowest 20, a gas 8 of every other."""
-    canvas.rectangle((14, 14, 114, 114), "white", DARK, 3)
-    cells = []
-    for i in range(36):
-        if state != "gas" or (i + i // 6) % 2:
-            cells.append((26 + 15.2 * (i % 6), 102 - 15.2 * (i // 6)))
-    if state == "gas":
-        cells = rng.sample(cells, 8)
-    if state == "liquid":
-        cells = cells[:20]
-    jitter = 0.5 if state == "solid" else 5
-    for x, y in cells:
-        dx = rng.uniform(-jitter, jitter)
-        dy = rng.uniform(-jitter, jitter)
-        if y >= 100:            # the lowest row stays on the floor
-            dy = 0
-        draw_shape(canvas, "circle", x + dx, y + dy, 6, shade("purple", rng))
+        draw=drawing.draw_particles, scene=(state,))
 
 
 PREY = ("snail", "mouse", "bee")
@@ -391,53 +237,18 @@ HUNTERS = ("fox", "bird", "snake")
 def food_chain(rng: Random) -> Item:
     eaten = rng.choice(PREY)
     eater = rng.choice(HUNTERS)
-    question, right, candidates = rng.choice([
-        (f"What does the {eater} eat?", eaten, PREY),
-        (f"What eats the {eaten}?", eater, HUNTERS),
-    ])
+    if rng.choice([True, False]):
+        question = f"What does the {eater} eat?"
+        choices = add_distractors(rng, eaten, PREY, 3)
+    else:
+        question = f"What eats the {eaten}?"
+        choices = add_distractors(rng, eater, HUNTERS, 3)
     return Item(
-        "food chain", NATURAL, question, add_distractors(rng, right, candidates, 3),
+        "food chain", NATURAL, question, choices,
         lecture="In a food chain each one eats the one before.",
         solution=f"The {eaten} eats the grass and the {eater} eats the {eaten}.",
         caption=f"a food chain, grass, {eaten}, {eater}",
-        draw=draw_food_chain, scene=(eaten, eater))
-
-
-def draw_food_chain(canvas, rng, eaten, eater):
-    y = 64 + rng.uniform(-8, 8)
-    for x in (12, 19, 26):
-        tip = x + rng.uniform(-4, 4)
-        canvas.line((x, y + 14, tip, y - 14), shade("green", rng), 4)
-    for x in (34, 80):
-        canvas.line((x, y, x + 9, y), DARK, 2)
-        canvas.polygon([(x + 8, y - 4), (x + 8, y + 4), (x + 13, y)], DARK)
-    for animal, x in ((eaten, 62), (eater, 110)):
-        dx = rng.uniform(-2, 2)
-        dy = rng.uniform(-3, 3)
-        draw_animal(canvas, animal, x + dx, y + dy)
-
-
-def draw_animal(canvas, animal, x, y):
-    """A small animal, looking left."""
-    if animal == "snail":
-        canvas.ellipse((x - 14, y + 4, x + 14, y + 12), (200, 170, 120))
-        canvas.ellipse((x - 6, y - 12, x + 14, y + 8), (130, 80, 40))
-    elif animal == "mouse":
-        canvas.ellipse((x - 14, y - 7, x + 12, y + 9), (140, 140, 150))
-        canvas.ellipse((x - 12, y - 13, x - 4, y - 4), (240, 170, 190))
-    elif animal == "bee":
-        canvas.ellipse((x - 13, y - 7, x + 13, y + 9), (240, 200, 30))
-        canvas.rectangle((x - 5, y - 6, x - 1, y + 8), "black")
-        canvas.rectangle((x + 4, y - 6, x + 8, y + 8), "black")
-    elif animal == "fox":
-        canvas.polygon([(x - 14, y - 14), (x + 14, y - 14), (x, y + 14)], (235, 110, 20))
-        canvas.polygon([(x - 5, y + 2), (x + 5, y + 2), (x, y + 13)], "white")
-    elif animal == "bird":
-        canvas.ellipse((x - 12, y - 8, x + 12, y + 10), (60, 110, 230))
-        canvas.polygon([(x - 10, y - 4), (x - 10, y + 4), (x - 18, y)], (240, 180, 30))
-    else:
-        bends = [(x - 14, y + 8), (x - 7, y - 8), (x, y + 8), (x + 7, y - 8), (x + 14, y + 8)]
-        canvas.line(bends, (30, 130, 60), 6)
+        draw=drawing.draw_food_chain, scene=(eaten, eater))
 
 
 def flag(rng: Random) -> Item:
@@ -448,16 +259,7 @@ def flag(rng: Random) -> Item:
         lecture="Flags stand for lands.",
         solution=f"The top stripe is {top} and the bottom stripe is {bottom}.",
         caption=f"a flag, top {top}, bottom {bottom}",
-        draw=draw_flag, scene=(top, bottom))
-
-
-def draw_flag(canvas, rng, top, bottom):
-    x = rng.uniform(18, 26)
-    y = rng.uniform(24, 34)
-    h = rng.uniform(56, 64)
-    canvas.line((x - 2, y - 8, x - 2, 124), DARK, 4)
-    canvas.rectangle((x, y, x + 84, y + h / 2), shade(top, rng))
-    canvas.rectangle((x, y + h / 2, x + 84, y + h), shade(bottom, rng))
+        draw=drawing.draw_flag, scene=(top, bottom))
 
 
 DUTIES = {"red": "stop", "yellow": "wait", "green": "go"}
@@ -472,18 +274,7 @@ def traffic_light(rng: Random) -> Item:
         lecture="Red means stop, yellow means wait and green means go.",
         solution=f"The light is {lit}, so a driver should {duty}.",
         caption=f"a traffic light that is {lit}",
-        draw=draw_traffic_light, scene=(lit,))
-
-
-def draw_traffic_light(canvas, rng, lit):
-    x = rng.uniform(56, 72)
-    y = rng.uniform(-4, 4)
-    canvas.rounded_rectangle((x - 22, 8 + y, x + 22, 120 + y), 8, (50, 50, 50))
-    for i, colour in enumerate(DUTIES):
-        fill = (95, 95, 95)
-        if colour == lit:
-            fill = shade(colour, rng)
-        draw_shape(canvas, "circle", x, 28 + 36 * i + y, 14, fill)
+        draw=drawing.draw_traffic_light, scene=(lit,))
 
 
 # `things` stands there four times because it is four skills.
@@ -603,12 +394,12 @@ def materials(rng: Random) -> Item:
         hint=f"The {thing} is made of {right}, not of {wrong}.")
 
 
-def described(rng: Random) -> Item:
+def described(rng: Random, whose: str = "The") -> Item:
     """A question about a scene that the hint describes in words, without a picture."""
     item = picture_item(rng)
     return Item(
         "described scenes", NATURAL, item.question, item.choices, item.lecture, item.solution,
-        hint=f"The picture shows {item.caption}.")
+        hint=f"{whose} picture shows {item.caption}.")
 
 
 TEXT_SKILLS = (
@@ -644,20 +435,39 @@ def problem(item: Item, rng: Random, split: str) -> dict:
 
 
 def render(item: Item, rng: Random) -> Image.Image:
-    """The picture of the Item's scene, PICTURE_SIDE × PICTURE_SIDE pixels."""
-    light = rng.randrange(236, 256)
-    picture = Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE), (light, light, light))
+    """The picture of the Item's scene, drawn flat: drawing.SIDE × drawing.SIDE pixels."""
+    picture = drawing.blank(rng)
     item.draw(ImageDraw.Draw(picture), rng, *item.scene)
     return picture
 
 
-def draw_item(rng, i, split):
-    """Problem i of a split: every other one has a picture."""
+def draw_item(rng: Random, i: int, split: str) -> Item:
+    """Problem i of a split: every other one has a picture.
+
+    "Mia's picture shows a flag, top red, bottom blue." is the truth in a problem in words alone,
+    which is about Mia's picture. In a problem with a picture of its own the same words mislead. So
+    one half of the problems asks LLaMA to rely on such a hint, and the other half to ignore it.
+    """
+    whose = f"{rng.choice(NAMES)}'s"
     if i % 2:
+        if rng.random() < 0.3:
+            return described(rng, whose)
         skill = rng.choice(TEXT_SKILLS)
         return skill(rng)
     new = split == "test" and rng.random() < 0.3
-    return picture_item(rng, new)
+    item = picture_item(rng, new)
+    if rng.random() < 0.5:
+        other = another_scene(item, rng)
+        item.hint = f"{whose} picture shows {other.caption}."
+    return item
+
+
+def another_scene(item: Item, rng: Random) -> Item:
+    """A scene of which the same can be asked, and usually another answer is right."""
+    while True:
+        other = picture_item(rng)
+        if other.question == item.question and other.caption != item.caption:
+            return other
 
 
 def write_world(root: Path, seed: int = 0, sizes: tuple[int, ...] | None = None) -> None:
@@ -681,7 +491,8 @@ def write_world(root: Path, seed: int = 0, sizes: tuple[int, ...] | None = None)
                 captions[pid] = item.caption
                 folder = root / "images" / split / pid
                 folder.mkdir(parents=True)
-                render(item, rng).save(folder / "image.png", compress_level=1)
+                picture = drawing.pencil(render(item, rng), rng)
+                picture.save(folder / "image.png", compress_level=1)
     write_json(root / "problems.json", problems)
     write_json(root / "pid_splits.json", splits)
     write_json(root / "captions.json", {"captions": captions})
@@ -741,7 +552,8 @@ def chosen_path(name, args, remembered):
 def prepare(args, remembered: dict = {}) -> None:
     """Set the small world's paths in args if it is meant, and draw its data if they are missing.
 
-    LavinError if this run uses files of the small world that another version made.
+    remembered: the settings in a checkpoint, {} without one. LavinError if this run uses files of
+    the small world that another version made, or adapters that were trained on another version.
     """
     if is_meant(args, remembered):
         print(f"embedded default: none of {', '.join(files.DEFAULTS.values())} is here")
@@ -756,6 +568,8 @@ def prepare(args, remembered: dict = {}) -> None:
         check_version(data_root, "world.json", "python -m tiny.world")
     if is_used("llama", args, remembered):
         check_version(PATHS["llama"], "params.json", "python -m tiny.pretrain")
+    if remembered and is_used("vit", args, remembered):
+        check_trained_here(remembered)
 
 
 def is_used(name, args, remembered):
@@ -774,6 +588,14 @@ def check_version(folder, name, command):
         raise LavinError(
             f"{folder}: made by another version of the small world than this code's, {VERSION}; "
             f"{command} makes it anew")
+
+
+def check_trained_here(remembered):
+    """LavinError if the checkpoint was trained with another CLIP than PATHS["vit"]."""
+    if remembered.get("vit_hash") != files.fingerprint(PATHS["vit"]):
+        raise LavinError(
+            "the adapters were trained in another version of the small world than this code's, "
+            f"{VERSION}; python train.py --data sqa trains new ones")
 
 
 # A sheet of answers

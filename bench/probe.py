@@ -1,0 +1,177 @@
+"""What the small world's CLIP sees, read off its frozen features by a linear probe.
+
+    pip install easy-vqa
+    python -m bench.probe [VIT]             default: tiny/ViT-tiny.pt
+
+The probe is multinomial logistic regression on the features that LaVIN takes, side by side. It is
+trained on some pictures of a kind and scored on others of the same kind:
+
+- easy-VQA: pictures drawn by others, with one circle, rectangle or triangle in one of eight
+  colours. The labels are the answers to the questions that name a shape or a colour.
+- shapes that no picture of the pre-training showed (tiny/album.py: UNSEEN_SHAPES);
+- the world's five shapes drawn by the pencil's hand, which no picture of the pre-training showed,
+  once with a probe that was trained on pencil drawings and once with one of flat pictures.
+"""
+
+import argparse
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+import checkpoints
+import data
+from extras.terminal import Parser, run
+from files import LavinError
+from tiny import album, drawing, pretrain, world
+from vit import VisionTransformer
+
+N_TRAIN = 3000          # pictures of ours; easy-VQA has 4000
+N_TEST = 1000
+
+
+@torch.no_grad()
+def features(vit: VisionTransformer, pictures: list[Image.Image]) -> torch.Tensor:
+    """Pictures -> the frozen features of each, side by side: (N, F · V)."""
+    batches = []
+    for start in range(0, len(pictures), 100):
+        pixels = []
+        for picture in pictures[start:start + 100]:
+            pixels.append(data.load_pixels(picture, pretrain.CLIP_CONFIG.resolution))
+        batches.append(vit(torch.stack(pixels)).flatten(1))
+    return torch.cat(batches)
+
+
+def probe(x: torch.Tensor, labels: list[str], names: list[str]):
+    """Fit a linear probe on features x (N, D) -> a function from features to predicted names."""
+    mean = x.mean(0)
+    std = x.std(0) + 1e-6
+    target = torch.tensor([names.index(label) for label in labels])
+    linear = torch.nn.Linear(x.shape[1], len(names))
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(linear((x - mean) / std), target)
+        value = value + 1e-4 * linear.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+
+    def predict(x):
+        with torch.no_grad():
+            return [names[i] for i in linear((x - mean) / std).argmax(1).tolist()]
+
+    return predict
+
+
+def percent_right(predicted: list[str], labels: list[str]) -> float:
+    right = sum(a == b for a, b in zip(predicted, labels))
+    return 100 * right / len(labels)
+
+
+# Pictures and labels
+
+
+def easy_vqa_split(paths: dict, questions: tuple, asked: str) -> tuple[list, list[str]]:
+    """The pictures about which a question with the word `asked` was put, and the answers."""
+    pictures = []
+    labels = []
+    seen = set()
+    for text, answer, image in zip(*questions):
+        if asked in text and answer not in ("yes", "no") and image not in seen:
+            seen.add(image)
+            pictures.append(Image.open(paths[image]).convert("RGB"))
+            labels.append(answer)
+    return pictures, labels
+
+
+def unseen_shapes(n: int, seed: str) -> tuple[list, list[str]]:
+    """One thing of UNSEEN_SHAPES a picture, drawn as the album's are."""
+    rng = Random(seed)
+    pictures = []
+    labels = []
+    for _ in range(n):
+        shape = rng.choice(album.UNSEEN_SHAPES)
+        size = rng.choice(["middle", "large"])
+        thing = album.Thing(shape, rng.choice(list(album.COLOURS)), size)
+        picture, _ = album.several(rng, thing, 1, rng.choice(list(album.PLACES)))
+        pictures.append(picture)
+        labels.append(shape)
+    return pictures, labels
+
+
+def world_shapes(n: int, seed: str, with_pencil: bool) -> tuple[list, list[str]]:
+    """Things of the world, flat or in pencil, with their shapes."""
+    rng = Random(seed)
+    pictures = []
+    labels = []
+    for _ in range(n):
+        shape, colour = rng.choice(world.shape_colour_pairs(new=False))
+        position = rng.choice(list(drawing.POSITIONS))
+        picture = drawing.blank(rng)
+        canvas = ImageDraw.Draw(picture)
+        drawing.draw_things(canvas, rng, shape, colour, rng.randrange(1, 5), position)
+        if with_pencil:
+            picture = drawing.pencil(picture, rng)
+        pictures.append(picture)
+        labels.append(shape)
+    return pictures, labels
+
+
+# The table
+
+
+def score(vit, train: tuple[list, list[str]], test: tuple[list, list[str]]) -> float:
+    """Percent of the test pictures that a probe of the training pictures reads rightly."""
+    names = sorted(set(train[1]))
+    predict = probe(features(vit, train[0]), train[1], names)
+    return percent_right(predict(features(vit, test[0])), test[1])
+
+
+def print_easy_vqa(vit) -> None:
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise LavinError("easy_vqa is missing: pip install easy-vqa") from error
+    for name, asked in (("shapes", "shape"), ("colours", "color")):
+        train = easy_vqa_split(
+            easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions(), asked)
+        test = easy_vqa_split(easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions(), asked)
+        n_names = len(set(train[1]))
+        print(f"| easy-VQA, {n_names} {name} | {len(test[0])} | {score(vit, train, test):.1f} |")
+
+
+def print_own(vit) -> None:
+    train = unseen_shapes(N_TRAIN, "train")
+    test = unseen_shapes(N_TEST, "test")
+    n_shapes = len(album.UNSEEN_SHAPES)
+    print(f"| {n_shapes} unseen shapes | {N_TEST} | {score(vit, train, test):.1f} |")
+    flat = world_shapes(N_TRAIN, "train", with_pencil=False)
+    pencil = world_shapes(N_TRAIN, "train", with_pencil=True)
+    flat_test = world_shapes(N_TEST, "test", with_pencil=False)
+    pencil_test = world_shapes(N_TEST, "test", with_pencil=True)
+    of_flat = score(vit, flat, flat_test)
+    of_pencil = score(vit, pencil, pencil_test)
+    crossed = score(vit, flat, pencil_test)
+    print(f"| the world's 5 shapes, flat | {N_TEST} | {of_flat:.1f} |")
+    print(f"| the same in pencil | {N_TEST} | {of_pencil:.1f} |")
+    print(f"| the same in pencil, by the probe of flat ones | {N_TEST} | {crossed:.1f} |")
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("vit", nargs="?", type=Path, default=world.PATHS["vit"])
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    vit = checkpoints.load(world.PATHS["llama"], args.vit).vit
+    print("| pictures | test | right, % |\n|---|---|---|")
+    print_easy_vqa(vit)
+    print_own(vit)
+
+
+if __name__ == "__main__":
+    run(main)
