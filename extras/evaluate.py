@@ -345,9 +345,41 @@ def show_routing(lavin: LaVIN, path: str | Path) -> None:
             cell = f"{first:.3f} {second:.3f}"
             line += f"{cell:>22}"
         print(line)
-    series = {}
+    firsts = {}
     for name, column in columns.items():
-        series[name] = [first for first, second in column]
-    title = "Weight of the first of the two experts"
-    plot.lines(path, title, "layer", range(1, len(trained) + 1), series)
+        firsts[name] = [first for first, second in column]
+    print_distances(firsts["text, trained"], firsts["picture, trained"])
+    draw_routing(path, *firsts.values())
     print(f"written: {path}")
+
+
+def print_distances(text: list[float], picture: list[float]) -> None:
+    """How far apart the two modalities are: the difference of the first expert's weight, by layer.
+
+    0: the layer treats both alike. 1: each modality has an expert to itself.
+    """
+    distances = [abs(a - b) for a, b in zip(text, picture)]
+    mean = sum(distances) / len(distances)
+    largest = max(distances)
+    shown = " ".join(f"{distance:.3f}" for distance in distances)
+    print(f"text and picture apart by {shown} · mean {mean:.3f} · "
+          f"largest {largest:.3f} in layer {distances.index(largest) + 1}")
+
+
+def draw_routing(path: str | Path, text: list[float], picture: list[float],
+                 text_before: list[float], picture_before: list[float]) -> None:
+    """Draw the first expert's weight in each layer, for both modalities, trained and untrained.
+
+    Raises LavinError if `path` cannot be written.
+    """
+    layers = range(1, len(text) + 1)
+    series = [
+        plot.Series("text only", layers, text, plot.BLUE, marker="circle"),
+        plot.Series("text and a picture", layers, picture, plot.ORANGE, marker="square"),
+        plot.Series("distance of the two", layers, text, plot.LINE_GREY, 12, ends=picture),
+        plot.Series("text only, untrained", layers, text_before, plot.PALE_BLUE, dashed=True),
+        plot.Series("text and a picture, untrained", layers, picture_before, plot.PALE_ORANGE,
+                    dashed=True),
+    ]
+    plot.chart(path, "How each layer mixes its two experts", "layer", "weight of the first expert",
+               series, x_range=(0.5, len(text) + 0.5), y_range=(-0.03, 1.03))

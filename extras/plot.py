@@ -1,4 +1,4 @@
-"""Line charts as PNG files, drawn with Pillow: the loss of a run, the routing weights by layer."""
+"""Charts as PNG files, drawn with Pillow: the loss of a run, the routing weights by layer."""
 
 import math
 from collections.abc import Sequence
@@ -9,57 +9,87 @@ from PIL import Image, ImageDraw, ImageFont
 
 from files import write_atomically
 
-# In pixels: the picture, and the margins around the chart. The legend is in the lower margin.
-WIDTH = 800
-HEIGHT = 440
-LEFT = 70
-TOP = 50
-RIGHT = 20
-BOTTOM = 90
-CHART_WIDTH = WIDTH - LEFT - RIGHT
-CHART_HEIGHT = HEIGHT - TOP - BOTTOM
+# Pillow's lines have no smooth edges. So a chart is drawn at twice its size and then halved, to
+# 1600 × 900. All lengths here are pixels of the drawing.
+WIDTH = 3200
+HEIGHT = 1800
+LEFT = 230
+RIGHT = 90
+BOTTOM = 190
+TEXT = 54               # the size of the font
+ROW = 84                # of the legend
+SAMPLE = 120            # a piece of a line in the legend
+DASH = 40
 
-COLOURS = ("#1f5fbf", "#d9541e", "#9dbce6", "#f0b89c")
 LARGEST = 1e300         # y of larger size, or infinite, or NaN, are left out
+BLACK = "#202020"
 GREY = "#606060"
-LIGHT_GREY = "#e4e4e4"
+LINE_GREY = "#c4c4c4"
+GRID_GREY = "#e6e6e6"
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and pale forms of two.
+BLUE = "#0072b2"
+ORANGE = "#d55e00"
+GREEN = "#009e73"
+PALE_BLUE = "#97c6e0"
+PALE_ORANGE = "#f0b27e"
+
+
+@dataclass
+class Series:
+    """Values that are drawn as a line, with or without markers."""
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    colour: str
+    width: int = 8
+    dashed: bool = False
+    marker: str | None = None               # "circle", "square" or "diamond"
+    ends: Sequence[float] | None = None     # instead: vertical lines, from each y to its end
 
 
 @dataclass
 class Axes:
-    """The range of the values that the chart shows."""
-    first: float        # x at the left edge
-    last: float         # x at the right edge
-    low: float          # y at the bottom
-    high: float         # y at the top
+    """What the chart shows, and where. On a log scale low and high are log10 of y."""
+    first: float            # x at the left edge
+    last: float             # x at the right edge
+    low: float              # y at the bottom
+    high: float             # y at the top
+    is_log: bool
+    top: int                # the row of the upper edge
 
     def point(self, x, y):
         """The pixel of the value (x, y)."""
+        if self.is_log:
+            y = math.log10(y)
         across = (x - self.first) / (self.last - self.first)
         up = (y - self.low) / (self.high - self.low)
-        return LEFT + across * CHART_WIDTH, HEIGHT - BOTTOM - up * CHART_HEIGHT
+        bottom = HEIGHT - BOTTOM
+        return LEFT + across * (WIDTH - LEFT - RIGHT), bottom - up * (bottom - self.top)
 
 
-def make_axes(xs, series):
-    """Axes on which all finite values of the series fit, with a margin above and below."""
+def make_axes(series, x_range, y_range, top):
+    """Axes on which all values fit. The scale is log if the largest is 20 times the smallest."""
+    if y_range:
+        return Axes(*x_range, *y_range, False, top)
     finite = []
-    for ys in series.values():
-        finite += [y for y in ys if abs(y) < LARGEST]
-    if not finite:
-        finite = [0.0]
-    low = min(finite)
-    high = max(finite)
+    for one in series:
+        finite += [y for y in one.ys if abs(y) < LARGEST]
+    low = min(finite, default=0.0)
+    high = max(finite, default=0.0)
+    is_log = low > 0 and high / 20 > low
+    if is_log:
+        low = math.log10(low)
+        high = math.log10(high)
     margin = 0.05 * (high - low) or 0.5         # a constant has no range of its own
-    first = min(xs)
-    last = max(max(xs), first + 1e-9)           # a single x must not divide by zero
-    return Axes(first, last, low - margin, high + margin)
+    return Axes(*x_range, low - margin, high + margin, is_log, top)
 
 
-def ticks(low: float, high: float, n: int = 5) -> list[float]:
-    """At most n + 1 round numbers from low to high, a power of ten or 2 or 5 times one apart."""
+def ticks(low: float, high: float, n: int) -> list[float]:
+    """At most n + 1 round numbers from low to high: the multiples of 1, 2, 2.5 or 5 times 10^k."""
     power = 10 ** math.floor(math.log10((high - low) / n))
     step = 10 * power
-    for factor in (1, 2, 5):
+    for factor in (1, 2, 2.5, 5):
         if (high - low) / (power * factor) <= n:
             step = power * factor
             break
@@ -68,52 +98,133 @@ def ticks(low: float, high: float, n: int = 5) -> list[float]:
     return [i * step for i in range(start, end + 1)]
 
 
-def draw_axes(draw, font, axes):
-    """Grid lines with their y on the left, and the x below."""
-    for y in ticks(axes.low, axes.high):
-        left = axes.point(axes.first, y)
-        draw.line([left, axes.point(axes.last, y)], LIGHT_GREY)
-        draw.text((LEFT - 8, left[1]), f"{y:.4g}", GREY, font, anchor="rm")
-    for x in ticks(axes.first, axes.last, 8):
+def log_ticks(low: float, high: float) -> list[float]:
+    """At most 10 powers of ten from 10^low to 10^high; 2 and 5 times them too where few fit."""
+    first = math.floor(low)
+    last = math.floor(high)
+    factors = (1, 2, 5) if high - low < 3 else (1,)
+    found = []
+    for exponent in range(first, last + 1, math.ceil((last - first + 1) / 10)):
+        for factor in factors:
+            if low <= exponent + math.log10(factor) <= high:
+                found.append(factor * 10.0 ** exponent)
+    return found
+
+
+def draw_axes(draw, font, axes, x_label, y_label):
+    """A light grid, ticks with their numbers, two edges, and what is shown along them."""
+    right = WIDTH - RIGHT
+    bottom = HEIGHT - BOTTOM
+    rows = log_ticks(axes.low, axes.high) if axes.is_log else ticks(axes.low, axes.high, 5)
+    for y in rows:
+        row = axes.point(axes.first, y)[1]
+        draw.line((LEFT, row, right, row), GRID_GREY, 3)
+        draw.line((LEFT - 14, row, LEFT, row), GREY, 4)
+        draw.text((LEFT - 26, row), f"{y:.6g}", GREY, font, anchor="rm")
+    for x in ticks(axes.first, axes.last, 12):
         if x == int(x):                         # steps and layers are whole numbers
-            column = axes.point(x, axes.low)[0]
-            draw.text((column, HEIGHT - BOTTOM + 6), f"{x:.4g}", GREY, font, anchor="ma")
+            column = axes.point(x, 1)[0]
+            draw.line((column, bottom, column, bottom + 14), GREY, 4)
+            draw.text((column, bottom + 24), f"{int(x):,}", GREY, font, anchor="ma")
+    draw.line((LEFT, axes.top, LEFT, bottom, right, bottom), GREY, 4)
+    draw.text(((LEFT + right) / 2, HEIGHT - 16), x_label, BLACK, font, anchor="md")
+
+    label = Image.new("L", (bottom - axes.top, 72))
+    ImageDraw.Draw(label).text((label.width / 2, 36), y_label, 255, font, anchor="mm")
+    draw.bitmap((4, axes.top), label.transpose(Image.Transpose.ROTATE_90), BLACK)
 
 
-def draw_series(draw, axes, xs, ys, colour):
-    """One line, and dots on it where there are few points."""
-    points = [axes.point(x, y) for x, y in zip(xs, ys) if abs(y) < LARGEST]
-    draw.line(points, colour, 2)
-    if len(points) < 50:
-        for x, y in points:
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+def draw_marks(draw, font, axes, marks):
+    """Faint vertical lines with their names above them."""
+    for x, name in marks.items():
+        column = axes.point(x, 1)[0]
+        draw.line((column, axes.top, column, HEIGHT - BOTTOM), LINE_GREY, 3)
+        draw.text((column, axes.top - 8), name, GREY, font, anchor="rd")
 
 
-def draw_legend(draw, font, names):
-    """A short line in its colour for each series, with its name, side by side."""
-    y = HEIGHT - 18
-    for i, name in enumerate(names):
-        x = LEFT + i * CHART_WIDTH / len(names)
-        draw.line((x, y, x + 20, y), COLOURS[i], 3)
-        draw.text((x + 26, y), name, "black", font, anchor="lm")
+def draw_line(draw, points, series):
+    """A line through the points. If dashed, it begins and ends with a dash at every point."""
+    if not series.dashed:
+        draw.line(points, series.colour, series.width, joint="curve")
+        return
+    for (x, y), (next_x, next_y) in zip(points, points[1:]):
+        n = 2 * round(math.hypot(next_x - x, next_y - y) / (2 * DASH)) + 1      # dashes and gaps
+        across = (next_x - x) / n
+        down = (next_y - y) / n
+        for i in range(0, n, 2):
+            dash = (x + i * across, y + i * down, x + (i + 1) * across, y + (i + 1) * down)
+            draw.line(dash, series.colour, series.width)
 
 
-def lines(path: str | Path, title: str, x_label: str, xs: Sequence[float],
-          series: dict[str, Sequence[float]]) -> None:
-    """Draw up to four series {name: [a y for every x]} over xs. A y that is not finite is left out.
+def draw_marker(draw, x, y, series):
+    if series.marker == "circle":
+        draw.circle((x, y), 16, series.colour)
+    elif series.marker == "square":
+        draw.rectangle((x - 18, y - 18, x + 18, y + 18), series.colour)
+    elif series.marker == "diamond":
+        draw.polygon((x - 24, y, x, y - 24, x + 24, y, x, y + 24), series.colour)
 
-    Raises LavinError if the file cannot be written.
+
+def draw_series(draw, axes, series):
+    ends = series.ends or series.ys
+    points = []
+    for x, y, end in zip(series.xs, series.ys, ends):
+        if abs(y) < LARGEST and abs(end) < LARGEST:
+            points.append(axes.point(x, y))
+            if series.ends:
+                draw.line((points[-1], axes.point(x, end)), series.colour, series.width)
+    if series.ends:
+        return
+    draw_line(draw, points, series)
+    for x, y in points:
+        draw_marker(draw, x, y, series)
+
+
+def draw_legend(draw, font, series):
+    """Below the title a piece of each series with its name, in columns -> the lower edge."""
+    names = [one_line(one.name) for one in series]
+    width = max(draw.textlength(name, font) for name in names) + SAMPLE + 90
+    n_columns = max(1, int((WIDTH - LEFT) / width))
+    y = 120 - ROW / 2
+    for i, (one, name) in enumerate(zip(series, names)):
+        x = LEFT + i % n_columns * width
+        if i % n_columns == 0:
+            y += ROW
+        middle = x + SAMPLE / 2
+        piece = [(x, y), (x + SAMPLE, y)]
+        if one.ends:
+            piece = [(middle, y - 26), (middle, y + 26)]
+        draw_line(draw, piece, one)
+        draw_marker(draw, middle, y, one)
+        draw.text((x + SAMPLE + 24, y), name, BLACK, font, anchor="lm")
+    return int(y + ROW / 2)
+
+
+def one_line(text):
+    """Text that fits into a line. The end of a long path tells more than its beginning."""
+    return " ".join(text.split())[-70:]
+
+
+def chart(path: str | Path, title: str, x_label: str, y_label: str, series: list[Series],
+          x_range: tuple[float, float], y_range: tuple[float, float] | None = None,
+          marks: dict[float, str] | None = None) -> None:
+    """Draw a chart of 1600 × 900 pixels. The first series lies on top of the others.
+
+    x_range: what the left and the right edge stand for; it holds all x. y_range: the same for the
+    bottom and the top; by default all y fit, on a log scale if it takes one. A y that is not finite
+    is left out. marks: vertical lines, {x: name}. Raises LavinError if the file cannot be written.
     """
-    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(15)
-    axes = make_axes(xs, series)
-    draw.text((LEFT, 15), title, "black", font)
-    draw.text((WIDTH / 2, HEIGHT - BOTTOM + 26), x_label, GREY, font, anchor="ma")
-    draw_axes(draw, font, axes)
-    for ys, colour in zip(series.values(), COLOURS):
-        draw_series(draw, axes, xs, ys, colour)
-    draw_legend(draw, font, list(series)[:len(COLOURS)])
+    drawing = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(drawing)
+    font = ImageFont.load_default(TEXT)
+    draw.text((LEFT, 24), one_line(title), BLACK, ImageFont.load_default(TEXT + 12))
+    lower_edge = draw_legend(draw, font, series)
+    axes = make_axes(series, x_range, y_range, top=lower_edge + (90 if marks else 40))
+    draw_axes(draw, font, axes, x_label, y_label)
+    draw_marks(draw, font, axes, marks or {})
+    for one in reversed(series):
+        draw_series(draw, axes, one)
+    picture = drawing.reduce(2)
 
     def save(temporary):
         picture.save(temporary, format="PNG")

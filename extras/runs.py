@@ -336,25 +336,49 @@ def open_metrics(out: str, first_step: int):
 
 
 def draw_losses(out: str) -> None:
-    """OUT/loss.png from OUT/metrics.jsonl: the loss of every step, and a running mean."""
+    """OUT/loss.png from OUT/metrics.jsonl.
+
+    The loss of every step and a running mean, what was held out, and where epochs end.
+    """
     path = Path(out, "metrics.jsonl")
     steps = []
     losses = []
+    ends = {}                                       # {step: number of the epoch that it ends}
+    held_out = {}                                   # {source: [(step, loss)]}
     if path.exists():
         for text in path.read_text().splitlines():
             line = json.loads(text)
             if "loss" in line:
                 steps.append(line["step"])
                 losses.append(line["loss"])
+                if line["epoch"] == int(line["epoch"]):
+                    ends[line["step"]] = int(line["epoch"])
+            for source, loss in line.get("held_out", {}).items():
+                held_out.setdefault(source, []).append((line["step"], loss))
     if not losses:                                  # somebody deleted it
         return
-    n = max(1, len(losses) // 50)
+    series = loss_series(steps, losses, held_out)
+    every = math.ceil(len(ends) / 10)               # more lines than ten would hide the chart
+    marks = {step: f"epoch {epoch}" for step, epoch in ends.items() if epoch % every == 0}
+    plot.chart(Path(out, "loss.png"), f"Loss of {out}", "optimizer step",
+               "loss (nats per answer token)", series, x_range=(0, max(steps)), marks=marks)
+
+
+def loss_series(steps: list[int], losses: list[float], held_out: dict) -> list[plot.Series]:
+    """What a chart of the losses shows. held_out: {source: [(step, loss)]}."""
+    n = max(2, len(losses) // 50)
     means = []
     for i in range(len(losses)):
-        window = losses[max(0, i - n):i + 1]
+        window = losses[max(0, i + 1 - n):i + 1]
         means.append(sum(window) / len(window))
-    plot.lines(Path(out, "loss.png"), f"Loss of {out}", "step", steps,
-               {"loss": losses, f"mean of {n + 1}": means})
+    series = [plot.Series(f"mean of the last {n} steps", steps, means, plot.BLUE, width=10)]
+    looks = [(plot.ORANGE, "circle"), (plot.GREEN, "square"), (plot.BLACK, "diamond")]
+    for i, (source, points) in enumerate(held_out.items()):
+        colour, marker = looks[i % len(looks)]
+        name = f"held out of {source}"
+        series.append(plot.Series(name, *zip(*points), colour, width=5, marker=marker))
+    series.append(plot.Series("each step", steps, losses, plot.PALE_BLUE, width=4))
+    return series
 
 
 class Log:
