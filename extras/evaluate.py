@@ -353,17 +353,22 @@ def show_routing(lavin: LaVIN, path: str | Path) -> None:
     print(f"written: {path}")
 
 
-def print_distances(text: list[float], picture: list[float]) -> None:
-    """How far apart the two modalities are: the difference of the first expert's weight, by layer.
+def distances(text: list[float], picture: list[float]) -> list[float]:
+    """How far apart the two modalities are in each layer, by the weights of the first expert.
 
-    0: the layer treats both alike. 1: each modality has an expert to itself.
+    0: the layer treats both alike. 1: each has an expert to itself.
     """
-    distances = [abs(a - b) for a, b in zip(text, picture)]
-    mean = sum(distances) / len(distances)
-    largest = max(distances)
-    shown = " ".join(f"{distance:.3f}" for distance in distances)
-    print(f"text and picture apart by {shown} · mean {mean:.3f} · "
-          f"largest {largest:.3f} in layer {distances.index(largest) + 1}")
+    return [abs(a - b) for a, b in zip(text, picture)]
+
+
+def print_distances(text: list[float], picture: list[float]) -> None:
+    """One line: the distance in each layer, their mean, and the largest."""
+    apart = distances(text, picture)
+    shown = " ".join(f"{distance:.3f}" for distance in apart)
+    mean = sum(apart) / len(apart)
+    largest = max(apart)
+    print(f"distance of text and picture: {shown} · mean {mean:.3f} · "
+          f"largest {largest:.3f}, layer {apart.index(largest) + 1}")
 
 
 def draw_routing(path: str | Path, text: list[float], picture: list[float],
@@ -373,10 +378,12 @@ def draw_routing(path: str | Path, text: list[float], picture: list[float],
     Raises LavinError if `path` cannot be written.
     """
     layers = range(1, len(text) + 1)
+    mean = sum(distances(text, picture)) / len(text)
     series = [
         plot.Series("text only", layers, text, plot.BLUE, marker="circle"),
         plot.Series("text and a picture", layers, picture, plot.ORANGE, marker="square"),
-        plot.Series("distance of the two", layers, text, plot.LINE_GREY, 12, ends=picture),
+        plot.Series(f"distance, {mean:.2f} on average", layers, text, plot.LINE_GREY, 12,
+                    ends=picture),
         plot.Series("text only, untrained", layers, text_before, plot.PALE_BLUE, dashed=True),
         plot.Series("text and a picture, untrained", layers, picture_before, plot.PALE_ORANGE,
                     dashed=True),

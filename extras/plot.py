@@ -74,7 +74,7 @@ def make_axes(series, x_range, y_range, top):
         return Axes(*x_range, *y_range, False, top)
     finite = []
     for one in series:
-        finite += [y for y in one.ys if abs(y) < LARGEST]
+        finite += [y for y in (*one.ys, *(one.ends or ())) if abs(y) < LARGEST]
     low = min(finite, default=0.0)
     high = max(finite, default=0.0)
     is_log = low > 0 and high / 20 > low
@@ -86,10 +86,10 @@ def make_axes(series, x_range, y_range, top):
 
 
 def ticks(low: float, high: float, n: int) -> list[float]:
-    """At most n + 1 round numbers from low to high: the multiples of 1, 2, 2.5 or 5 times 10^k."""
+    """At most n + 1 round numbers from low to high: the multiples of 1, 2.5 or 5 times 10^k."""
     power = 10 ** math.floor(math.log10((high - low) / n))
     step = 10 * power
-    for factor in (1, 2, 2.5, 5):
+    for factor in (1, 2.5, 5):
         if (high - low) / (power * factor) <= n:
             step = power * factor
             break
@@ -115,7 +115,7 @@ def draw_axes(draw, font, axes, x_label, y_label):
     """A light grid, ticks with their numbers, two edges, and what is shown along them."""
     right = WIDTH - RIGHT
     bottom = HEIGHT - BOTTOM
-    rows = log_ticks(axes.low, axes.high) if axes.is_log else ticks(axes.low, axes.high, 5)
+    rows = log_ticks(axes.low, axes.high) if axes.is_log else ticks(axes.low, axes.high, 8)
     for y in rows:
         row = axes.point(axes.first, y)[1]
         draw.line((LEFT, row, right, row), GRID_GREY, 3)
@@ -144,6 +144,10 @@ def draw_marks(draw, font, axes, marks):
 
 def draw_line(draw, points, series):
     """A line through the points. If dashed, it begins and ends with a dash at every point."""
+    if len(points) < 2:
+        for point in points:                    # alone, it would be a line of no length
+            draw.circle(point, series.width, series.colour)
+        return
     if not series.dashed:
         draw.line(points, series.colour, series.width, joint="curve")
         return
@@ -210,9 +214,9 @@ def chart(path: str | Path, title: str, x_label: str, y_label: str, series: list
           marks: dict[float, str] | None = None) -> None:
     """Draw a chart of 1600 × 900 pixels. The first series lies on top of the others.
 
-    x_range: what the left and the right edge stand for; it holds all x. y_range: the same for the
-    bottom and the top; by default all y fit, on a log scale if it takes one. A y that is not finite
-    is left out. marks: vertical lines, {x: name}. Raises LavinError if the file cannot be written.
+    x_range and y_range: what the edges of the chart stand for; they hold all values. Without a
+    y_range all y fit, on a log scale if it takes one. A y that is not finite is left out. marks:
+    vertical lines, {x: name}. Raises LavinError if the file cannot be written.
     """
     drawing = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(drawing)

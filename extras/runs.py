@@ -366,7 +366,7 @@ def draw_losses(out: str) -> None:
 
 def loss_series(steps: list[int], losses: list[float], held_out: dict) -> list[plot.Series]:
     """What a chart of the losses shows. held_out: {source: [(step, loss)]}."""
-    n = max(2, len(losses) // 50)
+    n = max(5, len(losses) // 40)
     means = []
     for i in range(len(losses)):
         window = losses[max(0, i + 1 - n):i + 1]

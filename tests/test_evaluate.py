@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoints
-from conftest import LLAMA, VIT
+from conftest import ADAPTER, LLAMA, VIT
 from extras import evaluate
 from extras.scienceqa import load_sqa
 from fast import engine
@@ -224,3 +224,23 @@ def test_the_engine_has_no_rows_that_nobody_needs(test_split, monkeypatch):
     answers = evaluate.Answers(samples)
     evaluate.answer_all(lavin, samples, answers, "QCM-ALE", 1, batch_size=100_000)
     assert rows == [6, 6, 6, 6]
+
+
+# Routing
+
+
+def test_the_routing_is_printed_with_how_far_apart_the_modalities_are(capsys, tmp_path):
+    lavin = checkpoints.load(LLAMA, VIT, ADAPTER)
+    first = lavin.route()[:, :, 0]                      # (layers, 2 modalities)
+    apart = (first[:, 0] - first[:, 1]).abs()
+    evaluate.show_routing(lavin, tmp_path / "routing.png")
+    header, *rows, distances, written = capsys.readouterr().out.splitlines()
+    assert "text, trained" in header and "picture, untrained" in header
+    for number, row in enumerate(rows):
+        cells = row.split()
+        assert int(cells[0]) == number + 1
+        assert (cells[1], cells[3]) == (f"{first[number, 0]:.3f}", f"{first[number, 1]:.3f}")
+    shown = " ".join(f"{distance:.3f}" for distance in apart)
+    assert distances == (f"distance of text and picture: {shown} · mean {apart.mean():.3f} · "
+                         f"largest {apart.max():.3f}, layer {int(apart.argmax()) + 1}")
+    assert written == f"written: {tmp_path / 'routing.png'}"

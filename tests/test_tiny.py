@@ -284,7 +284,7 @@ def test_train_and_generate_take_the_small_world_by_default(call, small_world):
     assert code == 0
     assert "embedded default" in stdout and "ViT-tiny.pt" in stdout and "lr 0.006" in stdout
     assert (small_world / "world.json").exists()
-    assert Image.open("out/loss.png").size == (800, 440)
+    assert Image.open("out/loss.png").size == (1600, 900)
 
     code, stdout, _ = call(
         generate, "--data", "sqa", "--by", "skill", "--workers", 0,
@@ -308,7 +308,7 @@ def test_train_and_generate_take_the_small_world_by_default(call, small_world):
     assert code == 0 and "adapter none" in stdout
     code, stdout, _ = call(generate, "--show-routing")
     assert code == 0 and "text, untrained" in stdout
-    assert Image.open("out/routing.png").size == (800, 440)
+    assert Image.open("out/routing.png").size == (1600, 900)
     world.sheet("out/predictions.json", "out/sheet.png", n=4)
     assert Image.open("out/sheet.png").height == 2 * 170
 
