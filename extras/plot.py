@@ -69,7 +69,7 @@ class Axes:
 
 
 def make_axes(series, x_range, y_range, top):
-    """Axes on which all values fit. The scale is log if the largest is 20 times the smallest."""
+    """Axes on which all values fit. The scale is log if the largest is 10 times the smallest."""
     if y_range:
         return Axes(*x_range, *y_range, False, top)
     finite = []
@@ -77,7 +77,7 @@ def make_axes(series, x_range, y_range, top):
         finite += [y for y in (*one.ys, *(one.ends or ())) if abs(y) < LARGEST]
     low = min(finite, default=0.0)
     high = max(finite, default=0.0)
-    is_log = low > 0 and high / 20 > low
+    is_log = low > 0 and high / 10 > low
     if is_log:
         low = math.log10(low)
         high = math.log10(high)

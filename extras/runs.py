@@ -366,17 +366,20 @@ def draw_losses(out: str) -> None:
 
 def loss_series(steps: list[int], losses: list[float], held_out: dict) -> list[plot.Series]:
     """What a chart of the losses shows. held_out: {source: [(step, loss)]}."""
-    n = max(5, len(losses) // 40)
+    around = max(2, len(losses) // 80)
     means = []
     for i in range(len(losses)):
-        window = losses[max(0, i + 1 - n):i + 1]
+        window = losses[max(0, i - around):i + around + 1]
         means.append(sum(window) / len(window))
-    series = [plot.Series(f"mean of the last {n} steps", steps, means, plot.BLUE, width=10)]
+    mean_name = f"mean of {2 * around + 1} steps"
+    series = [plot.Series(mean_name, steps, means, plot.BLUE, width=10)]
     looks = [(plot.ORANGE, "circle"), (plot.GREEN, "square"), (plot.BLACK, "diamond")]
     for i, (source, points) in enumerate(held_out.items()):
+        held_steps = [step for step, loss in points]
+        held_losses = [loss for step, loss in points]
         colour, marker = looks[i % len(looks)]
-        name = f"held out of {source}"
-        series.append(plot.Series(name, *zip(*points), colour, width=5, marker=marker))
+        series.append(plot.Series(
+            f"held out of {source}", held_steps, held_losses, colour, width=5, marker=marker))
     series.append(plot.Series("each step", steps, losses, plot.PALE_BLUE, width=4))
     return series
 
