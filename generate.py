@@ -31,7 +31,7 @@ from extras.terminal import run
 from files import (DTYPES, check_compiler, check_writable, choose_paths, pick_device,
                    write_atomically)
 from model import LaVIN
-from tiny import world
+from tiny import shelf, world
 
 
 def find_model(args: argparse.Namespace) -> tuple[str | None, dict]:
@@ -169,6 +169,18 @@ def answer_prompt(lavin: LaVIN, args: argparse.Namespace, how: dict) -> None:
     print()
 
 
+def listen(args: argparse.Namespace, adapter: str | None, remembered: dict) -> serve.Server:
+    """The page's server. Where the model is the small world's, it offers to draw, and examples."""
+    adapter_name = Path(adapter).name if adapter else "no adapter"
+    model_name = f"{Path(args.llama).name} · {adapter_name}"
+    colours = {}
+    examples = []
+    if world.is_used("llama", args, remembered) and world.is_used("vit", args, remembered):
+        colours = world.COLOURS
+        examples = shelf.examples()
+    return serve.listen(args.host, args.serve, model_name, colours, examples)
+
+
 def main() -> None:
     """Settle what is asked and of which model, then do it."""
     parser = flags.generate_parser(__doc__.split("\n\n")[0])
@@ -187,9 +199,7 @@ def main() -> None:
     if args.show_routing:
         check_writable(args.show_routing, "--show-routing")
     if args.serve is not None:
-        adapter_name = Path(adapter).name if adapter else "no adapter"
-        model_name = f"{Path(args.llama).name} · {adapter_name}"
-        server = serve.listen(args.host, args.serve, model_name)
+        server = listen(args, adapter, remembered)
 
     torch.manual_seed(data.mixed_seed(args.seed, 0))
     lavin = load_model(args, adapter, remembered)

@@ -1,8 +1,11 @@
 """LaVIN as a page: python generate.py --serve [PORT], then open http://127.0.0.1:8000.
 
     GET /           page.html
-    GET /about      {"model", "context", "route": [layers, 2 modalities, 2 experts]}
-                    "route" is [] for adapters with a single expert
+    GET /about      {"model", "context", "route": [layers, 2 modalities, 2 experts],
+                     "colours": {name: [red, green, blue]},
+                     "examples": [{"question", "picture": base64}, …]}
+                    "route" is [] for adapters with a single expert. The page has a drawing pad if
+                    there are colours, and a shelf if there are examples.
     POST /ask       {"question", "turns": [[question, answer], …], "image": base64 or null}
 
 The answer to /ask is a line of JSON for each event:
@@ -291,6 +294,8 @@ class Handler(BaseHTTPRequestHandler):
                 "model": self.server.model_name,
                 "context": desk.lavin.max_seq_len,
                 "route": desk.route,
+                "colours": self.server.colours,
+                "examples": self.server.examples,
             }
             self.reply(200, json.dumps(about).encode())
         else:
@@ -366,7 +371,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True           # Ctrl-C does not wait for answers
     request_queue_size = 64         # connections that nobody has accepted yet
 
-    def __init__(self, host: str, port: int, model_name: str):
+    def __init__(self, host: str, port: int, model_name: str, colours: dict, examples: list):
         if ":" in host:
             self.address_family = socket.AF_INET6
         super().__init__((host, port), Handler)
@@ -376,6 +381,8 @@ class Server(ThreadingHTTPServer):
         if self.address.is_unspecified:
             self.names.add(socket.gethostname().lower())
         self.model_name = model_name
+        self.colours = colours
+        self.examples = examples
         self.desk = None
         self.connections = set()
         self.readers = threading.Semaphore(MAX_READERS)
@@ -410,16 +417,17 @@ class Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
 
-def listen(host: str, port: int, model_name: str) -> Server:
+def listen(host: str, port: int, model_name: str, colours: dict = {},
+           examples: list = []) -> Server:
     """Bind the address, before minutes are spent on loading a model. port 0: any that is free.
 
-    Raises LavinError if that is not possible.
+    colours, examples: as /about gives them. Raises LavinError if that is not possible.
     """
     if not host:                    # to a socket, that means all addresses
         raise LavinError("--host is empty; leave it out to be asked from this machine alone, "
                          "or give 0.0.0.0 for everybody in the network")
     try:
-        return Server(host, port, model_name)
+        return Server(host, port, model_name, colours, examples)
     except (OSError, OverflowError, TypeError) as error:    # TypeError: no name can be like that
         raise LavinError(f"--serve {port} --host {host}: cannot listen there ({error}); "
                          "choose another port or address") from error

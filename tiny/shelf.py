@@ -1,0 +1,36 @@
+"""The page's shelf: a few pictures of the small world, each with its question.
+
+The pictures are drawn here from a seed of their own. None is a file of the data set.
+"""
+
+import base64
+import io
+from random import Random
+
+from PIL import Image
+
+from tiny import world
+
+SKILLS = (
+    world.magnets, world.bars, world.compass, world.traffic_light, world.jars, world.flag,
+    world.food_chain)
+
+
+def examples(seed: int = 0) -> list[dict]:
+    """[{"question": text, "picture": a PNG in base64}, …], one for each skill."""
+    rng = Random(f"{seed} shelf")
+    items = [world.things(rng, new=False)]
+    for skill in SKILLS:
+        items.append(skill(rng))
+    examples = []
+    for item in items:
+        picture = to_base64(world.render(item, rng))
+        examples.append({"question": item.question, "picture": picture})
+    return examples
+
+
+def to_base64(picture: Image.Image) -> str:
+    """The picture as a PNG, in base64."""
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
