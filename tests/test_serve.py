@@ -18,9 +18,11 @@ from conftest import ADAPTER, GOLDEN, LLAMA, VIT
 from extras import serve
 from extras.chat import Conversation
 from fast.engine import Engine
+from tiny import shelf, world
 
 PICTURE = next((GOLDEN / "images").glob("*.png"))
 MODEL = ("--llama", LLAMA, "--vit", VIT, "--adapter", ADAPTER)
+SMALL_WORLD = ("--llama", world.PATHS["llama"], "--vit", world.PATHS["vit"], "--adapter", "none")
 HOW = {"max_new_tokens": 6}
 METAL = {"question": "Name a metal."}
 
@@ -117,7 +119,27 @@ def test_the_page_and_what_it_says_about_the_model(server):
     about = json.loads(get(server, "/about")[1])
     assert about["model"] == "tiny" and about["context"] == 128
     assert about["route"] == server.desk.lavin.route().tolist()
+    assert about["colours"] == {} and about["examples"] == []
     assert get(server, "/../serve.py")[0] == 404
+
+
+def test_colours_to_draw_in_and_examples_are_passed_on(server):
+    server.colours = {"red": (220, 40, 40)}
+    server.examples = [{"question": "Why?", "picture": "iVBORw0KGgo="}]
+    about = json.loads(get(server, "/about")[1])
+    assert about["colours"] == {"red": [220, 40, 40]} and about["examples"] == server.examples
+
+
+def test_the_examples_are_pictures_with_questions():
+    examples = shelf.examples()
+    assert 6 <= len(examples) <= 8
+    for example in examples:
+        picture = Image.open(io.BytesIO(base64.b64decode(example["picture"])))
+        assert picture.format == "PNG" and picture.size == (128, 128)
+        assert len(picture.getcolors()) > 1                     # something is drawn on it
+        assert example["question"].endswith("?")
+    assert len({example["picture"] for example in examples}) == len(examples)
+    assert shelf.examples() == examples                         # the same each time
 
 
 @pytest.mark.parametrize("image", [None, PICTURE], ids=["words", "picture"])
@@ -586,36 +608,48 @@ def test_an_empty_host_is_not_everybody(fails):
 
 @pytest.fixture
 def served(call, monkeypatch):
-    """served("--flag", value, …) -> what `generate.py --serve 0` prints, and its server's name."""
-    names = []
+    """served("--flag", value, …) -> what `generate.py --serve 0` prints, and its server."""
+    servers = []
 
     def serve_forever(server):
-        names.append(server.model_name)
+        servers.append(server)
         raise KeyboardInterrupt
 
     def served(*args):
-        code, stdout, _ = call(generate, "--serve", 0, *args, *MODEL)
+        code, stdout, _ = call(generate, "--serve", 0, *args)
         assert code == 130
-        return stdout, names[-1]
+        return stdout, servers[-1]
 
     monkeypatch.setattr(serve.Server, "serve_forever", serve_forever)
     return served
 
 
 def test_serve_prints_its_address_and_ends_with_ctrl_c(served):
-    stdout, name = served()
+    stdout, server = served(*MODEL)
     assert "http://127.0.0.1:" in stdout and "Ctrl-C ends it" in stdout
     assert "everybody" not in stdout
-    assert name == "tiny · checkpoint-19.pth"
+    assert server.model_name == "tiny · checkpoint-19.pth"
+
+
+def test_only_the_small_world_has_a_drawing_pad_and_a_shelf(served):
+    _, server = served(*SMALL_WORLD)
+    assert server.colours == world.COLOURS and server.examples == shelf.examples()
+    _, server = served(*MODEL)
+    assert server.colours == {} and server.examples == []
+
+
+def test_a_model_that_is_the_small_worlds_by_half_has_neither(served):
+    _, server = served("--llama", world.PATHS["llama"], "--vit", VIT, "--adapter", "none")
+    assert server.colours == {} and server.examples == []
 
 
 def test_an_address_of_ipv6_has_brackets(served):
-    stdout, _ = served("--host", "::1")
+    stdout, _ = served("--host", "::1", *MODEL)
     assert "http://[::1]:" in stdout and "everybody" not in stdout
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_at_all_addresses_it_says_who_can_ask(served, host):
-    stdout, _ = served("--host", host)
+    stdout, _ = served("--host", host, *MODEL)
     assert f"it listens at {host}: everybody in the network can ask" in stdout
     assert "http://localhost:" in stdout
