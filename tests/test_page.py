@@ -7,6 +7,8 @@ about examples/magnets.png. It leaves pictures of the page in FOLDER: desktop an
 dark.
 """
 
+import base64
+import math
 import shutil
 import sys
 import threading
@@ -49,7 +51,10 @@ CONTRASTS = """() => {
   };
   const style = id => getComputedStyle(document.querySelector(id));
   const card = style("#talk").backgroundColor;
+  const button = style("#reset").backgroundColor;
   return [
+    contrast(style("#shelf-title").color, style("body").backgroundColor),
+    contrast(style("#reset").color, button),
     contrast(style("#turns").color, card),
     contrast(style("#hint").color, card),
     contrast(style("#ask").color, style("#ask").backgroundColor),
@@ -84,7 +89,7 @@ def server():
 def page(browser, server):
     """An open page. The test fails if a script on it has."""
     errors = []
-    context = browser.new_context()
+    context = browser.new_context(has_touch=True)
     page = context.new_page()
 
     def on_error(error):
@@ -95,6 +100,34 @@ def page(browser, server):
     yield page
     assert errors == []
     context.close()
+
+
+@pytest.fixture
+def world_page(page, server):
+    """The page as the small world's: with a shelf and a drawing pad."""
+    from tiny import shelf, world
+
+    server.colours = world.COLOURS
+    server.examples = shelf.examples()
+    page.reload()
+    page.wait_for_selector("#pad", state="visible")
+    return page
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """[(question, turns, pixels), …] as they come to the desk."""
+    from extras import serve
+
+    asked = []
+    say = serve.Desk.say
+
+    def noted_say(desk, question, turns, pixels):
+        asked.append((question, turns, pixels))
+        yield from say(desk, question, turns, pixels)
+
+    monkeypatch.setattr(serve.Desk, "say", noted_say)
+    return asked
 
 
 def ask(page, question, wait=True):
@@ -244,12 +277,239 @@ def test_nothing_is_wider_than_the_window_and_text_can_be_read(page, width, sche
     assert min(contrasts) >= 4.5, contrasts                     # WCAG AA
 
 
+# The drawing pad
+
+
+GROUND = (248, 248, 248)
+# What a stamp covers, in squares as wide as it is from its centre to its edge.
+AREAS = {
+    "circle": math.pi,
+    "square": 4,
+    "triangle": 3 * 1.15**2 * math.sin(math.radians(120)) / 2,
+    "star": 10 * 1.15 * 0.45 * math.sin(math.radians(36)) / 2,
+    "cross": 4 * 0.66 - 0.66**2,
+}
+
+
+def choose(page, tool, colour):
+    page.get_by_label(tool, exact=True).check()
+    page.get_by_label(colour, exact=True).check()
+
+
+def on_screen(page, x, y):
+    """Where the canvas's pixel (x, y) is in the window."""
+    page.locator("#canvas").scroll_into_view_if_needed()
+    box = page.locator("#canvas").bounding_box()
+    return box["x"] + x * box["width"] / 128, box["y"] + y * box["height"] / 128
+
+
+def click(page, x, y):
+    page.mouse.click(*on_screen(page, x, y))
+
+
+def drag(page, start, end):
+    page.mouse.move(*on_screen(page, *start))
+    page.mouse.down()
+    page.mouse.move(*on_screen(page, *end), steps=5)
+    page.mouse.up()
+
+
+def colour_at(page, x, y):
+    """(red, green, blue) of the canvas's pixel (x, y)."""
+    pixel = page.evaluate(f"[...ink.getImageData({x}, {y}, 1, 1).data]")
+    return tuple(pixel[:3])
+
+
+def n_drawn(page):
+    """How many pixels of the canvas differ much from the ground in their green channel."""
+    channels = page.evaluate("[...ink.getImageData(0, 0, 128, 128).data]")
+    return sum(green < 200 for green in channels[1::4])
+
+
+def sees(page, asked):
+    """Was the last question asked about the drawing as it is?"""
+    import torch
+
+    from extras import serve
+
+    drawing = page.evaluate("drawing()").removeprefix("data:image/png;base64,")
+    pixels = asked[-1][2]
+    return torch.equal(pixels, serve.read_picture(drawing, pixels.shape[-1]))
+
+
+def wait_for_answer(page):
+    page.wait_for_selector("#ask:text-is('Ask')")
+
+
+def test_there_is_a_stamp_for_each_shape(world_page):
+    from tiny import world
+
+    for shape in world.SHAPES:
+        choose(world_page, shape, "red")
+        click(world_page, 64, 64)
+        assert colour_at(world_page, 64, 64) == world.COLOURS["red"]
+        area = AREAS[shape] * 13**2
+        assert abs(n_drawn(world_page) - area) < 0.1 * area, shape
+        world_page.click("#clear")
+        assert n_drawn(world_page) == 0
+
+
+def test_a_stamp_follows_until_it_is_let_go(world_page):
+    from tiny import world
+
+    choose(world_page, "star", "purple")
+    drag(world_page, (30, 30), (90, 90))
+    assert colour_at(world_page, 30, 30) == GROUND
+    assert colour_at(world_page, 90, 90) == world.COLOURS["purple"]
+
+
+def test_brush_and_bar_and_eraser(world_page):
+    from tiny import world
+
+    choose(world_page, "brush", "blue")
+    click(world_page, 20, 20)
+    drag(world_page, (20, 100), (110, 100))
+    for x, y in ((20, 20), (20, 100), (65, 100), (110, 100)):
+        assert colour_at(world_page, x, y) == world.COLOURS["blue"]
+    choose(world_page, "bar", "green")
+    drag(world_page, (50, 60), (70, 30))
+    for x, y in ((52, 32), (68, 58)):
+        assert colour_at(world_page, x, y) == world.COLOURS["green"]
+    assert colour_at(world_page, 60, 64) == GROUND
+    click(world_page, 100, 40)
+    for y in (16, 64):
+        assert colour_at(world_page, 100, y) == world.COLOURS["green"]
+    choose(world_page, "brush", "eraser")
+    drag(world_page, (65, 90), (65, 110))
+    assert colour_at(world_page, 65, 100) == GROUND
+    assert colour_at(world_page, 30, 100) == world.COLOURS["blue"]
+
+
+def test_undo_and_clear(world_page):
+    click(world_page, 30, 30)
+    click(world_page, 90, 90)
+    world_page.click("#clear")
+    assert colour_at(world_page, 30, 30) == colour_at(world_page, 90, 90) == GROUND
+    world_page.click("#undo")
+    assert colour_at(world_page, 90, 90) != GROUND
+    world_page.click("#undo")
+    assert colour_at(world_page, 30, 30) != GROUND and colour_at(world_page, 90, 90) == GROUND
+    world_page.click("#undo")
+    world_page.click("#undo")                                   # there is nothing left to undo
+    assert n_drawn(world_page) == 0
+
+
+def test_drawing_with_the_keyboard(world_page):
+    world_page.get_by_label("red", exact=True).focus()
+    world_page.keyboard.press("ArrowRight")                     # to the next colour
+    world_page.focus("#canvas")
+    world_page.keyboard.press("ArrowLeft")
+    assert world_page.locator("#pen").is_visible()
+    for _ in range(4):
+        world_page.keyboard.press("ArrowLeft")
+        world_page.keyboard.press("ArrowDown")
+    world_page.keyboard.press("Enter")
+    from tiny import world
+
+    assert colour_at(world_page, 64 - 20, 64 + 16) == world.COLOURS["green"]
+
+
+def test_drawing_with_a_finger(world_page):
+    world_page.set_viewport_size({"width": 390, "height": 800})
+    world_page.touchscreen.tap(*on_screen(world_page, 30, 30))
+    assert colour_at(world_page, 30, 30) != GROUND
+    choose(world_page, "brush", "red")
+    start = on_screen(world_page, 20, 60)
+    end = on_screen(world_page, 20, 110)
+    scrolled = world_page.evaluate("scrollY")
+    fingers = world_page.context.new_cdp_session(world_page)
+    for kind, places in (("touchStart", [start]), ("touchMove", [end]), ("touchEnd", [])):
+        points = [{"x": x, "y": y} for x, y in places]
+        fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    for y in (60, 85, 110):
+        assert colour_at(world_page, 20, y) != GROUND
+    assert world_page.evaluate("scrollY") == scrolled           # it drew and did not scroll
+
+
+def test_asking_about_the_drawing(world_page, asked):
+    world_page.click("#ask-drawing")
+    assert "Nothing is drawn yet" in error_text(world_page) and not asked
+    click(world_page, 30, 30)
+    world_page.click("#ask-drawing")
+    wait_for_answer(world_page)
+    assert asked[-1][:2] == ("Which shape is there?", []) and sees(world_page, asked)
+    assert world_page.locator("#turns .answer").count() == 1
+    assert world_page.locator("#picture").is_visible()
+    click(world_page, 90, 90)
+    world_page.fill("#question", "How many things are there?")
+    world_page.click("#ask-drawing")
+    wait_for_answer(world_page)
+    assert asked[-1][:2] == ("How many things are there?", []) and sees(world_page, asked)
+    assert world_page.input_value("#question") == ""
+
+
+def test_a_question_means_the_picture_that_came_last(world_page, asked):
+    click(world_page, 30, 30)
+    ask(world_page, "Which colour is there?")
+    assert sees(world_page, asked)
+    ask(world_page, "Why?")
+    assert sees(world_page, asked) and len(asked[-1][1]) == 1   # the same drawing: it goes on
+    click(world_page, 90, 90)
+    world_page.set_input_files("#file", MAGNETS)
+    world_page.wait_for_function("image && image.length > 0 && turns.length === 0")
+    ask(world_page, "Will these magnets attract or repel each other?")
+    assert not sees(world_page, asked)
+    world_page.click("#remove")
+    ask(world_page, "Which colour is the sky?")
+    assert asked[-1][2] is None
+
+
+# The shelf
+
+
+def test_a_click_asks_about_a_picture_of_the_shelf(world_page, server, asked):
+    import torch
+
+    from extras import serve
+
+    assert world_page.locator("#examples button").count() == len(server.examples)
+    for i in (1, 2):
+        world_page.locator("#examples button").nth(i).click()
+        wait_for_answer(world_page)
+        question, turns, pixels = asked[-1]
+        example = server.examples[i]
+        assert (question, turns) == (example["question"], [])
+        assert torch.equal(pixels, serve.read_picture(example["picture"], pixels.shape[-1]))
+        assert world_page.locator("#turns .asked").all_inner_texts() == [question]
+        shown = world_page.get_attribute("#picture", "src")
+        assert base64.b64decode(shown.partition(",")[2]) == base64.b64decode(example["picture"])
+
+
+def test_another_model_has_neither_pad_nor_shelf(page):
+    page.wait_for_selector("#bars div")
+    assert page.locator("#ask").is_visible()
+    assert page.locator("#pad").is_hidden() and page.locator("#shelf").is_hidden()
+
+
+@pytest.mark.parametrize("width", [1366, 1000, 800, 720, 390, 320])
+def test_pad_and_shelf_fit_the_window(world_page, width):
+    world_page.set_viewport_size({"width": width, "height": 800})
+    click(world_page, 30, 30)
+    world_page.click("#ask-drawing")
+    wait_for_answer(world_page)
+    assert world_page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    pad = world_page.locator("#pad").bounding_box()
+    talk = world_page.locator("#talk").bounding_box()
+    is_one_column = pad["x"] == talk["x"]
+    assert is_one_column == (width <= 720)
+
+
 def take_pictures(url, folder):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        for name, width, height in (("desktop", 1000, 640), ("phone", 390, 800)):
+        for name, width, height in (("desktop", 1000, 820), ("phone", 390, 800)):
             for scheme in ("light", "dark"):
                 viewport = {"width": width, "height": height}
                 page = browser.new_page(viewport=viewport, color_scheme=scheme)
