@@ -281,6 +281,8 @@ def test_nothing_is_wider_than_the_window_and_text_can_be_read(page, width, sche
 
 
 GROUND = (248, 248, 248)
+N_DRAWN = """ink.getImageData(0, 0, 128, 128).data
+  .filter((channel, i) => i % 4 === 1 && channel < 144).length"""
 # What a stamp covers, in squares as wide as it is from its centre to its edge.
 AREAS = {
     "circle": math.pi,
@@ -322,8 +324,7 @@ def colour_at(page, x, y):
 
 def n_drawn(page):
     """How many pixels of the canvas are nearer to red than to the ground: their green is low."""
-    channels = page.evaluate("[...ink.getImageData(0, 0, 128, 128).data]")
-    return sum(green < 144 for green in channels[1::4])
+    return page.evaluate(N_DRAWN)
 
 
 def sees(page, asked):
