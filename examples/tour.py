@@ -67,7 +67,7 @@ def load_7b() -> LaVIN:
 
 def make_sample(item: world.Item, rng: Random) -> data.Sample:
     prompt, answer = data.sqa_prompt(world.problem(item, rng, "train"))
-    image = world.render(item, rng) if item.draw else None
+    image = world.sketch(item, rng) if item.draw else None
     return data.Sample(prompt, answer, image)
 
 

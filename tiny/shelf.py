@@ -24,7 +24,7 @@ def examples(seed: int = 0) -> list[dict]:
         items.append(skill(rng))
     examples = []
     for item in items:
-        picture = to_base64(world.render(item, rng))
+        picture = to_base64(world.sketch(item, rng))
         examples.append({"question": item.question, "picture": picture})
     return examples
 

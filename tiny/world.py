@@ -5,9 +5,12 @@
                                             draw some test problems with generate.py's answers
 
 A skill is a function that takes a random generator and returns an Item: a question, its choices
-and, for a picture question, how its scene is drawn. The scene's caption says in words all that the
-picture shows. LLaMA reads captions in its pre-training (tiny/pretrain.py) and never sees a picture.
-CLIP sees the pictures. That LLaMA learns to see through CLIP is LaVIN's work.
+and, for a picture question, how its scene is drawn (tiny/drawing.py). The scene's caption says in
+words all that the picture shows. LLaMA reads captions in its pre-training (tiny/pretrain.py) and
+never sees a picture. CLIP sees the pictures. That LLaMA learns to see through CLIP is LaVIN's work.
+
+The problems need what MMA brings. Their pictures are in pencil, where CLIP's pre-training showed
+flat drawings. And a hint that is the truth in words alone misleads beside a picture (draw_item).
 
 Everything is a function of the seed. The order in which the functions draw from their generator
 is therefore part of the world: raise VERSION with any change to it.
@@ -441,6 +444,11 @@ def render(item: Item, rng: Random) -> Image.Image:
     return picture
 
 
+def sketch(item: Item, rng: Random) -> Image.Image:
+    """The picture of the Item's scene as a problem shows it, in pencil."""
+    return drawing.pencil(render(item, rng), rng)
+
+
 def draw_item(rng: Random, i: int, split: str) -> Item:
     """Problem i of a split: every other one has a picture.
 
@@ -491,8 +499,7 @@ def write_world(root: Path, seed: int = 0, sizes: tuple[int, ...] | None = None)
                 captions[pid] = item.caption
                 folder = root / "images" / split / pid
                 folder.mkdir(parents=True)
-                picture = drawing.pencil(render(item, rng), rng)
-                picture.save(folder / "image.png", compress_level=1)
+                sketch(item, rng).save(folder / "image.png", compress_level=1)
     write_json(root / "problems.json", problems)
     write_json(root / "pid_splits.json", splits)
     write_json(root / "captions.json", {"captions": captions})
