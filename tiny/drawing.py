@@ -272,7 +272,7 @@ def blank(rng: Random) -> Image.Image:
 
 
 def pencil(flat: Image.Image, rng: Random) -> Image.Image:
-    """A flat picture, drawn anew with coloured pencils: hatched, outlined, on squared paper.
+    """A flat picture, drawn anew with coloured pencils: shaded, outlined, on squared paper.
 
     The colour in the upper left corner counts as the ground, which stays paper.
     """
@@ -280,6 +280,8 @@ def pencil(flat: Image.Image, rng: Random) -> Image.Image:
     ground = Image.new("RGB", flat.size, flat.getpixel((0, 0)))
     difference = ImageChops.difference(flat, ground).convert("L")
     inside = difference.point(lambda value: 255 if value > 12 else 0)
+    lightly = inside.point(lambda value: 2 * value // 3)
+    picture.paste(flat, mask=lightly)
     picture.paste(flat, mask=ImageChops.multiply(inside, hatching(rng)))
     edges = flat.filter(ImageFilter.FIND_EDGES).convert("L")
     outline = edges.point(lambda value: 255 if value > 30 else 0)
