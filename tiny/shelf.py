@@ -22,11 +22,11 @@ def examples(seed: int = 0) -> list[dict]:
     items = [world.things(rng, new=False)]
     for skill in SKILLS:
         items.append(skill(rng))
-    examples = []
+    shown = []
     for item in items:
         picture = to_base64(world.sketch(item, rng))
-        examples.append({"question": item.question, "picture": picture})
-    return examples
+        shown.append({"question": item.question, "picture": picture})
+    return shown
 
 
 def to_base64(picture: Image.Image) -> str:
