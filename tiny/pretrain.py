@@ -283,6 +283,8 @@ class Towers(nn.Module):
         self.text.tok_embeddings.weight.requires_grad_(True)
         self.text.output.requires_grad_(False)          # only its hidden state is used
         initialise(self)
+        # As large as a patch's own embedding, else CLIP learns much later where things are.
+        nn.init.normal_(self.visual.positional_embedding)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def forward(self, pixels, captions, lengths):
@@ -314,15 +316,16 @@ def scene(skill: Callable[[Random], Item], rng: Random) -> tuple[np.ndarray, str
 
 
 def draw_batch(n: int, rng: Random) -> list[tuple[np.ndarray, str]]:
-    """n pictures with their captions in four groups that are hard to tell apart within.
+    """n pictures with their captions, in five groups that are hard to tell apart within.
 
-    One is of things, which stand for four skills, one of another skill of the world, and two are
+    One is of things, which stand for four skills, two are of other skills of the world, and two are
     from the album.
     """
-    size = n // 4
-    other = rng.choice(OTHER_SKILLS)
-    batch = [scene(old_things, rng) for _ in range(size)]
-    batch += [scene(other, rng) for _ in range(size)]
+    size = n // 5
+    batch = []
+    for skill in (old_things, *rng.sample(OTHER_SKILLS, 2)):
+        for _ in range(size):
+            batch.append(scene(skill, rng))
     for picture, caption in album.group(size, rng) + album.group(size, rng):
         batch.append((shrink(picture), caption))
     return batch
@@ -404,7 +407,7 @@ def official_clip(towers: Towers) -> dict[str, torch.Tensor]:
 
 
 def pretrain_clip(path: Path, steps: int, config: ViTConfig = CLIP_CONFIG, seed: int = 0,
-                  batch_size: int = 64, lr: float = 1e-3, n_scored: int = 200) -> dict[str, float]:
+                  batch_size: int = 65, lr: float = 1e-3, n_scored: int = 200) -> dict[str, float]:
     """Write CLIP's image encoder to the path -> its caption_scores, "new combinations" included."""
     ops.keep_freed_memory()
     torch.manual_seed(seed)
