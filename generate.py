@@ -4,6 +4,7 @@
     python generate.py --chat --image x.png                     a conversation in the terminal
     python generate.py --serve 8000                             the same as a page
     python generate.py --data sqa --split test --predictions out/predictions.json
+    python generate.py --data jsonl:mine.jsonl --by kind
     python generate.py --data mme:MME_Benchmark
     python generate.py --data caption:captions_val2014.json:val2014 --prompt "Describe it." \\
                        --predictions captions.json
@@ -26,7 +27,8 @@ from PIL import Image
 
 import checkpoints
 import data
-from extras import benchmarks, chat, evaluate, flags, scienceqa, serve
+from extras import benchmarks, chat, choices, evaluate, flags, rows, scienceqa, serve
+from extras.instructions import is_rows
 from extras.terminal import run
 from files import (DTYPES, check_compiler, check_writable, choose_paths, pick_device,
                    write_atomically)
@@ -67,20 +69,25 @@ def load_data(args: argparse.Namespace, remembered: dict,
               format: str) -> tuple[dict | None, list[data.Sample]]:
     """What --data names -> (what its samples are scored by, samples).
 
-    ScienceQA is scored by its problems and MME by what is true. Captions are not scored here:
-    COCO's own evaluation reads --predictions.
+    ScienceQA is scored by its problems, MME by what is true and rows of one's own by their answers.
+    Captions are not scored here: COCO's own evaluation reads --predictions.
     """
     kind, _, rest = args.data.partition(":")
+    images = remembered.get("images", True)
     if kind == "mme":
         samples, truths = benchmarks.load_mme(rest)
     elif kind == "caption":
         samples = benchmarks.load_captions(rest, args.prompt)
         truths = None
-    else:
+    elif kind == "sqa":
         captions = remembered.get("captions", False)
-        images = remembered.get("images", True)
         truths, samples = scienceqa.load_sqa(
             args.data_root, args.split, format, captions, images)
+    else:
+        truths, samples = rows.read_rows(args.data, args.by, args.score == "choices")
+        if not images:
+            for sample in samples:
+                sample.image = None
     if args.blank_images:
         for sample in samples:
             if sample.image:
@@ -108,6 +115,11 @@ def answer_and_score(lavin: LaVIN, truths: dict | None, samples: list[data.Sampl
                      answers: evaluate.Answers, format: str, args: argparse.Namespace) -> None:
     """Fill `answers`, and print the table that belongs to --data."""
     kind = args.data.partition(":")[0]
+    if args.score == "choices":
+        own = {place: row.choices for place, row in truths.items()}
+        choices.choose_all(lavin, samples, answers, own, args.batch_size, args.workers)
+        print_row_scores(truths, answers, args)
+        return
     how = {
         "temperature": args.temperature,
         "top_p": args.top_p,
@@ -122,12 +134,21 @@ def answer_and_score(lavin: LaVIN, truths: dict | None, samples: list[data.Sampl
         return
     n_tokens = args.max_new_tokens or (16 if kind == "mme" else 64)
     evaluate.answer_all(lavin, samples, answers, "-", n_tokens, **how)
+    if is_rows(args.data):
+        print_row_scores(truths, answers, args)
+        return
     if kind == "mme":
         outputs = answers.outputs()
         print(benchmarks.mme_table(benchmarks.mme_scores(outputs, truths)))
         begins = [benchmarks.yes_or_no(text) for text in outputs.values()]
         print(f"{begins.count(None)} of {len(outputs)} answers begin with neither yes "
               "nor no; they count as wrong")
+    answers.print_unread()
+
+
+def print_row_scores(truths: dict, answers: evaluate.Answers, args: argparse.Namespace) -> None:
+    """Print the exact match of rows of one's own."""
+    print(rows.score_table(truths, answers.outputs(), args.by))
     answers.print_unread()
 
 
@@ -144,6 +165,8 @@ def write_predictions(args: argparse.Namespace, truths: dict | None,
             if image_id in missing:
                 row["missing"] = missing[image_id]
             written.append(row)
+    elif is_rows(args.data):
+        written = rows.predictions(truths, outputs, missing)
     else:
         if kind == "sqa":
             written = {"results": evaluate.sqa_predictions(truths, outputs), "outputs": outputs}

@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 import checkpoints
 import data
 from adapters import AdapterConfig
-from extras import evaluate, flags, resume, runs, scienceqa
+from extras import evaluate, flags, resume, rows, runs, scienceqa
 from extras.terminal import run
 from fast import ops, ranks
 from files import (DTYPES, LavinError, check_compiler, check_writable, choose_paths,
@@ -227,8 +227,7 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
 
             ends_epoch = step == n_steps or step % steps_per_epoch == 0
             if samples.held_out and ends_epoch:
-                losses = runs.held_out_losses(lavin, samples.held_out, settings)
-                log.held_out(step, losses)
+                rows.score_held_out(lavin, samples.held_out, step, log, settings)
             is_due = settings.save_every and step % settings.save_every == 0
             if rank == 0 and (ends_epoch or is_due or stopped):
                 save(lavin, optimizer, scaler, step, steps_per_epoch, settings)

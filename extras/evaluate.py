@@ -13,7 +13,7 @@ A column of the table averages the problems of one kind:
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,12 +95,15 @@ def sqa_table_by(field: str, problems: dict, predictions: dict) -> str:
         if not isinstance(value, str):
             value = short(value)
         correct.setdefault(value, []).append(index == problems[pid]["answer"])
-    rows = []
-    for value, answers in sorted(correct.items()):
-        percent = 100 * sum(answers) / len(answers)
-        fraction = f"{sum(answers)}/{len(answers)}"
-        rows.append(f"{value:40}{percent:>8.2f}{fraction:>11}")
+    rows = [percent_row(value, answers) for value, answers in sorted(correct.items())]
     return "\n".join(rows)
+
+
+def percent_row(title: str, right: list[bool]) -> str:
+    """A row of a table: how many percent of the answers are right, and how many of how many."""
+    percent = 100 * sum(right) / len(right)
+    fraction = f"{sum(right)}/{len(right)}"
+    return f"{title:40}{percent:>8.2f}{fraction:>11}"
 
 
 # Answers
@@ -192,6 +195,17 @@ def decode_pictures(lavin: LaVIN, prompts: list[Encoded], answers: Answers, work
         yield prompt
 
 
+def letter_is_out(lavin: LaVIN, format: str) -> Callable[[list[int]], bool] | None:
+    """Is the letter among the tokens of an output? None where the format has reasons before it."""
+    if not format.split("-")[1].startswith("A"):
+        return None
+
+    def is_out(ids):
+        return data.sqa_answer(lavin.tokenizer.decode(ids)) >= 0
+
+    return is_out
+
+
 def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: str,
                max_new_tokens: int | None = None, temperature: float = 0.0, top_p: float = 1.0,
                batch_size: int = 32, workers: int = 0, compiled: bool = False) -> None:
@@ -201,12 +215,9 @@ def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: st
     first, an output ends as soon as its letter is out, since the lecture and the solution behind it
     do not count for the score. max_new_tokens: by default 64 for such a format, else 256.
     """
-    answer_first = format.split("-")[1].startswith("A")
+    done = letter_is_out(lavin, format)
     if max_new_tokens is None:
-        max_new_tokens = 64 if answer_first else 256
-
-    def letter_is_out(ids):
-        return data.sqa_answer(lavin.tokenizer.decode(ids)) >= 0
+        max_new_tokens = 64 if done else 256
 
     def encode(sample):
         return lavin.encode(sample, prompt_only=True)
@@ -221,8 +232,7 @@ def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: st
             # Only the generator holds the folded LLaMA. It is freed before the next one is made.
             generator = continue_prompts(
                 fold(lavin, modality), prompts, rows, max_new_tokens, temperature, top_p,
-                done=letter_is_out if answer_first else None, compiled=compiled,
-                longest=len(group[0].tokens))
+                done=done, compiled=compiled, longest=len(group[0].tokens))
             for number, ids in generator:
                 answers.add(group[number].id, lavin.tokenizer.decode(ids))
                 bar.update()

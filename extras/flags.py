@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 
 from data import default_workers
-from extras.instructions import KINDS
+from extras.instructions import KINDS, is_rows
 from extras.terminal import Parser
-from extras.values import QUESTION, SETTINGS
+from extras.values import HELD_OUT_ROWS, QUESTION, SETTINGS, SQA_FIELDS
 from files import LavinError
 
 
@@ -47,7 +47,8 @@ def add_source_flags(group) -> None:
     add("--weights", nargs="+", metavar="W", help="shares of several sources in every epoch")
     switch("--multi-turn", action="store_true", help="make a conversation one sample")
     switch("--skip-bad", action="store_true", help="leave out rows that cannot be used")
-    add("--val-fraction", help="of every source, held out: its loss after each epoch (default: 0)")
+    add("--val-fraction", help="of every source, held out: after each epoch its loss and, of "
+        "--eval-limit rows, how many are answered exactly (ScienceQA: the letter). Default: 0")
     add("--data-root", help="directory of ScienceQA (default: data/scienceqa)")
     add("--format", metavar="FORMAT", help="of ScienceQA's prompts: what is asked - what is "
         "answered (default: QCM-ALE)")
@@ -86,7 +87,8 @@ def add_training_flags(group) -> None:
     switch("--resume", action="store_true", help="go on from OUT/checkpoint.pth")
     add("--max-steps", help="stop early; --epochs still sets the schedule")
     add("--save-every", help="steps between checkpoints (default: an epoch)")
-    add("--eval-limit", help="problems of val scored at the end (default: all)")
+    add("--eval-limit", help="problems of val scored at the end (default: all), and rows of every "
+        f"held-out part answered after each epoch (default: {HELD_OUT_ROWS}; none with --fsdp)")
     switch("--check", action="store_true", help="read all of the data, say what is wrong and how "
            "it looks, and train nothing")
     switch("--dry-run", action="store_true", help="try the longest batch, print memory and hours, "
@@ -142,8 +144,10 @@ def add_mode_flags(group) -> None:
         help="a conversation as a page (default: 8000; 0: any free port)")
     add("--host", default="127.0.0.1",
         help="address of the page (default: 127.0.0.1, this machine alone)")
-    add("--data", metavar="SOURCE", help="answer a data set: sqa, mme:FOLDER, or with --prompt "
-        "caption:FILE[:IMAGES], the images that COCO's annotations list")
+    kinds = ", ".join(f"{kind}:FILE" for kind in KINDS)
+    add("--data", metavar="SOURCE", help=f"answer a data set: sqa; {kinds}, where FILE:IMAGES says "
+        "where the pictures are (of a conversation, the first question); mme:FOLDER; or with "
+        "--prompt caption:FILE[:IMAGES], the images that COCO's annotations list")
     add("--show-routing", nargs="?", const="out/routing.png", metavar="FILE",
         help="print and draw how each layer mixes its experts (default: out/routing.png)")
 
@@ -154,13 +158,15 @@ def add_data_flags(group) -> None:
     add("--data-root", help="directory of ScienceQA (default: as trained, or data/scienceqa)")
     add("--split", default="test", help="of ScienceQA (default: test)")
     add("--format", metavar="FORMAT", help="of ScienceQA's prompts (default: as trained)")
-    add("--score", help="letters: take the letter that is likeliest behind "
-        '"The answer is": one pass, nothing is generated')
+    add("--score", help="generate nothing. letters, for sqa: the letter that is likeliest behind "
+        '"The answer is". choices, for rows: the likeliest of a row\'s list "choices" or, without '
+        "one, of all answers in the file")
     add("--by", metavar="FIELD",
-        help="also print the accuracy for each value of this field of the problems")
+        help="also print the accuracy for each value of this field of the problems or rows")
     switch("--blank-images", action="store_true", help="show white in place of every picture")
     add("--predictions", metavar="FILE", help="write {results: {id: index}, outputs: "
-        "{id: text}}, and {missing: {id: why}} where there is no answer")
+        "{id: text}}, and {missing: {id: why}} where there is no answer; for rows a list of {id, "
+        "output, answer, right}")
     add("--batch-size", default=32, help="problems answered at a time (default: 32)")
     add("--workers", default=default_workers(), help="processes that decode pictures")
 
@@ -183,19 +189,47 @@ def add_model_flags(group) -> None:
 
 def add_sampling_flags(group) -> None:
     add = adder(group, QUESTION)
-    add("--max-new-tokens", help="default: 64 where the answer comes first, else 256")
+    add("--max-new-tokens",
+        help="default: 256; for a data set 64, but 16 for mme and 256 for sqa with reasons first")
     add("--temperature", default=0.0, help="0 takes the likeliest token (default)")
     add("--top-p", default=1.0,
         help="draw from the likeliest tokens that hold this much probability (default: 1)")
     add("--seed", default=0, help="of the drawing")
 
 
+def check_source(source: str) -> None:
+    """LavinError for a --data that generate.py does not know."""
+    kind, _, rest = source.partition(":")
+    has_rest = kind in ("mme", "caption", *KINDS) and rest
+    is_file = is_rows(source) and os.path.exists(source)
+    if source != "sqa" and not has_rest and not is_file:
+        forms = ", ".join(f"{kind}:FILE" for kind in KINDS)
+        raise LavinError(f"--data {source}: no such file; give sqa, mme:FOLDER, caption:FILE, "
+                         f"or one of {forms}")
+
+
+def check_scoring(args: argparse.Namespace) -> None:
+    """LavinError for a --score or a --by that --data does not have."""
+    has_rows = args.data and is_rows(args.data)
+    generates = args.temperature or args.max_new_tokens or args.compile
+    if args.score == "letters" and (args.data != "sqa" or generates):
+        raise LavinError("--score letters goes with --data sqa and generates nothing, so it takes "
+                         "no --temperature, --max-new-tokens and --compile")
+    if args.score == "choices" and (not has_rows or generates):
+        raise LavinError("--score choices goes with --data jsonl:FILE and other rows and generates "
+                         "nothing, so it takes no --temperature, --max-new-tokens and --compile")
+    if args.by and args.data == "sqa" and args.by not in SQA_FIELDS:
+        raise LavinError(f"--by {args.by}: problems of ScienceQA have {', '.join(SQA_FIELDS)}")
+    if args.by and args.data and args.data != "sqa" and not has_rows:
+        raise LavinError("--by goes with --data sqa, jsonl:FILE and other rows, "
+                         f"not with {args.data}")
+
+
 def check_args(args: argparse.Namespace) -> None:
     """LavinError for flags that contradict each other."""
-    kind, _, rest = (args.data or "").partition(":")
-    captions = kind == "caption"
-    if args.data and args.data != "sqa" and not (kind in ("mme", "caption") and rest):
-        raise LavinError(f"--data {args.data}: give sqa, mme:FOLDER or caption:FILE")
+    if args.data:
+        check_source(args.data)
+    captions = (args.data or "").startswith("caption:")
     if captions and not (args.prompt and args.predictions):
         raise LavinError("--data caption:… needs --prompt and --predictions")
     modes = [args.data, args.show_routing, args.chat, args.serve is not None,
@@ -204,10 +238,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise LavinError("give one of --prompt, --chat, --serve, --data and --show-routing")
     if args.image and (captions or args.prompt is None and not args.chat):
         raise LavinError("--image goes with --prompt or --chat")
-    if args.score and (args.data != "sqa" or args.temperature or args.max_new_tokens
-                       or args.compile):
-        raise LavinError("--score letters goes with --data sqa and generates nothing, so it takes "
-                         "no --temperature, --max-new-tokens and --compile")
+    check_scoring(args)
     if not args.data and (args.predictions or args.format or args.by or args.blank_images):
         raise LavinError("--predictions, --format, --by and --blank-images go with --data")
     if args.prompt is not None and not args.prompt.strip():

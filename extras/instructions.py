@@ -137,26 +137,45 @@ def pairs_of_conversation(conversation, has_picture):
     return pairs
 
 
+def turns_of_row(row, folder, needs_answer=True):
+    """A row of any of the kinds -> ([(prompt, answer), …], the path of its picture or None).
+
+    Raises ValueError with what is wrong with it. needs_answer=False: an instruction's answer is ""
+    where there is none.
+    """
+    if not isinstance(row, dict):
+        raise ValueError("is not an object")
+    image = find_image(row, folder)
+    if "conversations" in row:
+        return pairs_of_conversation(row["conversations"], image is not None), image
+    instruction = text_field(row, "instruction", "prompt")
+    more = text_field(row, "input", needed=False)
+    prompt = instruction_prompt(instruction, more, has_picture=image is not None)
+    answer = text_field(row, "answer", "output", needed=needs_answer).strip()
+    return [(prompt, answer)], image
+
+
 def samples_of_row(row, folder, place, multi_turn=False):
     """A row of any of the kinds -> [Sample]. Raises ValueError with what is wrong with it.
 
     A conversation becomes a sample for each turn. With multi_turn it becomes one: the last turn,
     with those before as its history, whose answers carry loss as well.
     """
-    if not isinstance(row, dict):
-        raise ValueError("is not an object")
-    image = find_image(row, folder)
-    if "conversations" in row:
-        pairs = pairs_of_conversation(row["conversations"], image is not None)
-    else:
-        instruction = text_field(row, "instruction", "prompt")
-        more = text_field(row, "input", needed=False)
-        prompt = instruction_prompt(instruction, more, has_picture=image is not None)
-        pairs = [(prompt, text_field(row, "answer", "output").strip())]
+    pairs, image = turns_of_row(row, folder)
     if multi_turn:
         prompt, answer = pairs[-1]
         return [Sample(prompt, answer, image, place, history=tuple(pairs[:-1]))]
     return [Sample(prompt, answer, image, place) for prompt, answer in pairs]
+
+
+def question_of_row(row: object, folder: str | Path, place: str) -> Sample:
+    """A row of any of the kinds, to be asked. Its answer is "" where it has none.
+
+    Of a conversation, the first question is asked. Raises ValueError with what is wrong with it.
+    """
+    pairs, image = turns_of_row(row, folder, needs_answer=False)
+    prompt, answer = pairs[0]
+    return Sample(prompt, answer, image, place)
 
 
 # A file
@@ -200,6 +219,11 @@ def split_folder(source: str) -> tuple[str, str]:
         return source, ""
     path, _, folder = source.rpartition(":")
     return path, folder
+
+
+def is_rows(source: str) -> bool:
+    """Does generate.py's --data name one of KINDS or a file, and no benchmark of its own?"""
+    return source.partition(":")[0] not in ("sqa", "mme", "caption")
 
 
 def parse_source(source: str) -> tuple[str, str, str]:

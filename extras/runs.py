@@ -445,9 +445,19 @@ class Log:
         with self.attempt():
             self.bar.update()
 
-    def held_out(self, step, losses):
-        self.write({"step": step, "held_out": losses})
-        shown = " · ".join(f"{source} {loss:.3f}" for source, loss in losses.items())
+    def held_out(self, step, losses, right):
+        """Log {source: loss} and {source: (rows answered rightly, rows asked)}."""
+        line = {"step": step, "held_out": losses, "exact_match": {}}
+        shown = []
+        for source, loss in losses.items():
+            text = f"{source} {loss:.3f}"
+            if source in right:
+                n_right, n_asked = right[source]
+                line["exact_match"][source] = 100 * n_right / n_asked
+                text += f", {n_right}/{n_asked} right"
+            shown.append(text)
+        self.write(line)
+        shown = " · ".join(shown)
         with self.attempt():
             self.bar.write(f"held out {shown}", file=sys.stdout)
 

@@ -121,6 +121,11 @@ def check_values(path: object, values: dict, kinds: dict[str, Kind],
                 raise LavinError(f"{path}: {name} {fault}")
 
 
+# Rows of every held-out part that a training run answers after an epoch, unless told otherwise.
+HELD_OUT_ROWS = 100
+# The fields of ScienceQA's problems by which their scores can be told apart.
+SQA_FIELDS = ("skill", "topic", "category", "subject", "grade", "task")
+
 # The settings of a training run (train.Settings): its flags, and a checkpoint's "config".
 
 PATH = Kind(str, optional=True)
@@ -186,8 +191,8 @@ QUESTION = SETTINGS | {
     "data": Kind(str),
     "show_routing": Kind(str),
     "split": Kind(str),
-    "score": Kind(str, choices=("letters",)),
-    "by": Kind(str, choices=("skill", "topic", "category", "subject", "grade", "task")),
+    "score": Kind(str, choices=("letters", "choices")),
+    "by": Kind(str),
     "predictions": Kind(str),
     "batch_size": Kind(int, low=1, high=100_000),
     "max_new_tokens": COUNT,

@@ -34,7 +34,7 @@ class PromptCache:
     """A layer's cache in a pass that reads prompts, or further tokens of them.
 
     keys and values (rows, K, S, D); spans: for each prompt (its row, the position at which its new
-    tokens begin, their number).
+    tokens begin, their number). Spans of one row are read one after the other.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, spans: list[tuple]):
@@ -178,33 +178,54 @@ class Engine:
         with self.lavin.autocast():
             x = self.lavin.embed(batch)                                 # (1, T, C)
             w = self.lavin.expert_weights(batch, self.routed)           # (L, 1, T, 2)
+        ends = batch.lengths.cumsum(0).to(x.device) - 1
         if w is not None:
-            ends = batch.lengths.cumsum(0).to(x.device) - 1
             self.w[:, first:first + len(lengths), 0] = w[:, 0, ends]
         self.lengths += lengths
         spans = [(first + i, 0, length) for i, length in enumerate(lengths)]
-        return self._read(x, w, spans)
+        return self._read(x, w, spans, ends)
 
     @torch.inference_mode()
     def extend(self, ids: list[int]) -> torch.Tensor:
         """Read further tokens of the only row in use -> the logits behind them (1, vocabulary)."""
         x = self.lavin.llama.tok_embeddings(torch.tensor([ids], device=self.lavin.device))
         w = None if self.w is None else self.w[:, :1]
-        logits = self._read(x, w, [(0, self.lengths[0], len(ids))])
+        end = torch.tensor([len(ids) - 1], device=x.device)
+        logits = self._read(x, w, [(0, self.lengths[0], len(ids))], end)
         self.lengths[0] += len(ids)
         return logits
 
-    def _read(self, x, w, spans):
-        """x (1, T, C), the tokens of all spans, through LLaMA -> logits behind each span, fp32."""
+    @torch.inference_mode()
+    def branch(self, branches: list[tuple[int, list[int]]]) -> torch.Tensor:
+        """Read what might follow the rows' prompts -> the logits behind each token (T, vocabulary).
+
+        A branch is (its row, its tokens). It sees the prompt of its row and no other branch, and
+        leaves the row as it was: behind the prompt, the next branch overwrites its keys and values.
+        """
+        ids = []
+        rows = []
+        spans = []
+        for row, new_ids in branches:
+            ids += new_ids
+            rows += [row] * len(new_ids)
+            spans.append((row, self.lengths[row], len(new_ids)))
+        x = self.lavin.llama.tok_embeddings(torch.tensor([ids], device=self.lavin.device))
+        w = None if self.w is None else self.w[:, rows].transpose(1, 2)     # (L, 1, T, 2)
+        return self._read(x, w, spans, torch.arange(len(ids), device=x.device))
+
+    def _read(self, x, w, spans, wanted):
+        """x (1, T, C), the tokens of all spans, through LLaMA -> logits behind the tokens `wanted`.
+
+        wanted (n,) counts in x -> (n, vocabulary), fp32.
+        """
         positions = torch.cat([torch.arange(start, start + length) for _, start, length in spans])
-        ends = torch.tensor([length for _, _, length in spans]).cumsum(0) - 1
         caches = [PromptCache(keys, values, spans) for keys, values in zip(self.keys, self.values)]
         eager = contextlib.nullcontext()
         if self.compiled:
             eager = torch.compiler.set_stance("force_eager")
         with self.lavin.autocast(), eager:
             x = self.lavin.llama(x, w, positions.to(x.device), caches=caches)
-            return self.lavin.llama.output(x[0, ends.to(x.device)]).float()
+            return self.lavin.llama.output(x[0, wanted]).float()
 
     @torch.inference_mode()
     def step(self, ids: list[int]) -> torch.Tensor:

@@ -1,0 +1,66 @@
+"""easy-VQA as data to train on: pictures of one shape, 64 pixels wide, and questions about them.
+
+    pip install easy-vqa
+    python -m examples.easy_vqa FOLDER      FOLDER/train.jsonl, test.jsonl and their pictures
+    python train.py --data jsonl:FOLDER/train.jsonl
+    python generate.py --data jsonl:FOLDER/test.jsonl --by kind
+
+A line is {"prompt": question, "image": "train/0.png", "answer": answer, "kind": "yes/no", "shape"
+or "colour"}. The package (https://pypi.org/project/easy-vqa) has 38,575 questions to train on and
+9,673 others, about 4,000 and 1,000 pictures.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from extras.terminal import Parser, run
+from files import LavinError, write_atomically
+
+SHAPES = ("circle", "rectangle", "triangle")
+
+
+def kind_of(answer: str) -> str:
+    """What kind of question has this answer."""
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "shape" if answer in SHAPES else "colour"
+
+
+def write_split(folder: Path, split: str, questions: tuple, pictures: dict[int, str]) -> None:
+    """Write FOLDER/split.jsonl, and copy its pictures to FOLDER/split.
+
+    questions: three lists of equal length, of texts, answers and pictures' numbers.
+    pictures: {number: path}.
+    """
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    for number, path in pictures.items():
+        shutil.copy(path, folder / split / f"{number}.png")
+    lines = []
+    for question, answer, number in zip(*questions):
+        row = {"prompt": question, "image": f"{split}/{number}.png", "answer": answer,
+               "kind": kind_of(answer)}
+        lines.append(json.dumps(row) + "\n")
+    text = "".join(lines)
+    write_atomically(folder / f"{split}.jsonl", lambda temporary: temporary.write_text(text))
+    print(f"written: {folder}/{split}.jsonl, {len(lines):,} questions about "
+          f"{len(pictures):,} pictures")
+
+
+def main() -> None:
+    """Write both splits."""
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    folder = parser.parse_args().folder
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise LavinError("the package easy-vqa is missing: pip install easy-vqa") from error
+    write_split(folder, "train", easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths())
+    write_split(folder, "test", easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths())
+
+
+if __name__ == "__main__":
+    run(main)

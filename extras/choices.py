@@ -1,0 +1,153 @@
+"""Choose the likeliest of given answers, without generating.
+
+An answer's score is the log-probability of its tokens and EOS behind the prompt, summed: what the
+training loss of the same sample would add up, with the sign turned. The prompt is read once into
+the cache of fast/engine.py, and every answer is read behind it.
+"""
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from data import Encoded, Sample
+from extras.evaluate import Answers, by_modality, decode_pictures, encode_prompts
+from fast.engine import Engine
+from fast.fold import fold
+from files import LavinError
+from model import LaVIN
+
+MOST_TOKENS = 1024          # of branches read together: each gives logits for the whole vocabulary
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What the sequence of one answer has behind the part that it shares with the others."""
+    tokens: tuple           # of the last token before it, and then its own
+    labels: tuple           # of the same length: as in data.Encoded
+
+
+def split_sequences(lavin: LaVIN, sample: Sample,
+                    choices: list[str]) -> tuple[Encoded, tuple[Branch, ...]]:
+    """A prompt with each of its answers -> (the start that they share, a Branch for each).
+
+    Prompt and answer are tokenized together, so that a seam gives the tokens that it gives in
+    training. LavinError where an answer does not fit the context.
+    """
+    sequences = []
+    for choice in choices:
+        sequence = lavin.encode(dataclasses.replace(sample, answer=choice))
+        if sequence.tokens[-1] != lavin.tokenizer.eos_id():
+            raise LavinError(f"{choice!r} does not fit the context")
+        sequences.append(sequence)
+    # A branch begins with the last token that all share: behind it, the first label is predicted.
+    shared = min(first_label(sequence) for sequence in sequences)
+    first = sequences[0].tokens
+    for sequence in sequences:
+        differs = np.flatnonzero(sequence.tokens[:shared] != first[:shared])
+        if len(differs) > 0:
+            shared = int(differs[0])
+    n_start = shared - 1
+    branches = []
+    for sequence in sequences:
+        tokens = sequence.tokens[n_start:].tolist()
+        labels = sequence.labels[n_start:].tolist()
+        branches.append(Branch(tuple(tokens), tuple(labels)))
+    start = dataclasses.replace(sequences[0], tokens=first[:n_start],
+                                labels=np.zeros(n_start, dtype=np.int32))
+    return start, tuple(branches)
+
+
+def first_label(sequence):
+    """The position of the first token that carries loss, or of EOS."""
+    has_loss = sequence.labels != 0
+    has_loss[-1] = True
+    return int(has_loss.argmax())
+
+
+def in_parts(branches: list[tuple[int, Branch]]) -> Iterator[list[tuple[int, Branch]]]:
+    """Cut [(row, Branch)] into lists of MOST_TOKENS tokens at most, or of a single branch."""
+    part = []
+    n_tokens = 0
+    for row, branch in branches:
+        if part and n_tokens + len(branch.tokens) > MOST_TOKENS:
+            yield part
+            part = []
+            n_tokens = 0
+        part.append((row, branch))
+        n_tokens += len(branch.tokens)
+    yield part
+
+
+def branch_scores(engine: Engine, branches: list[tuple[int, Branch]]) -> list[float]:
+    """The log-probability of each (row, Branch), whose starts are in the engine's rows."""
+    scores = []
+    for part in in_parts(branches):
+        read = []
+        targets = []
+        for row, branch in part:
+            read.append((row, list(branch.tokens[:-1])))    # nothing is predicted behind EOS
+            targets += branch.labels[1:]
+        logits = engine.branch(read)                                            # (T, vocabulary)
+        targets = torch.tensor(targets, device=logits.device)
+        losses = F.cross_entropy(logits, targets, ignore_index=0, reduction="none")     # (T,)
+        sizes = [len(tokens) for _, tokens in read]
+        for own in losses.cpu().double().split(sizes):
+            scores.append(-own.sum().item())
+    return scores
+
+
+def choose_group(lavin, group, branches, answers, modality, batch_size, workers):
+    """Yield (id of a sample, index of its likeliest answer)."""
+    rows = min(batch_size, len(group))
+    longest = 0
+    for prompt in group:
+        longest_branch = max(len(branch.tokens) for branch in branches[prompt.id])
+        longest = max(longest, len(prompt.tokens) + longest_branch)
+    engine = Engine(fold(lavin, modality), rows, longest)
+    prompts = decode_pictures(lavin, group, answers, workers, each=rows)
+    while batch := list(itertools.islice(prompts, rows)):
+        engine.prefill(data.collate(batch, lavin.resolution))
+        waiting = []
+        for row, prompt in enumerate(batch):
+            waiting += [(row, branch) for branch in branches[prompt.id]]
+        scores = branch_scores(engine, waiting)
+        engine.lengths.clear()                              # the rows are free for the next batch
+        begin = 0
+        for prompt in batch:
+            end = begin + len(branches[prompt.id])
+            yield prompt.id, int(np.argmax(scores[begin:end]))
+            begin = end
+
+
+def choose_all(lavin: LaVIN, samples: list[Sample], answers: Answers,
+               choices: dict[str, list[str]], batch_size: int = 32, workers: int = 0) -> None:
+    """Add to `answers` the likeliest of each sample's choices, {its id: [text]}.
+
+    "" where the prompt with one of them does not fit the context. The first of equal ones is taken.
+    """
+    branches = {}
+    known = {}                          # most samples have equal branches, which are kept once
+
+    def encode(sample):
+        start, own = split_sequences(lavin, sample, choices[sample.id])
+        branches[sample.id] = known.setdefault(own, own)
+        return start
+
+    encoded = encode_prompts(lavin, samples, answers, encode)
+    with tqdm(total=len(encoded), desc="choosing", unit=" problems", file=sys.stdout) as bar:
+        for modality, group in enumerate(by_modality(encoded)):
+            if not group:
+                continue
+            chosen = choose_group(
+                lavin, group, branches, answers, modality, batch_size, workers)
+            for identity, index in chosen:
+                answers.add(identity, choices[identity][index])
+                bar.update()

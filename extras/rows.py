@@ -1,0 +1,234 @@
+"""Score rows of one's own, the files of extras/instructions.py, by exact match.
+
+    read_rows       a source of --data -> its samples, and what each of them is scored by
+    is_right        exact match; letter case, surrounding space and one final full stop aside
+    score_table     percent right, of all rows and for each value of a field
+    held_out_right  the same for the rows that a training run holds out
+
+Of a conversation, the first question is asked.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sentencepiece import SentencePieceProcessor
+
+import data
+from data import Encoded, Sample
+from extras import evaluate, instructions, runs
+from extras.values import HELD_OUT_ROWS, short
+from fast import ranks
+from fast.engine import continue_prompts
+from files import LavinError
+from model import LaVIN
+
+MOST_CHOICES = 300          # of the answers of a file; each is read behind every prompt
+NO_GROUP = "(none)"
+
+
+@dataclass
+class Row:
+    """What a sample is scored by."""
+    id: str | int           # its "id", else its number in the file
+    answer: str             # "" where it has none
+    group: str              # its value of --by's field
+    choices: list[str]      # of which one is to be chosen; empty unless asked for
+
+
+# A file
+
+
+def make_row(content: dict, number: int, answer: str, by: str | None, with_choices: bool) -> Row:
+    """The Row of a file's row. ValueError if its choices are not texts."""
+    identity = content.get("id")
+    if type(identity) is not int and not data.is_unicode(identity):
+        identity = number
+    group = NO_GROUP
+    if content.get(by) is not None:
+        group = content[by] if isinstance(content[by], str) else short(content[by])
+    choices = []
+    if with_choices and content.get("choices") is not None:
+        choices = content["choices"]
+        if not isinstance(choices, list) or not choices or not all(map(is_choice, choices)):
+            raise ValueError("'choices' is not a list of texts")
+        choices = [choice.strip() for choice in choices]
+    return Row(identity, answer, group, choices)
+
+
+def is_choice(value):
+    return data.is_unicode(value) and value.strip() != ""
+
+
+def read_rows(source: str, by: str | None = None,
+              with_choices: bool = False) -> tuple[dict[str, Row], list[Sample]]:
+    """A source of --data -> ({a sample's id: its Row}, [Sample]). The id is the row's place.
+
+    by: a field of the rows, to group them by. with_choices: find every row's choices. Raises
+    LavinError for a file without rows, the first row that cannot be used, a field that no row has,
+    and a row without choices.
+    """
+    kind, path, folder = instructions.parse_source(source)
+    rows = {}
+    samples = []
+    fields = set()
+    for number, (place, content) in enumerate(instructions.iterate_rows(kind, path), 1):
+        if isinstance(content, instructions.BadRow):
+            raise LavinError(str(content))
+        try:
+            sample = instructions.question_of_row(content, folder, place)
+            rows[place] = make_row(content, number, sample.answer, by, with_choices)
+        except ValueError as error:
+            raise LavinError(f"{place}: {error}") from error
+        samples.append(sample)
+        fields.update(content)
+    if not rows:
+        raise LavinError(f"{path}: holds no row")
+    if by and by not in fields:
+        raise LavinError(f"--by {by}: no row of {path} has this field; "
+                         f"they have {', '.join(sorted(fields))}")
+    if with_choices:
+        settle_choices(rows, path)
+    return rows, samples
+
+
+def settle_choices(rows: dict[str, Row], path: str) -> None:
+    """Give all answers of the file to the rows that have no choices of their own."""
+    answers = {}                        # a set would lose their order
+    for row in rows.values():
+        if row.answer:
+            answers[row.answer] = True
+    for place, row in rows.items():
+        if row.choices:
+            continue
+        if not answers:
+            raise LavinError(f'{place}: has no "choices", and no row of the file has an answer; '
+                             "--score choices needs one of the two")
+        if len(answers) > MOST_CHOICES:
+            raise LavinError(f"{path}: --score choices takes the answers of the file as choices, "
+                             f"at most {MOST_CHOICES}, but there are {len(answers)}; give each row "
+                             'its own list "choices"')
+        row.choices = list(answers)
+
+
+# Scores
+
+
+def is_right(output: str, answer: str) -> bool:
+    """Exact match, but for letter case, surrounding space and one final full stop."""
+    return output != "" and bare(output) == bare(answer)
+
+
+def bare(text):
+    return text.strip().removesuffix(".").strip().casefold()
+
+
+def score_table(rows: dict[str, Row], outputs: dict[str, str], by: str | None) -> str:
+    """Percent right of the rows that have an answer; with `by`, for each group as well."""
+    groups = {}                         # {group: [was this row answered rightly?]}
+    right = []                          # of all groups
+    for place, row in rows.items():
+        if row.answer:
+            right.append(is_right(outputs[place], row.answer))
+            groups.setdefault(row.group, []).append(right[-1])
+    if not right:
+        return "no row has an answer, so nothing is scored"
+    lines = []
+    if by:
+        lines += [evaluate.percent_row(group, groups[group]) for group in sorted(groups)]
+    lines.append(evaluate.percent_row("exact match", right))
+    if len(right) < len(rows):
+        lines.append(f"{len(rows) - len(right)} rows have no answer and do not count")
+    return "\n".join(lines)
+
+
+def predictions(rows: dict[str, Row], outputs: dict[str, str], missing: dict[str, str]) -> list:
+    """What --predictions holds: {id, output, answer, right} of every row.
+
+    right is None where there is no answer to compare with. missing: {a sample's id: why it has no
+    output}.
+    """
+    written = []
+    for place, row in rows.items():
+        line = {"id": row.id, "output": outputs[place], "answer": row.answer or None}
+        line["right"] = is_right(outputs[place], row.answer) if row.answer else None
+        if place in missing:
+            line["missing"] = missing[place]
+        written.append(line)
+    return written
+
+
+# The rows that a training run holds out
+
+
+def question_of(encoded: Encoded, tokenizer: SentencePieceProcessor) -> tuple[Encoded, str]:
+    """A sample to train on -> (its prompt, its answer). Of a conversation, the last turn's."""
+    has_loss = encoded.labels != 0
+    begins = np.flatnonzero(has_loss[1:] & ~has_loss[:-1]) + 1      # of each answer
+    begin = begins[-1]
+    prompt = dataclasses.replace(
+        encoded, tokens=encoded.tokens[:begin], labels=np.zeros(begin, dtype=np.int32))
+    answer = encoded.labels[begin:].tolist()
+    if answer[-1] == tokenizer.eos_id():
+        answer.pop()
+    return prompt, tokenizer.decode(answer)
+
+
+def count_right(lavin: LaVIN, encoded: list[Encoded], source: str, format: str) -> int:
+    """How many of these samples to train on are answered rightly.
+
+    Of ScienceQA's, the letter counts alone.
+    """
+    if not encoded:
+        return 0
+    prompts = []
+    expected = []
+    for sample in encoded:
+        prompt, answer = question_of(sample, lavin.tokenizer)
+        prompts.append(prompt)
+        expected.append(answer)
+    # One token more than the longest answer has is enough to see that an output is not it.
+    most = max(len(sample.tokens) - len(prompt.tokens) for sample, prompt in zip(encoded, prompts))
+    done = evaluate.letter_is_out(lavin, format) if source == "sqa" else None
+    n_right = 0
+    with torch.compiler.set_stance("force_eager"):
+        # Not folded: that would copy some of LLaMA's matrices beside a training run.
+        for number, ids in continue_prompts(lavin, prompts, min(32, len(prompts)), most, done=done):
+            output = lavin.tokenizer.decode(ids)
+            if source == "sqa":
+                letter = data.sqa_answer(output)
+                n_right += letter >= 0 and letter == data.sqa_answer(expected[number])
+            else:
+                n_right += is_right(output, expected[number])
+    return n_right
+
+
+def held_out_right(lavin: LaVIN, held_out: dict[str, list[Encoded]],
+                   settings) -> dict[str, tuple[int, int]]:
+    """{source: (rows answered rightly, rows asked)} of what was held out, over all ranks.
+
+    Asked are the first --eval-limit rows of every source, HELD_OUT_ROWS by default. {} with --fsdp,
+    where no rank has the whole model.
+    """
+    results = {}
+    if settings.fsdp:
+        return results
+    limit = HELD_OUT_ROWS if settings.eval_limit is None else settings.eval_limit
+    lavin.eval()
+    for source, encoded in held_out.items():
+        asked = encoded[:limit]
+        if asked:
+            share = asked[ranks.rank()::ranks.count()]
+            n_right = torch.tensor(count_right(lavin, share, source, settings.format))
+            results[source] = ranks.total(n_right.to(lavin.device)).item(), len(asked)
+    lavin.train()
+    return results
+
+
+def score_held_out(lavin: LaVIN, held_out: dict[str, list[Encoded]], step: int, log: runs.Log,
+                   settings) -> None:
+    """Log the loss of what was held out, and how much of it is answered rightly."""
+    losses = runs.held_out_losses(lavin, held_out, settings)
+    right = held_out_right(lavin, held_out, settings)
+    log.held_out(step, losses, right)
