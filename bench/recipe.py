@@ -1,10 +1,10 @@
 """A skill that the small world lacks, learned from 200 examples: is this face happy or sad?
 
-    python -m bench.recipe make FOLDER          draw 200 faces and write FOLDER/faces.jsonl
+    python -m bench.recipe make FOLDER      draw 200 faces, and 200 others to score by
     python train.py --data jsonl:FOLDER/faces.jsonl
-    python -m bench.recipe score CHECKPOINT     how many of 200 new faces are read rightly
+    python generate.py --data jsonl:FOLDER/new-faces.jsonl
 
-It measures README's recipe for data of one's own. Neither LLaMA nor CLIP has met a face before; to
+It is README's recipe for data of one's own. Neither LLaMA nor CLIP has met a face before; to
 compare, score a checkpoint that was trained on the small world alone.
 """
 
@@ -13,14 +13,9 @@ import json
 from pathlib import Path
 from random import Random
 
-import torch
 from PIL import Image, ImageDraw
 
-import checkpoints
-from data import Sample
-from extras.instructions import instruction_prompt
 from extras.terminal import Parser, run
-from fast import engine
 from tiny import world
 
 QUESTION = "Is this face happy or sad?"
@@ -49,47 +44,27 @@ def face(rng: Random) -> tuple[Image.Image, str]:
     return picture, mood
 
 
-def make(folder: Path) -> None:
-    """Write the pictures, and faces.jsonl with a row for each of them."""
-    rng = Random("faces")
-    folder.mkdir(parents=True, exist_ok=True)
+def write_faces(folder: Path, name: str) -> None:
+    """Draw N_FACES pictures into FOLDER/NAME, and write FOLDER/NAME.jsonl with a row for each."""
+    rng = Random(name.replace("-", " "))
+    (folder / name).mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(N_FACES):
         picture, mood = face(rng)
-        picture.save(folder / f"{i}.png")
-        row = {"prompt": QUESTION, "image": f"{i}.png", "answer": f"The face is {mood}."}
+        picture.save(folder / name / f"{i}.png")
+        row = {"prompt": QUESTION, "image": f"{name}/{i}.png", "answer": f"The face is {mood}."}
         rows.append(json.dumps(row))
-    (folder / "faces.jsonl").write_text("\n".join(rows))
-
-
-def score(checkpoint: Path) -> None:
-    """Print how many of N_FACES new faces a checkpoint of the small world reads rightly."""
-    torch.manual_seed(0)
-    lavin = checkpoints.load(world.PATHS["llama"], world.PATHS["vit"], checkpoint)
-    rng = Random("new faces")
-    samples = []
-    expected = []
-    for _ in range(N_FACES):
-        picture, mood = face(rng)
-        samples.append(Sample(instruction_prompt(QUESTION, has_picture=True), image=picture))
-        expected.append(f"The face is {mood}.")
-    answers = engine.generate(lavin, samples, max_new_tokens=16)
-    right = 0
-    for answer, wanted in zip(answers, expected):
-        right += answer.strip() == wanted
-    print(f"{right} of {N_FACES} new faces read rightly; the first: {answers[0]}")
+    (folder / f"{name}.jsonl").write_text("\n".join(rows))
 
 
 def main() -> None:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["make", "score"])
-    parser.add_argument("path", type=Path, metavar="FOLDER or CHECKPOINT")
-    args = parser.parse_args()
-    if args.what == "make":
-        make(args.path)
-    else:
-        score(args.path)
+    parser.add_argument("what", choices=["make"])
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    folder = parser.parse_args().folder
+    write_faces(folder, "faces")
+    write_faces(folder, "new-faces")
 
 
 if __name__ == "__main__":

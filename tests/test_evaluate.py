@@ -1,16 +1,20 @@
 """Scores and tables, and when an answer is complete."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import checkpoints
-from conftest import ADAPTER, LLAMA, VIT
-from extras import evaluate
+import data
+from conftest import ADAPTER, LLAMA, VIT, difference
+from extras import choices, evaluate
 from extras.scienceqa import load_sqa
 from fast import engine
 from fast.engine import Engine
+from fast.fold import fold
 from files import LavinError
 
 # Scores
@@ -244,3 +248,78 @@ def test_the_routing_is_printed_with_how_far_apart_the_modalities_are(capsys, tm
     assert distances == (f"distance of text and picture: {shown} · mean {apart.mean():.3f} · "
                          f"largest {apart.max():.3f}, layer {int(apart.argmax()) + 1}")
     assert written == f"written: {tmp_path / 'routing.png'}"
+
+
+# The likeliest of given answers
+
+
+CHOICES = ["Iron.", "yes", "The answer is A.", "yes, of course", "yes"]
+
+
+def brute_force(lavin, sample, choice):
+    """log P(choice, EOS | prompt), from the logits of the whole sequence."""
+    batch = lavin.batch([replace(sample, answer=choice)])
+    log_p = lavin.logits(batch)[0].log_softmax(-1)
+    total = 0.0
+    for position in batch.answer_indices.tolist():
+        total += log_p[position - 1, batch.tokens[position]].item()
+    return total
+
+
+@torch.no_grad()
+def score_in_branches(lavin, samples, choices_of):
+    """The scores of all choices of all samples, in order, over one engine."""
+    engine = Engine(lavin, len(samples), 128)
+    starts = []
+    waiting = []
+    for row, (sample, given) in enumerate(zip(samples, choices_of)):
+        start, branches = choices.split_sequences(lavin, sample, given)
+        starts.append(start)
+        waiting += [(row, branch) for branch in branches]
+    engine.prefill(data.collate(starts, lavin.resolution))
+    return choices.branch_scores(engine, waiting)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modality", [0, 1])
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("most_tokens", [3, 1024], ids=["in parts", "at once"])
+def test_scores_in_branches_are_those_of_whole_sequences(
+        lavin, samples, monkeypatch, modality, folded, most_tokens):
+    """Rows have choices of their own here, and the two equal choices must get equal scores."""
+    monkeypatch.setattr(choices, "MOST_TOKENS", most_tokens)
+    samples = [sample for sample in samples if (sample.image is not None) == modality]
+    choices_of = [CHOICES, CHOICES[:1]]
+    expected = []
+    for sample, given in zip(samples, choices_of, strict=True):
+        expected += [brute_force(lavin, sample, choice) for choice in given]
+    model = fold(lavin, modality) if folded else lavin
+    assert difference(score_in_branches(model, samples, choices_of), expected) < 1e-4
+
+
+def test_the_likeliest_choice_is_taken(lavin, samples):
+    """Of every sample's own choices, pictures and text in one list, in batches of one and of all.
+
+    Its score is that of the training loss.
+    """
+    numbered = [replace(sample, id=str(i)) for i, sample in enumerate(samples)]
+    choices_of = {"0": CHOICES, "1": CHOICES[1:], "2": CHOICES[:3], "3": CHOICES}
+    expected = {}
+    for sample in numbered:
+        sums = {}
+        for choice in choices_of[sample.id]:
+            batch = lavin.batch([replace(sample, answer=choice)])
+            sums[choice] = lavin(batch).item() * batch.n_answer
+        expected[sample.id] = min(sums, key=sums.get)
+    for batch_size in (1, 32):
+        answers = evaluate.Answers(numbered)
+        choices.choose_all(lavin, numbered, answers, choices_of, batch_size)
+        assert answers.given == expected
+
+
+def test_a_choice_that_does_not_fit_the_context_is_counted(lavin, samples, capsys):
+    numbered = [replace(sample, id=str(i)) for i, sample in enumerate(samples[:2])]
+    answers = evaluate.Answers(numbered)
+    choices.choose_all(lavin, numbered, answers, {"0": ["yes"], "1": ["yes", "no " * 200]})
+    assert answers.given == {"0": "yes", "1": ""}
+    assert "1 prompts do not fit the context" in capsys.readouterr().out

@@ -12,7 +12,9 @@ import pytest
 import generate
 import train
 from conftest import ADAPTER, LLAMA, ROOT, VIT
+from data import Sample
 from extras.evaluate import COLUMNS
+from extras.instructions import instruction_prompt
 from fast.engine import Engine
 from files import LavinError
 from test_train import flags
@@ -123,6 +125,70 @@ def test_letters_need_a_data_set_with_choices(call):
     letters = ("--score", "letters", *MODEL)
     assert call(generate, "--prompt", "x", *letters)[0] == 2
     assert call(generate, "--data", "sqa", "--temperature", 1, *letters)[0] == 2
+
+
+# Rows of one's own
+
+
+@pytest.fixture
+def ask_rows(call, tmp_path, samples):
+    """ask_rows("--flag", value, …): of three rows, two have an answer and one a picture."""
+    path = tmp_path / "mine.jsonl"
+    (tmp_path / "a.png").write_bytes(samples[0].image.read_bytes())
+    path.write_text("""
+        {"prompt": "Name a metal.", "answer": "Iron.", "kind": "word"}
+        {"prompt": "Which colour?", "answer": "Red.", "image": "a.png", "kind": "colour"}
+        {"prompt": "Why?", "id": "why"}
+    """)
+
+    def ask_rows(*flags):
+        return call(generate, "--data", f"jsonl:{path}", *MODEL, "--workers", 0,
+                    "--predictions", tmp_path / "p.json", *flags)
+    return ask_rows
+
+
+def test_rows_are_answered_and_scored(ask_rows, tmp_path, lavin):
+    code, stdout, stderr = ask_rows("--by", "kind", "--max-new-tokens", 5)
+    assert (code, stderr) == (0, "")
+    assert "0/2" in stdout and "1 rows have no answer" in stdout and "colour" in stdout
+    written = json.loads((tmp_path / "p.json").read_text())
+    assert [row["id"] for row in written] == [1, 2, "why"]
+    assert [row["right"] for row in written] == [False, False, None]
+    text = Sample(instruction_prompt("Name a metal."))
+    picture = Sample(instruction_prompt("Which colour?", has_picture=True), "", tmp_path / "a.png")
+    assert [row["output"] for row in written[:2]] == lavin.generate([text, picture], 5)
+
+
+def test_a_choice_of_the_files_answers_is_taken(ask_rows, tmp_path):
+    code, stdout, stderr = ask_rows("--score", "choices")
+    assert (code, stderr) == (0, "")
+    assert "/2" in stdout
+    written = json.loads((tmp_path / "p.json").read_text())
+    assert {row["output"] for row in written} <= {"Iron.", "Red."}
+
+
+def test_a_row_with_a_bad_picture_has_no_answer(ask_rows, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    code, _, stderr = ask_rows("--score", "choices")
+    assert code == 2 and "mine.jsonl line 3" in stderr and len(stderr.splitlines()) == 1
+    written = json.loads((tmp_path / "p.json").read_text())
+    assert written[1]["output"] == "" and not written[1]["right"]
+    assert "not a picture" in written[1]["missing"]
+
+
+def test_flags_that_rows_do_not_go_with_are_one_line(ask_rows, fails, sqa, tmp_path):
+    code, _, stderr = ask_rows("--by", "colour")
+    assert code == 2 and "--by colour: no row of" in stderr and "answer, id, image" in stderr
+    assert ask_rows("--score", "letters")[0] == 2
+    assert ask_rows("--score", "choices", "--temperature", 1)[0] == 2
+    caption = ("--data", "caption:x.json", "--prompt", "x", "--predictions", tmp_path / "p.json")
+    fails(generate, *caption, "--by", "kind", says=["--by goes with", "caption:x.json"])
+    fails(generate, "--data", f"mme:{tmp_path}", "--by", "kind", says=["--by goes with", "mme:"])
+    fails(generate, "--data", "sqa", "--by", "kind", says=["--by kind", "skill, topic"])
+    fails(generate, "--data", "sqa", "--score", "choices", says=["--score choices goes with"])
+    for source in ("no.jsonl", "jsonl:", "sqa:x", "dogs:x"):
+        fails(generate, "--data", source, says=[f"--data {source}: no such file", "jsonl:FILE"])
+    fails(generate, "--data", "jsonl:no.jsonl", says=["no.jsonl: no such file"])
 
 
 # Answers that are kept

@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ import data
 import train
 from conftest import LLAMA, VIT
 from data import Sample
-from extras import instructions
+from examples import easy_vqa
+from extras import instructions, rows
 from extras.instructions import instruction_prompt, read_instructions
 from files import LavinError
 from test_data import EPS
@@ -195,13 +198,16 @@ def test_training_on_a_mixture_writes_held_out_losses_and_resumes(
     in_parts = tmp_path / "parts"
     assert call_train(*mixed, out=whole_run)[0] == 0
     held_out = []
+    exact_match = []
     for line in (whole_run / "metrics.jsonl").read_text().splitlines():
         metrics = json.loads(line)
         if "held_out" in metrics:
             held_out.append(metrics["held_out"])
+            exact_match.append(metrics["exact_match"])
     assert len(held_out) == 2
     assert held_out[0].keys() == {"sqa", mine}
     assert held_out[1]["sqa"] < held_out[0]["sqa"] < 20
+    assert exact_match[0].keys() == {"sqa", mine}
     assert call_train(*mixed, "--max-steps", 4, out=in_parts)[0] == 0
     assert call(train, "--resume", "--out", in_parts)[0] == 0
     whole = torch.load(whole_run / "checkpoint.pth", weights_only=False)["model"]
@@ -220,6 +226,150 @@ def test_instructions_alone_train_by_their_own_schedule(folder, tmp_path, call):
     assert "15 = 15 epochs × 1" in stdout and "scoring" not in stdout
     config = torch.load(out / "checkpoint.pth", weights_only=False)["config"]
     assert config["warmup"] == 0.2 and config["multi_turn"]
+
+
+# Scores of one's own rows
+
+
+KINDS_OF_ROWS = [
+    {"prompt": "Say hello.", "answer": "Hello.", "kind": "greeting", "id": "a"},
+    {"prompt": "What is it?", "answer": "Red", "image": "a.png", "kind": "colour"},
+    {"prompt": "And this?", "answer": "Blue.", "image": "a.png", "kind": "colour"},
+    {"prompt": "Say nothing.", "kind": "greeting"},
+    {"prompt": "Why?", "answer": "So.", "kind": 3},
+    {"image": "b.jpg", "conversations": TALK},
+]
+
+
+@pytest.fixture
+def write_rows(folder):
+    """write_rows([row, …]) -> a source of --data."""
+    def write_rows(written):
+        path = folder / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in written))
+        return f"jsonl:{path}"
+
+    return write_rows
+
+
+@pytest.mark.parametrize("output, right", [
+    ("Red", True), (" red.\n", True), ("RED .", True), ("Red..", False), ("Re d", False),
+    ("", False), ("Red and blue", False)])
+def test_exact_match_leaves_case_space_and_one_full_stop_aside(output, right):
+    assert rows.is_right(output, "Red.") == right
+    assert rows.is_right(output, "red") == right
+
+
+def test_rows_are_counted_in_all_and_by_a_field(write_rows):
+    found, samples = rows.read_rows(write_rows(KINDS_OF_ROWS), by="kind")
+    assert [sample.answer for sample in samples] == ["Hello.", "Red", "Blue.", "", "So.", "A star."]
+    said = ["hello", "red.", "Red", "anything", "So", "a star"]
+    outputs = {sample.id: text for sample, text in zip(samples, said)}
+    table = rows.score_table(found, outputs, by="kind")
+    assert [line.split() for line in table.splitlines()[:5]] == [
+        ["(none)", "100.00", "1/1"],
+        ["3", "100.00", "1/1"],
+        ["colour", "50.00", "1/2"],
+        ["greeting", "100.00", "1/1"],
+        ["exact", "match", "80.00", "4/5"],
+    ]
+    assert table.splitlines()[5] == "1 rows have no answer and do not count"
+    written = rows.predictions(found, outputs, {samples[4].id: "no picture"})
+    assert written[0] == {"id": "a", "output": "hello", "answer": "Hello.", "right": True}
+    assert written[2] == {"id": 3, "output": "Red", "answer": "Blue.", "right": False}
+    assert written[3] == {"id": 4, "output": "anything", "answer": None, "right": None}
+    assert written[4]["missing"] == "no picture"
+
+
+def test_every_kind_of_file_can_be_scored(folder):
+    """Of a conversation, the first question is asked."""
+    for source, answers in (
+            (f"alpaca:{folder / 'alpaca.json'}", ["5", "Iron."]),
+            (f"llava:{folder / 'llava.json'}", ["A star."]),
+            (f"all_data:{folder / 'all_data.json'}", ["Yes.", "No.", "Maybe."]),
+            (f"{folder / 'mine.jsonl'}", ["Hello.", "Red.", "A star."])):
+        _, samples = rows.read_rows(source)
+        assert [sample.answer for sample in samples] == answers
+
+
+def test_choices_are_a_rows_own_or_the_files_answers(write_rows):
+    written = [*KINDS_OF_ROWS[:4], {"prompt": "x", "choices": [" left", "right"]}]
+    found, _ = rows.read_rows(write_rows(written), with_choices=True)
+    of_file = ["Hello.", "Red", "Blue."]
+    assert [row.choices for row in found.values()] == [of_file] * 4 + [["left", "right"]]
+
+
+@pytest.mark.parametrize("written, by, reason", [
+    ([], None, "rows.jsonl: holds no row"),
+    ([{"prompt": "x", "answer": "y"}], "kind", "--by kind: no row of"),
+    ([{"prompt": "x"}], None, 'line 1: has no "choices", and no row'),
+    ([{"prompt": "x", "answer": f"{i}"} for i in range(301)], None, "but there are 301"),
+    ([{"prompt": "x", "choices": []}], None, "line 1: 'choices' is not a list of texts"),
+    ([{"prompt": "x", "choices": ["a", " "]}], None, "line 1: 'choices' is not a list of texts"),
+    ([{"prompt": "x", "choices": ["a", 3]}], None, "line 1: 'choices' is not a list of texts"),
+    ([{"answer": "x"}], None, "line 1: 'instruction' or 'prompt' is missing"),
+    ([3], None, "line 1: is not an object"),
+])
+def test_rows_that_cannot_be_scored_are_one_error(write_rows, written, by, reason):
+    with pytest.raises(LavinError) as caught:
+        rows.read_rows(write_rows(written), by, with_choices=True)
+    assert reason in str(caught.value)
+
+
+def test_the_question_of_a_sample_to_train_on_is_its_last_turn(folder, lavin):
+    samples, _ = read_instructions(f"llava:{folder / 'llava.json'}", multi_turn=True)
+    prompt, answer = rows.question_of(lavin.encode(samples[0]), lavin.tokenizer)
+    assert answer == "Red, I think."
+    asked = lavin.encode(samples[0], prompt_only=True)
+    assert prompt.tokens.tolist() == asked.tokens.tolist()
+    assert not prompt.labels.any() and prompt.image == samples[0].image
+
+
+def test_held_out_rows_are_answered_rightly_or_not(lavin, samples, monkeypatch):
+    """Of ScienceQA's, the letter counts alone. --eval-limit says how many rows are asked."""
+    said = ["red", "The answer is B", "perhaps"]
+
+    def say(lavin, prompts, n_rows, max_new_tokens, done):
+        for number in range(len(prompts)):
+            yield number, lavin.tokenizer.encode(said[number])
+
+    monkeypatch.setattr(rows, "continue_prompts", say)
+    held_out = {"sqa": [], "mine": []}
+    for sample, told in zip(samples, ["Red.", "The answer is B. BECAUSE: so.", "Never."]):
+        encoded = lavin.encode(Sample(sample.prompt, told, sample.image))
+        held_out["sqa"].append(encoded)
+        held_out["mine"].append(encoded)
+    settings = train.Settings()
+    assert rows.held_out_right(lavin, held_out, settings) == {"sqa": (1, 3), "mine": (1, 3)}
+    settings.eval_limit = 1
+    assert rows.held_out_right(lavin, held_out, settings) == {"sqa": (0, 1), "mine": (1, 1)}
+    settings.eval_limit = 0
+    assert rows.held_out_right(lavin, held_out, settings) == {}
+
+
+def fake_easy_vqa(picture):
+    """What examples/easy_vqa.py needs of the package."""
+    questions = (["what color is the shape?", "is it a circle?", "what shape is it?"],
+                 ["red", "yes", "circle"], [4, 4, 4])
+    return SimpleNamespace(
+        get_train_questions=lambda: questions, get_train_image_paths=lambda: {4: picture},
+        get_test_questions=lambda: questions, get_test_image_paths=lambda: {4: picture})
+
+
+def test_easy_vqa_becomes_rows(folder, tmp_path, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "easy_vqa", fake_easy_vqa(folder / "a.png"))
+    code, stdout, stderr = call(easy_vqa, tmp_path / "easy")
+    assert (code, stderr) == (0, "") and "3 questions about 1 pictures" in stdout
+    for split in ("train", "test"):
+        samples, bad_rows = read_instructions(f"jsonl:{tmp_path}/easy/{split}.jsonl", look=True)
+        assert len(samples) == 3 and not bad_rows
+    found, _ = rows.read_rows(f"jsonl:{tmp_path}/easy/test.jsonl", by="kind")
+    assert [row.group for row in found.values()] == ["colour", "yes/no", "shape"]
+
+
+def test_without_the_package_one_line_says_what_to_install(fails, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    fails(easy_vqa, tmp_path / "easy", says=["pip install easy-vqa"])
 
 
 # What is wrong
