@@ -115,11 +115,6 @@ def answer_and_score(lavin: LaVIN, truths: dict | None, samples: list[data.Sampl
                      answers: evaluate.Answers, format: str, args: argparse.Namespace) -> None:
     """Fill `answers`, and print the table that belongs to --data."""
     kind = args.data.partition(":")[0]
-    if args.score == "choices":
-        own = {place: row.choices for place, row in truths.items()}
-        choices.choose_all(lavin, samples, answers, own, args.batch_size, args.workers)
-        print_row_scores(truths, answers, args)
-        return
     how = {
         "temperature": args.temperature,
         "top_p": args.top_p,
@@ -132,23 +127,20 @@ def answer_and_score(lavin: LaVIN, truths: dict | None, samples: list[data.Sampl
         evaluate.score(lavin, truths, samples, format, args.by, args.score == "letters", answers,
                        max_new_tokens=args.max_new_tokens, **how)
         return
-    n_tokens = args.max_new_tokens or (16 if kind == "mme" else 64)
-    evaluate.answer_all(lavin, samples, answers, "-", n_tokens, **how)
+    if args.score == "choices":
+        own = {place: row.choices for place, row in truths.items()}
+        choices.choose_all(lavin, samples, answers, own, args.batch_size, args.workers)
+    else:
+        n_tokens = args.max_new_tokens or (16 if kind == "mme" else 64)
+        evaluate.answer_all(lavin, samples, answers, "-", n_tokens, **how)
+    outputs = answers.outputs()
     if is_rows(args.data):
-        print_row_scores(truths, answers, args)
-        return
+        print(rows.score_table(truths, outputs, args.by))
     if kind == "mme":
-        outputs = answers.outputs()
         print(benchmarks.mme_table(benchmarks.mme_scores(outputs, truths)))
         begins = [benchmarks.yes_or_no(text) for text in outputs.values()]
         print(f"{begins.count(None)} of {len(outputs)} answers begin with neither yes "
               "nor no; they count as wrong")
-    answers.print_unread()
-
-
-def print_row_scores(truths: dict, answers: evaluate.Answers, args: argparse.Namespace) -> None:
-    """Print the exact match of rows of one's own."""
-    print(rows.score_table(truths, answers.outputs(), args.by))
     answers.print_unread()
 
 

@@ -401,3 +401,23 @@ def test_compiled_prompts_that_take_turns_go_on_as_eager_ones(lavin, compiler_wi
         n_graphs.append(count_graphs())
     assert n_graphs[1] <= 9
     assert n_graphs[3] == n_graphs[1]
+
+
+# Branches
+
+
+def test_a_branch_sees_its_prompt_alone_and_leaves_no_trace(lavin, samples):
+    """What a step says of the same token behind the same prompt, before a branch and after it."""
+    batch = data.collate(encode_prompts(lavin, samples), lavin.resolution)
+    tokens = [5, 6, 7, 8]
+    stepped = Engine(lavin, 4, 128)
+    stepped.prefill(batch)
+    expected = stepped.step(tokens)
+    branched = Engine(lavin, 4, 128)
+    branched.prefill(batch)
+    logits = branched.branch([(1, [9, 10]), (1, [6]), (3, [8]), (0, [5, 11, 12])])
+    assert logits.shape == (7, lavin.llama.config.vocab_size)
+    assert difference(logits[2], expected[1]) < 1e-4
+    assert difference(logits[3], expected[3]) < 1e-4
+    assert difference(logits[4], expected[0]) < 1e-4
+    assert difference(branched.step(tokens), expected) < 1e-4

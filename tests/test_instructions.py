@@ -196,7 +196,8 @@ def test_training_on_a_mixture_writes_held_out_losses_and_resumes(
              "--val-fraction", 0.25, "--eval-limit", 2]
     whole_run = tmp_path / "whole"
     in_parts = tmp_path / "parts"
-    assert call_train(*mixed, out=whole_run)[0] == 0
+    code, stdout, _ = call_train(*mixed, out=whole_run)
+    assert code == 0 and "/2 right" in stdout
     held_out = []
     exact_match = []
     for line in (whole_run / "metrics.jsonl").read_text().splitlines():
