@@ -188,7 +188,7 @@ def test_flags_that_rows_do_not_go_with_are_one_line(ask_rows, fails, sqa, tmp_p
     fails(generate, "--data", "sqa", "--score", "choices", says=["--score choices goes with"])
     for source in ("no.jsonl", "jsonl:", "sqa:x", "dogs:x"):
         fails(generate, "--data", source, says=[f"--data {source}: no such file", "jsonl:FILE"])
-    fails(generate, "--data", "jsonl:no.jsonl", says=["no.jsonl: no such file"])
+    fails(generate, "--data", "jsonl:no.jsonl", *MODEL, says=["no.jsonl: no such file"])
 
 
 # Answers that are kept
