@@ -5,8 +5,8 @@ The way of the data: Sample (text, and a picture's path) -> Encoded (tokens, mad
 
     [BOS] "Image: " [features] prompt answer [EOS]     or     [BOS] "Image: N/A" prompt answer [EOS]
 
-is put together in `encode`, for training and generation alike. Token 0 (LLaMA's <unk>, which no
-text contains) holds the place of the features. As a label, 0 means "no loss on this token".
+is put together in `encode`, for training and generation alike. A mask says where the features go.
+As a label, −100 means "no loss on this token", which is torch's own convention.
 """
 
 import dataclasses
@@ -92,6 +92,8 @@ def load_pixels(image: str | Path | Image.Image, resolution: int) -> torch.Tenso
 
 # Samples, tokens, batches
 
+IGNORED = -100      # the label of a token without loss, as F.cross_entropy has it
+
 
 @dataclass
 class Sample:
@@ -106,7 +108,8 @@ class Sample:
 class Encoded:
     """A sample as tokens: NumPy arrays, which may be parts of a mapped file."""
     tokens: np.ndarray          # (T,) int32
-    labels: np.ndarray          # (T,) int32: the token itself where it belongs to an answer, else 0
+    labels: np.ndarray          # (T,) int32: the token itself in an answer, IGNORED elsewhere
+    is_feature: np.ndarray      # (T,) bool: a picture's feature goes here, whatever the token is
     image: str | Path | Image.Image | torch.Tensor | None       # a tensor holds pixels (3, R, R)
     id: str
 
@@ -116,14 +119,14 @@ class Batch:
     """Samples concatenated without padding: T counts the tokens of all B samples.
 
     What a batch's tensors can be indexed with is computed with it, on the CPU: to find, say, the
-    labels that are not 0, a GPU would make the CPU wait.
+    labels that are not IGNORED, a GPU would make the CPU wait.
     """
     tokens: torch.Tensor            # (T,) int64
     labels: torch.Tensor            # (T,) int64
     positions: torch.Tensor         # (T,) int64, of each token in its own sample
     modality: torch.Tensor          # (T,) int64, of each token's sample: 0 text only, 1 picture
-    answer_indices: torch.Tensor    # (n_answer,) int64, where labels is not 0
-    picture_starts: torch.Tensor    # (N,) int64, where the samples with a picture begin
+    answer_indices: torch.Tensor    # (n_answer,) int64, where labels is not IGNORED
+    feature_indices: torch.Tensor   # (N · F,) int64, where the features of the pictures go
     pixels: torch.Tensor            # (N, 3, R, R) fp32, in the same order
     lengths: torch.Tensor           # (B,) int64, tokens of each sample; stays on the CPU
     ids: list[str]                  # B of them
@@ -138,7 +141,7 @@ class Batch:
             positions=self.positions.to(device),
             modality=self.modality.to(device),
             answer_indices=self.answer_indices.to(device),
-            picture_starts=self.picture_starts.to(device),
+            feature_indices=self.feature_indices.to(device),
             pixels=self.pixels.to(device))
 
 
@@ -173,13 +176,13 @@ def tokenize(sample: Sample, tokenizer: SentencePieceProcessor) -> tuple[list[in
     spans the seam, that is a token off, as in the authors' code.
     """
     tokens = [tokenizer.bos_id()]
-    labels = [0]
+    labels = [IGNORED]
     for prompt, answer in (*sample.history, (sample.prompt, sample.answer)):
         turn = [*tokenizer.encode(prompt + answer), tokenizer.eos_id()]
         n_prompt = len(tokenizer.encode(prompt))
         n_prompt = min(n_prompt, len(turn))     # the seam may take fewer tokens than its two sides
         tokens += turn
-        labels += [0] * n_prompt + turn[n_prompt:]
+        labels += [IGNORED] * n_prompt + turn[n_prompt:]
     return tokens, labels
 
 
@@ -206,7 +209,7 @@ def check_unicode(sample: Sample) -> None:
 
 def encode(sample: Sample, tokenizer: SentencePieceProcessor, n_features: int, max_seq_len: int,
            prompt_only: bool = False) -> Encoded:
-    """A sample -> the sequence of the module's docstring, with 0 where the features go.
+    """A sample -> the sequence of the module's docstring.
 
     For training, the sequence is cut at its end to max_seq_len - 1 tokens: the modality token takes
     one position in the authors' code, although it is not in our sequence (router.py). A sample
@@ -218,16 +221,21 @@ def encode(sample: Sample, tokenizer: SentencePieceProcessor, n_features: int, m
         question = Sample(sample.prompt, history=sample.history)
         tokens, _ = tokenize(question, tokenizer)
         tokens = tokens[:-1]                                        # no EOS
-        labels = [0] * len(tokens)
+        labels = [IGNORED] * len(tokens)
     else:
         tokens, labels = tokenize(sample, tokenizer)
 
     if sample.image is None:
         prefix = tokenizer.encode("Image: N/A")
+        n_features = 0
     else:
-        prefix = picture_prefix(tokenizer) + [0] * n_features
-    tokens = tokens[:1] + prefix + tokens[1:]                       # behind BOS
-    labels = labels[:1] + [0] * len(prefix) + labels[1:]
+        prefix = picture_prefix(tokenizer)
+    first = 1 + len(prefix)                                         # behind BOS and prefix
+    is_feature = np.zeros(len(tokens) + len(prefix) + n_features, dtype=bool)
+    is_feature[first:first + n_features] = True
+    prefix = prefix + [0] * n_features      # any token would do: the features replace its vector
+    tokens = tokens[:1] + prefix + tokens[1:]
+    labels = labels[:1] + [IGNORED] * len(prefix) + labels[1:]
 
     room = max_seq_len - 2                                          # modality token, one new token
     if prompt_only and len(tokens) > room:
@@ -235,14 +243,26 @@ def encode(sample: Sample, tokenizer: SentencePieceProcessor, n_features: int, m
                          f"{max_seq_len} has room for {room}; shorten it or raise --max-seq-len")
     tokens = np.array(tokens[:max_seq_len - 1], dtype=np.int32)
     labels = np.array(labels[:max_seq_len - 1], dtype=np.int32)
-    return Encoded(tokens, labels, sample.image, sample.id)
+    return Encoded(tokens, labels, is_feature[:max_seq_len - 1], sample.image, sample.id)
 
 
-def append_token(encoded: Encoded, token: int) -> Encoded:
-    """The sequence one token longer; the new token carries no loss."""
-    tokens = np.append(encoded.tokens, token)
-    labels = np.append(encoded.labels, 0)
-    return dataclasses.replace(encoded, tokens=tokens, labels=labels)
+def append_tokens(encoded: Encoded, tokens: list[int]) -> Encoded:
+    """The sequence with further tokens behind it; these carry no loss."""
+    n = len(tokens)
+    return dataclasses.replace(
+        encoded,
+        tokens=np.append(encoded.tokens, tokens).astype(np.int32),
+        labels=np.append(encoded.labels, [IGNORED] * n).astype(np.int32),
+        is_feature=np.append(encoded.is_feature, [False] * n).astype(bool))
+
+
+def cut(encoded: Encoded, n: int) -> Encoded:
+    """The first n tokens of a sequence."""
+    return dataclasses.replace(
+        encoded,
+        tokens=encoded.tokens[:n],
+        labels=encoded.labels[:n],
+        is_feature=encoded.is_feature[:n])
 
 
 def with_pixels(encoded: Encoded, resolution: int) -> Encoded:
@@ -262,10 +282,10 @@ def collate(encoded: list[Encoded], resolution: int) -> Batch:
     lengths = torch.tensor([len(e.tokens) for e in encoded])                            # (B,)
     tokens = torch.from_numpy(np.concatenate([e.tokens for e in encoded])).long()       # (T,)
     labels = torch.from_numpy(np.concatenate([e.labels for e in encoded])).long()
+    is_feature = torch.from_numpy(np.concatenate([e.is_feature for e in encoded]))
     positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
-    starts = lengths.cumsum(0) - lengths                                                # (B,)
     has_picture = torch.tensor([e.image is not None for e in encoded])                  # (B,)
-    answer_indices = labels.nonzero()[:, 0]
+    answer_indices = (labels != IGNORED).nonzero()[:, 0]
 
     pictures = [with_pixels(e, resolution).image for e in encoded if e.image is not None]
     if pictures:
@@ -277,7 +297,7 @@ def collate(encoded: list[Encoded], resolution: int) -> Batch:
         tokens, labels, positions,
         modality=has_picture.long().repeat_interleave(lengths),
         answer_indices=answer_indices,
-        picture_starts=starts[has_picture],
+        feature_indices=is_feature.nonzero()[:, 0],
         pixels=pixels,
         lengths=lengths,
         ids=[e.id for e in encoded],
@@ -382,7 +402,8 @@ class Batches(Dataset):
         for indices in self.plan(i):
             chosen.append([self.encoded[j] for j in indices])
         first = chosen[0][0]
-        idle = Encoded(first.tokens[:2], np.zeros_like(first.labels[:2]), None, "")
+        no_loss = np.full(2, IGNORED, dtype=np.int32)
+        idle = Encoded(first.tokens[:2], no_loss, np.zeros(2, dtype=bool), None, "")
         while len(chosen) % self.n_ranks != 0:
             chosen.append([idle])
         try:

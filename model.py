@@ -305,11 +305,7 @@ class LaVIN(nn.Module):
         x = self.llama.tok_embeddings(batch.tokens)                 # (T, C)
         if len(batch.pixels) > 0:
             features = self.projector(self.image_features(batch.pixels))        # (N, F, C)
-            # A sample with a picture begins with BOS, "Image: " and then F empty positions.
-            first = 1 + len(data.picture_prefix(self.tokenizer))
-            offsets = first + torch.arange(self.n_features, device=x.device)    # (F,)
-            positions = batch.picture_starts[:, None] + offsets     # (N, F)
-            x[positions] = features.type_as(x)
+            x[batch.feature_indices] = features.flatten(0, 1).type_as(x)
         return x[None]
 
     def expert_weights(self, batch: data.Batch,
@@ -319,7 +315,7 @@ class LaVIN(nn.Module):
         routed: what route() returned, where the caller has asked it already.
         """
         if self.folded_for is not None:
-            n_pictures = len(batch.picture_starts)
+            n_pictures = len(batch.pixels)
             n_expected = len(batch.lengths) if self.folded_for == 1 else 0
             if n_pictures != n_expected:
                 raise ValueError(f"folded for modality {self.folded_for}, "
@@ -383,7 +379,7 @@ class LaVIN(nn.Module):
                 if token == self.tokenizer.eos_id():
                     break
                 new_tokens.append(token)
-                sequence = data.append_token(sequence, token)
+                sequence = data.append_tokens(sequence, [token])
                 if len(sequence.tokens) == self.max_seq_len - 1:    # the context is full
                     break
             texts.append(self.tokenizer.decode(new_tokens))

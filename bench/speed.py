@@ -156,8 +156,11 @@ def encode_problems(lavin: LaVIN, pictures: list) -> list[data.Encoded]:
         generator = np.random.default_rng(i)
         tokens = generator.integers(10, 30000, start + n_answer + 1).astype(np.int32)[:511]
         labels = tokens.copy()
-        labels[:start] = 0
-        encoded.append(data.Encoded(tokens, labels, image, str(i)))
+        labels[:start] = data.IGNORED
+        is_feature = np.zeros(len(tokens), dtype=bool)
+        if has_picture:
+            is_feature[4:4 + lavin.n_features] = True
+        encoded.append(data.Encoded(tokens, labels, is_feature, image, str(i)))
     return encoded * 2
 
 
@@ -387,10 +390,13 @@ def memory_rate(device: torch.device) -> float:
 def make_prompt(lavin: LaVIN, n: int, has_picture: bool) -> data.Encoded:
     """A prompt of n tokens in all."""
     tokens = np.random.default_rng(n).integers(10, 30000, n).astype(np.int32)
+    labels = np.full_like(tokens, data.IGNORED)
+    is_feature = np.zeros(n, dtype=bool)
     image = None
     if has_picture:
+        is_feature[4:4 + lavin.n_features] = True       # behind BOS and the picture's prefix
         image = torch.zeros(3, lavin.resolution, lavin.resolution)
-    return data.Encoded(tokens, np.zeros_like(tokens), image, str(n))
+    return data.Encoded(tokens, labels, is_feature, image, str(n))
 
 
 def run_greedy(engine: Engine, batch: data.Batch, n: int) -> tuple[float, float, list[int]]:

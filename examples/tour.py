@@ -231,10 +231,10 @@ def show_vit(lavin: LaVIN) -> None:
     print("\nNext: read `Block`, and what its docstring says about the authors' code.")
 
 
-def print_pieces(name: str, tokens, lavin: LaVIN) -> None:
+def print_pieces(name: str, encoded: data.Encoded, part: slice, lavin: LaVIN) -> None:
     pieces = []
-    for token in tokens.tolist():
-        if token == 0:
+    for token, is_feature in zip(encoded.tokens[part].tolist(), encoded.is_feature[part]):
+        if is_feature:
             pieces.append("<feature>")
         else:
             pieces.append(lavin.tokenizer.id_to_piece(token).replace("\n", "\\n"))
@@ -253,9 +253,9 @@ def show_data(lavin: LaVIN) -> None:
     samples = two_samples()
     for sample in samples:
         encoded = lavin.encode(sample)
-        answer_start = encoded.labels.nonzero()[0][0]
-        print_pieces("no loss", encoded.tokens[:answer_start], lavin)
-        print_pieces("loss", encoded.tokens[answer_start:], lavin)
+        answer_start = (encoded.labels != data.IGNORED).argmax()
+        print_pieces("no loss", encoded, slice(answer_start), lavin)
+        print_pieces("loss", encoded, slice(answer_start, None), lavin)
         print()
 
     batch = lavin.batch(samples)
@@ -266,7 +266,7 @@ def show_data(lavin: LaVIN) -> None:
         "positions": f"0 to {batch.positions[n - 1]}, then 0 to {batch.positions[-1]}",
         "modality": f"{batch.modality[0]} for {n} tokens, then {batch.modality[-1]} (a picture)",
         "answer_indices": f"tokens that carry loss, the last is token {batch.answer_indices[-1]}",
-        "picture_starts": f"where samples with a picture begin: {batch.picture_starts.tolist()}",
+        "feature_indices": f"where the features go: {batch.feature_indices.tolist()}",
         "lengths": f"tokens of each sample: {batch.lengths.tolist()}",
     }
     for name, meaning in rows.items():

@@ -10,10 +10,9 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -143,8 +142,7 @@ class Conversation:
             logits = self.engine.extend(ids[known:])
         else:
             self.engine.lengths.clear()
-            no_labels = np.zeros(len(ids), dtype=np.int32)
-            whole = replace(self.start, tokens=np.array(ids), labels=no_labels)
+            whole = data.append_tokens(self.start, ids[len(self.start.tokens):])
             logits = self.engine.prefill(data.collate([whole], self.lavin.resolution))
         self.cached = ids
         return logits

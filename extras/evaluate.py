@@ -252,9 +252,7 @@ def letter_prompt(lavin, sample, n_choices):
     tokens = np.stack([variant.tokens[:shortest] for variant in variants])      # (choices, T)
     differs = (tokens != tokens[0]).any(axis=0)             # (T,)
     position = int(differs.argmax())
-    start = replace(variants[0], tokens=tokens[0, :position],
-                    labels=variants[0].labels[:position])
-    return start, tokens[:n_choices, position].tolist()
+    return data.cut(variants[0], position), tokens[:n_choices, position].tolist()
 
 
 def choose_group(lavin, group, letters, answers, modality, batch_size, workers):

@@ -300,7 +300,7 @@ MANY = 20_000
 
 def cache_key(samples, tokenizer, n_features, max_seq_len):
     """A hash of everything that the tokens depend on. Other tokens are never taken for them."""
-    version = 1                     # of tokenize and encode in data.py: raise it when they change
+    version = 2                     # of tokenize and encode in data.py: raise it when they change
     key = hashlib.sha256(tokenizer.serialized_model_proto())
     key.update(f"{n_features} {max_seq_len} {version}".encode())
     for sample in samples:
@@ -311,16 +311,18 @@ def cache_key(samples, tokenizer, n_features, max_seq_len):
 
 
 def write_tokens(path, samples, tokenizer, n_features, max_seq_len):
-    """Tokenize all samples into one int32 array: the lengths, all the tokens, all the labels."""
+    """Tokenize all samples into one int32 array: lengths, tokens, labels, masks of features."""
     lengths = []
     tokens = []
     labels = []
+    masks = []
     for sample in tqdm(samples, desc="tokenizing", file=sys.stdout):
         encoded = data.encode(sample, tokenizer, n_features, max_seq_len)
         lengths.append(len(encoded.tokens))
         tokens.append(encoded.tokens)
         labels.append(encoded.labels)
-    flat = np.concatenate([np.array(lengths, dtype=np.int32), *tokens, *labels])
+        masks.append(encoded.is_feature.astype(np.int32))
+    flat = np.concatenate([np.array(lengths, dtype=np.int32), *tokens, *labels, *masks])
 
     def write(temporary):
         with open(temporary, "wb") as file:                 # np.save would add .npy to a name
@@ -339,23 +341,27 @@ def map_tokens(path, n_samples, vocab_size):
     if flat.dtype != np.int32 or flat.ndim != 1 or len(flat) < n_samples:
         return None
     lengths = flat[:n_samples]
-    tokens = flat[n_samples:]
-    if lengths.min() < 0 or len(tokens) != 2 * lengths.sum(dtype=np.int64):
+    rest = flat[n_samples:]
+    if lengths.min() < 0 or len(rest) != 3 * lengths.sum(dtype=np.int64):
         return None
-    if tokens.min(initial=0) < 0 or tokens.max(initial=0) >= vocab_size:
-        return None
-    return flat
+    tokens, labels, masks = rest.reshape(3, -1)
+    sound = (((0 <= tokens) & (tokens < vocab_size)).all()
+             and ((labels == data.IGNORED) | (labels == tokens)).all()
+             and ((masks == 0) | (masks == 1)).all())
+    return flat if sound else None
 
 
 def split_tokens(flat, samples):
     """The [Encoded] of what write_tokens wrote."""
     lengths = flat[:len(samples)]
-    tokens, labels = flat[len(samples):].reshape(2, -1)
+    tokens, labels, masks = flat[len(samples):].reshape(3, -1)
     encoded = []
     start = 0
     for sample, length in zip(samples, lengths.tolist()):
         end = start + length
-        encoded.append(Encoded(tokens[start:end], labels[start:end], sample.image, sample.id))
+        is_feature = masks[start:end].astype(bool)
+        encoded.append(
+            Encoded(tokens[start:end], labels[start:end], is_feature, sample.image, sample.id))
         start = end
     return encoded
 
@@ -400,11 +406,12 @@ def show(sample: Sample, encoded: Encoded, tokenizer: SentencePieceProcessor) ->
     """A sample as the model sees it. What carries loss stands between » and «."""
     shown = ""
     has_loss = False
-    for token, label in zip(encoded.tokens.tolist(), encoded.labels.tolist()):
-        if has_loss != (label != 0):
+    sequence = zip(encoded.tokens.tolist(), encoded.labels.tolist(), encoded.is_feature.tolist())
+    for token, label, is_feature in sequence:
+        if has_loss != (label != data.IGNORED):
             has_loss = not has_loss
             shown += "»" if has_loss else "«"
-        if token != 0:
+        if not is_feature:
             # sentencepiece writes a space as ▁, and a byte that no piece covers as <0x..>.
             shown += tokenizer.id_to_piece(token).replace("▁", " ").replace("<0x0A>", "\n")
         elif not shown.endswith("[picture]"):               # once for all of a picture's features
@@ -430,7 +437,7 @@ def print_lengths(samples, tokenizer, n_features, max_seq_len):
         cut = data.encode(sample, tokenizer, n_features, max_seq_len)
         lengths.append(len(whole.tokens))
         n_cut += len(cut.tokens) < len(whole.tokens)
-        n_lost += not cut.labels.any()
+        n_lost += bool((cut.labels == data.IGNORED).all())
     print(f"{sum(lengths):,} tokens, {np.mean(lengths):.0f} on average, {max(lengths)} at most; "
           f"at --max-seq-len {max_seq_len} {n_cut} are cut, {n_lost} of them before the answer")
     for line in histogram(lengths, "tokens"):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
@@ -40,11 +41,15 @@ class TrainingSet:
         self.lengths = [len(e.tokens) for e in self.encoded]
 
     def hash(self) -> str:
-        """It tells these samples, in this order, from others. Of a picture, its name counts."""
+        """It tells these samples, in this order, from others. Of a picture, its name counts.
+
+        Labels without loss count as 0, as in the hashes that older checkpoints hold.
+        """
         key = hashlib.sha256()
         for e in self.encoded:
             key.update(e.tokens.tobytes())
-            key.update(e.labels.tobytes())
+            labels = np.where(e.labels == data.IGNORED, 0, e.labels).astype(np.int32)
+            key.update(labels.tobytes())
             if e.image is not None:
                 key.update(os.path.basename(e.image).encode(errors="replace"))
         return key.hexdigest()[:16]
@@ -97,7 +102,7 @@ def make_training_set(lavin: nn.Module, sources: dict[str, list[data.Sample]],
         with ranks.first():
             all_encoded = instructions.encode_all(
                 samples, lavin.tokenizer, lavin.n_features, lavin.max_seq_len, folder)
-        kept = [e for e in all_encoded if (e.labels != 0).any()]
+        kept = [e for e in all_encoded if (e.labels != data.IGNORED).any()]
         title = f"{source}: " if len(sources) > 1 else ""
         say_what_was_kept(title, kept, len(all_encoded))
         if not kept:

@@ -4,9 +4,7 @@ import builtins
 import io
 import os
 import sys
-from dataclasses import replace
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -67,7 +65,8 @@ def test_a_follow_up_never_recomputes_the_past(lavin, computed, image):
         say(conversation, question)
     sequence = list(conversation.cached)
     assert sum(computed) == len(sequence)
-    whole = replace(conversation.start, tokens=np.array(sequence), labels=np.zeros(len(sequence)))
+    start = conversation.start
+    whole = data.append_tokens(start, sequence[len(start.tokens):])
     logits = lavin.logits(data.collate([whole], lavin.resolution)).detach()[0]
     answer = conversation.turns[-1].answer
     last = len(sequence) - len(answer)                  # in front of the answer's first token

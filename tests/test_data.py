@@ -87,12 +87,55 @@ def test_tokens_and_labels(lavin, samples, expected):
         tokens, labels = data.tokenize(sample, lavin.tokenizer)
         expected_labels = expected["labels"][i]
         assert tokens == [token for token in expected["examples"][i].tolist() if token != 0]
-        assert labels == expected_labels[:len(labels)].tolist()
-        assert not expected_labels[len(labels):].any()
+        theirs = [label if label != 0 else data.IGNORED for label in expected_labels.tolist()]
+        assert labels == theirs[:len(labels)]
+        assert set(theirs[len(labels):]) == {data.IGNORED}
         prefix = prefix_of[int(expected["indicators"][i])]
         encoded = data.encode(sample, lavin.tokenizer, 2, 128)
         assert encoded.tokens.tolist() == tokens[:1] + prefix + tokens[1:]
-        assert encoded.labels.tolist() == labels[:1] + [0] * len(prefix) + labels[1:]
+        assert encoded.labels.tolist() == labels[:1] + [data.IGNORED] * len(prefix) + labels[1:]
+        n_features = 2 if sample.image else 0
+        first = 1 + len(prefix) - n_features
+        assert encoded.is_feature.nonzero()[0].tolist() == list(range(first, first + n_features))
+        assert len(encoded.is_feature) == len(encoded.tokens)
+
+
+class OtherTokens:
+    """The tokenizer with its ids turned around, so that EOS is token 0, as in SmolLM2."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def encode(self, text):
+        return [self.other(token) for token in self.tokenizer.encode(text)]
+
+    def bos_id(self):
+        return self.other(self.tokenizer.bos_id())
+
+    def eos_id(self):
+        return self.other(self.tokenizer.eos_id())
+
+    def other(self, token):
+        """The ids up to EOS's, in reverse."""
+        eos = self.tokenizer.eos_id()
+        return eos - token if token <= eos else token
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_token_0_may_be_eos(lavin, samples, number):
+    """The loss is the same as with the same rows of the embeddings under other ids."""
+    tokenizer = lavin.tokenizer
+    expected = lavin(lavin.batch([samples[number]])).item()
+    other = OtherTokens(tokenizer)
+    assert other.eos_id() == 0
+    rows = torch.tensor([other.other(token) for token in range(tokenizer.vocab_size())])
+    with torch.no_grad():
+        for matrix in (lavin.llama.tok_embeddings, lavin.llama.output):
+            matrix.weight.copy_(matrix.weight[rows])
+    lavin.tokenizer = other
+    batch = lavin.batch([samples[number]])
+    assert batch.labels[-1] == 0
+    assert abs(lavin(batch).item() - expected) < 1e-6
 
 
 def test_truncation(lavin, samples):
@@ -105,7 +148,7 @@ def test_truncation(lavin, samples):
     assert cut.tokens.tolist() == whole.tokens[:79].tolist()
     assert cut.labels.tolist() == whole.labels[:79].tolist()
     without_answer = data.encode(samples[0], lavin.tokenizer, 2, 40)
-    assert not without_answer.labels.any()
+    assert (without_answer.labels == data.IGNORED).all()
 
 
 def test_the_prompt_is_not_cut_silently(lavin):
@@ -120,7 +163,8 @@ def test_tokens_of_many_samples_are_kept_and_never_taken_for_others(
     def encode_all(samples, max_seq_len=128):
         rows = []
         for e in instructions.encode_all(samples, lavin.tokenizer, 2, max_seq_len, tmp_path):
-            rows.append((e.tokens.tolist(), e.labels.tolist(), e.image, e.id))
+            arrays = (e.tokens.tolist(), e.labels.tolist(), e.is_feature.tolist())
+            rows.append((*arrays, e.image, e.id))
         return rows
 
     expected = encode_all(samples)
@@ -140,14 +184,16 @@ def test_tokens_of_many_samples_are_kept_and_never_taken_for_others(
     lambda content: content[:-4],
     lambda content: content[:200],
     lambda content: b"",
-    lambda content: content[:-4] + b"\xff\xff\xff\x7f",          # no token of the vocabulary
+    # The header has 128 bytes and the four lengths have 16.
+    lambda content: content[:144] + b"\xff\xff\xff\x7f" + content[148:],
+    lambda content: content[:-4] + b"\xff\xff\xff\x7f",          # no mask
     lambda content: content.replace(b"<i4", b"|O8"),
-], ids=["cut", "cut short", "empty", "too large", "objects"])
+], ids=["cut", "cut short", "empty", "no token", "no mask", "objects"])
 def test_kept_tokens_that_are_damaged_are_made_again(
         lavin, samples, tmp_path, monkeypatch, damage):
     def encode_all():
         encoded = instructions.encode_all(samples, lavin.tokenizer, 2, 128, tmp_path)
-        return [(e.tokens.tolist(), e.labels.tolist()) for e in encoded]
+        return [(e.tokens.tolist(), e.labels.tolist(), e.is_feature.tolist()) for e in encoded]
 
     monkeypatch.setattr(instructions, "MANY", 4)
     expected = encode_all()
@@ -330,18 +376,22 @@ def test_a_batch_is_its_samples_concatenated(lavin, samples):
     labels = batch.labels.split(sizes)
     positions = batch.positions.split(sizes)
     modality = batch.modality.split(sizes)
+    is_feature = torch.zeros(len(batch.tokens), dtype=torch.bool)
+    is_feature[batch.feature_indices] = True
+    features = is_feature.split(sizes)
     assert len(sizes) == len(samples)
     n_answer = 0
     for i, e in enumerate(encoded):
         assert tokens[i].tolist() == e.tokens.tolist()
         assert labels[i].tolist() == e.labels.tolist()
         assert positions[i].tolist() == list(range(len(e.tokens)))
+        assert features[i].tolist() == e.is_feature.tolist()
         assert set(modality[i].tolist()) == {int(e.image is not None)}
-        n_answer += (e.labels != 0).sum()
-    assert len(batch.pixels) == len(batch.picture_starts) == 2
-    assert (batch.tokens[batch.picture_starts] == lavin.tokenizer.bos_id()).all()
+        n_answer += (e.labels != data.IGNORED).sum()
+    assert len(batch.pixels) == 2
+    assert len(batch.feature_indices) == 2 * lavin.n_features
     assert batch.n_answer == len(batch.answer_indices) == n_answer
-    assert (batch.labels[batch.answer_indices] != 0).all()
+    assert (batch.labels[batch.answer_indices] != data.IGNORED).all()
 
 
 # Worker processes

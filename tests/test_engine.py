@@ -26,9 +26,7 @@ def encode_prompts(lavin, samples):
 
 def first_tokens(encoded, n):
     """The first n tokens of a sample."""
-    tokens = encoded.tokens[:n]
-    labels = encoded.labels[:n]
-    return data.Encoded(tokens, labels, encoded.image, encoded.id)
+    return data.cut(encoded, n)
 
 
 # The same tokens as LaVIN.generate, which recomputes everything for each token

@@ -151,13 +151,13 @@ def test_loss_of_a_conversation_is_that_of_its_turns_with_their_history(folder, 
         history = tuple(turns[:n])
         encoded = lavin.encode(Sample(prompt, answer, sample.image, history=history))
         alone = lavin.encode(Sample(prompt, answer))
-        n_answer = int((alone.labels != 0).sum())
-        encoded.labels[:-n_answer] = 0
+        n_answer = int((alone.labels != data.IGNORED).sum())
+        encoded.labels[:-n_answer] = data.IGNORED
         batch = data.collate([encoded], lavin.resolution)
         parts += lavin(batch).item() * batch.n_answer
     assert abs(total - parts) < 1e-4
     is_end = whole.tokens == lavin.tokenizer.eos_id()
-    has_loss = whole.labels != 0
+    has_loss = whole.labels != data.IGNORED
     assert is_end.sum() == 2 and has_loss[is_end].all()
 
 

@@ -210,7 +210,7 @@ def test_the_loss_is_the_mean_over_the_labels_of_the_logits(lavin, samples):
     for i, (length, end) in enumerate(zip(batch.lengths.tolist(), ends)):
         labels = batch.labels[end - length:end]
         for t in range(1, length):
-            if labels[t] != 0:
+            if labels[t] != data.IGNORED:
                 log_p.append(logits[i, t - 1].log_softmax(-1)[labels[t]])
     assert len(log_p) == batch.n_answer
     assert difference(lavin(batch), -torch.stack(log_p).mean()) < 1e-5

@@ -50,6 +50,12 @@ def test_a_resumed_run_cannot_become_another(fails, sqa, finished_run):
     assert (finished_run / "checkpoint.pth").read_bytes() == before
 
 
+def test_the_hash_of_the_data_is_that_of_older_checkpoints(lavin, samples):
+    """In which a label without loss is 0."""
+    encoded = [lavin.encode(sample) for sample in samples]
+    assert runs.TrainingSet(encoded, [4], {}).hash() == "8b0705faf8be406d"
+
+
 def write_narrow_llama(directory):
     """A LLaMA of half LLAMA's width, cut out of it."""
     directory.mkdir()

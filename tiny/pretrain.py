@@ -112,7 +112,7 @@ NOTHING = slice(0, 0)
 class Row:
     """A document as tokens."""
     tokens: list[int]
-    labels: list[int]           # the token itself where it belongs to the answer, else 0
+    labels: list[int]           # the token itself where it belongs to the answer, else IGNORED
     description: slice          # of tokens: the words in the picture's place
 
 
@@ -126,7 +126,7 @@ def encode_document(words: str | None, sample: Sample, tokenizer: SentencePieceP
         prefix = data.picture_prefix(tokenizer) + tokenizer.encode(words)
         description = slice(1 + len(data.picture_prefix(tokenizer)), 1 + len(prefix))
     tokens = tokens[:1] + prefix + tokens[1:]                       # behind BOS
-    labels = labels[:1] + [0] * len(prefix) + labels[1:]
+    labels = labels[:1] + [data.IGNORED] * len(prefix) + labels[1:]
     return Row(tokens, labels, description)
 
 
@@ -164,10 +164,10 @@ def text_batches(steps: int, tokenizer, seed: int, batch_size: int) -> Iterator[
         yield batches.pop()
 
 
-def pad(sequences):
-    """Lists of token ids -> (N, T) int64, 0 behind the end of each."""
+def pad(sequences, value=0):
+    """Lists of token ids -> (N, T) int64, `value` behind the end of each."""
     tensors = [torch.tensor(sequence) for sequence in sequences]
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
 def letter_loss(llama: LLaMA, rows: list[Row], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,7 +177,7 @@ def letter_loss(llama: LLaMA, rows: list[Row], tokenizer) -> tuple[torch.Tensor,
     answered, 8 for a letter in the answer.
     """
     tokens = pad([row.tokens for row in rows])                      # (N, T)
-    labels = pad([row.labels for row in rows])
+    labels = pad([row.labels for row in rows], data.IGNORED)
     x = llama.tok_embeddings(tokens[:, :-1])                        # (N, T - 1, C)
     for i, row in enumerate(rows):
         if row.description != NOTHING:
@@ -187,7 +187,7 @@ def letter_loss(llama: LLaMA, rows: list[Row], tokenizer) -> tuple[torch.Tensor,
     targets = tokens[:, 1:]
     labels = labels[:, 1:]
     letters = torch.isin(labels, torch.tensor(tokenizer.encode("A B C D")))
-    weight = 0.1 * (targets != 0) + 0.9 * (labels != 0) + 7 * letters
+    weight = 0.1 * (targets != 0) + 0.9 * (labels != data.IGNORED) + 7 * letters
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     loss = losses @ weight.flatten() / weight.sum()
     is_right = logits.argmax(-1) == targets
