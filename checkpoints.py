@@ -69,14 +69,18 @@ def read_params(directory: str | Path, vocab_size: int) -> LLaMAConfig:
         fits = params["vocab_size"] == vocab_size
     if not fits:
         raise LavinError(f"{path}: {params['vocab_size']} tokens, "
-                         f"but tokenizer.model has {vocab_size}")
+                         f"but its tokenizer has {vocab_size}")
     config = LLaMAConfig(**params)
     check_values(path, vars(config), LLAMA_PARAMS)      # hidden_dim may have been computed
-    if config.dim % config.n_heads or config.n_heads % config.n_kv_heads:
+    divides = params.get("head_dim") is not None or config.dim % config.n_heads == 0
+    if not divides or config.n_heads % config.n_kv_heads:
         raise LavinError(f"{path}: dim {config.dim}, heads {config.n_heads}, "
                          f"key heads {config.n_kv_heads} do not divide")
     if config.head_dim % 2:
         raise LavinError(f"{path}: a head is {config.head_dim} wide, which RoPE cannot halve")
+    if config.rope_low >= config.rope_high:
+        raise LavinError(f"{path}: scaled RoPE goes from {config.rope_low:g} to "
+                         f"{config.rope_high:g} turns; the second must be the greater one")
     return config
 
 
@@ -85,26 +89,33 @@ def read_meta_params(path: Path, vocab_size: int) -> dict:
     content = read_json(path)
     if not isinstance(content, dict):
         raise LavinError(f"{path}: not LLaMA's parameters, which are a JSON object")
-    if content.get("use_scaled_rope"):
-        raise LavinError(f"{path}: scaled RoPE (LLaMA 3.1 and later) is not supported")
     params = {}
+    if content.get("use_scaled_rope"):                  # LLaMA 3.1 and later
+        params["rope_factor"] = content.get("rope_scaling_factor") or 8.0
     for name in LLAMA_PARAMS:
         if content.get(name) is not None:
             params[name] = content[name]
     if params.get("vocab_size", -1) == -1:
         params["vocab_size"] = vocab_size
+    if params.get("attention_bias"):        # nothing else than --fold puts biases into this layout
+        params["folded"] = True
     check_values(path, params, LLAMA_PARAMS, needed=("dim", "n_layers", "n_heads"))
     return params
 
 
 def allocate(modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
-    """Give modules on the meta device memory, still unset: frozen in dtype, trained in fp32."""
+    """Give modules on the meta device memory, still unset: frozen in dtype, trained in fp32.
+
+    What two of the modules share, they share afterwards.
+    """
+    allocated = {}                          # {parameter on the meta device: the one with memory}
     for module in modules:
         for name, p in list(module.named_parameters(recurse=False)):
-            p_dtype = torch.float32 if p.requires_grad else dtype
-            empty = torch.empty(p.shape, device=device, dtype=p_dtype)
-            parameter = nn.Parameter(empty, requires_grad=p.requires_grad)
-            setattr(module, name, parameter)
+            if p not in allocated:
+                p_dtype = torch.float32 if p.requires_grad else dtype
+                empty = torch.empty(p.shape, device=device, dtype=p_dtype)
+                allocated[p] = nn.Parameter(empty, requires_grad=p.requires_grad)
+            setattr(module, name, allocated[p])
 
 
 def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -163,7 +174,11 @@ class MappedShards:
         self.files = [Path(directory)] if is_hf else shard_files(directory)
         self.open()
         for file, shard in zip(self.files, self.shards):
-            found = [name for name in shard if not name.endswith("rope.freqs")]     # we compute it
+            found = []
+            for name in shard:
+                is_copy = name == "output.weight" and name not in names     # of tied embeddings
+                if not name.endswith("rope.freqs") and not is_copy:         # those we compute
+                    found.append(name)
             check_names(file, names, found)
         self.check_different()
         largest = max(tensor.nbytes for tensor in self.shards[0].values())
@@ -282,7 +297,8 @@ def save_folded(lavin: LaVIN, directory: str | Path) -> None:
         if value is not None:
             params[field.name] = value
     state = {}
-    for name, p in lavin.llama.state_dict().items():
+    for name, p in frozen_parameters(lavin.llama).items():      # a tied output is there once
+        p = p.detach()
         state[name] = p.to(torch.float16) if p.dtype == torch.float32 else p
         if not is_finite(state[name]):
             raise LavinError(f"--fold: {name} would hold numbers that are too large for fp16")
@@ -467,7 +483,7 @@ def read_settings(path: str | Path, checkpoint: dict) -> tuple[dict, dict]:
 
 def check_not_folded(llama: str | Path, config: LLaMAConfig) -> None:
     """LavinError if adapters are folded into this LLaMA already."""
-    if config.attention_bias:
+    if config.folded:
         raise LavinError(f"{llama}: adapters are folded into it already; take the LLaMA "
                          "that they were trained with, or --adapter none")
 

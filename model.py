@@ -3,8 +3,8 @@
 Read it from top to bottom: norm, RoPE, attention, feed-forward, block, LLaMA, LaVIN.
 Modules have the names of Meta's checkpoint, so a parameter's name is its name in the file.
 
-Shapes: B rows, T tokens, C width, H heads, K key/value heads, D = C / H, L layers; N pictures of
-R × R pixels, F features of V channels each. A batch to train on has no padding: its samples are
+Shapes: B rows, T tokens, C width, H heads, K key/value heads, D their width, L layers; N pictures
+of R × R pixels, F features of V channels each. A batch to train on has no padding: its samples are
 concatenated into one row, so B is 1 in the layers and T counts the tokens of all samples.
 """
 
@@ -38,17 +38,35 @@ class RMSNorm(nn.Module):
         return y.type_as(x) * self.weight
 
 
-def rope_angles(positions: torch.Tensor, head_dim: int,
-                theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """RoPE: at position p, pair i of a head's channels turns by the angle p / θ^(2i/D).
+def rope_frequencies(config: "LLaMAConfig", device: torch.device | None = None) -> torch.Tensor:
+    """RoPE: from one position to the next, pair i of a head's channels turns by 1 / θ^(2i/D).
 
-    positions (..., T) -> cosines and sines (..., T, 1, D/2), fp32.
+    -> these angles (D/2,), fp32.
+
+    LLaMA 3.1 was made to read further than it had been pre-trained for, by slowing down the slow
+    pairs. Within the context of the pre-training a pair makes a number of turns. From `rope_high`
+    turns on it keeps its speed, up to `rope_low` it gets slower by `rope_factor`, and between the
+    two its speed is a mean of both.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    frequencies = 1 / config.rope_theta ** exponents                # (D/2,)
+    if config.rope_factor == 1:
+        return frequencies
+    turns = config.rope_context * frequencies / (2 * math.pi)
+    kept = (turns - config.rope_low) / (config.rope_high - config.rope_low)
+    kept = kept.clamp(0, 1)                                         # 1: it keeps its speed
+    return kept * frequencies + (1 - kept) * frequencies / config.rope_factor
+
+
+def rope_angles(positions: torch.Tensor,
+                frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """RoPE: at position p, pair i of a head's channels turns by the angle p · frequency i.
+
+    positions (..., T), frequencies (D/2,) -> cosines and sines (..., T, 1, D/2), fp32.
 
     Queries and keys are turned alike (`rotate`), so their product depends only on how far apart
     they stand. That is why a sequence may start at position 0 without its modality token.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    frequencies = 1 / theta ** exponents                            # (D/2,)
     angles = positions[..., None].float() * frequencies             # (..., T, D/2)
     angles = angles.unsqueeze(-2)                                   # one for all heads
     return angles.cos(), angles.sin()
@@ -82,11 +100,12 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
+        q_dim = config.n_heads * config.head_dim
         kv_dim = config.n_kv_heads * config.head_dim
-        self.wq = nn.Linear(config.dim, config.dim, bias=config.attention_bias)
+        self.wq = nn.Linear(config.dim, q_dim, bias=config.attention_bias)
         self.wk = nn.Linear(config.dim, kv_dim, bias=config.attention_bias)
         self.wv = nn.Linear(config.dim, kv_dim, bias=config.attention_bias)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wo = nn.Linear(q_dim, config.dim, bias=False)
 
     def forward(self, x: torch.Tensor, rope: tuple, lengths: torch.Tensor | None = None,
                 cache: object | None = None) -> torch.Tensor:
@@ -159,11 +178,19 @@ class LLaMAConfig:
     n_kv_heads: int | None = None               # fewer than n_heads: grouped-query attention
     ffn_dim_multiplier: float | None = None
     rope_theta: float = 10000.0
+    rope_factor: float = 1.0                    # 8 in LLaMA 3.1; see rope_frequencies
+    rope_low: float = 1.0
+    rope_high: float = 4.0
+    rope_context: int = 8192
     hidden_dim: int | None = None               # Meta's files leave it to be computed
-    attention_bias: bool = False                # True once adapters are folded into wq, wk, wv
+    head_dim: int | None = None                 # C / H, but for a few models
+    attention_bias: bool = False                # in wq, wk and wv: Qwen2's, and a folded LLaMA's
+    tied_embeddings: bool = False               # small models have one matrix for both ends
+    folded: bool = False                        # adapters are merged into wq, wk and wv
 
     def __post_init__(self):
-        self.head_dim = self.dim // self.n_heads
+        if self.head_dim is None:
+            self.head_dim = self.dim // self.n_heads
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         if self.hidden_dim is None:
@@ -185,11 +212,13 @@ class LLaMA(nn.Module):
             Block(config, adapter_config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
         self.checkpointing = False      # recompute activations in backward, to save memory
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """rope_angles of positions (..., T), with this model's head width and θ."""
-        return rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        """rope_angles of positions (..., T), with this model's frequencies."""
+        return rope_angles(positions, rope_frequencies(self.config, positions.device))
 
     def forward(self, x: torch.Tensor, w: torch.Tensor | None,
                 positions: torch.Tensor | None = None, lengths: torch.Tensor | None = None,

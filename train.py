@@ -307,7 +307,7 @@ def build(settings: Settings, resumed: dict | None,
         fsdp=settings.fsdp,
         delta=settings.delta)
     resume.check_sizes(lavin.adapter_config, settings)
-    if lavin.llama.config.attention_bias:
+    if lavin.llama.config.folded:
         raise LavinError(f"{settings.llama}: adapters are folded into it; "
                          "train on the LLaMA that it was made from")
     runs.freeze(lavin, settings)

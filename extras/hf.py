@@ -3,8 +3,10 @@
 A folder has config.json and model.safetensors or pytorch_model.bin; of a large model, several such
 files and an index. Two things differ from the files of Meta and OpenAI. The tensors have other
 names: the two tables below translate them. And in wq and wk the rows of a head have another order,
-because RoPE pairs channel i with i + D/2 there and channel 2i with 2i + 1 here. What our model
-cannot do (biases, scaled RoPE, tied embeddings, another architecture) is refused by name.
+because RoPE pairs channel i with i + D/2 there and channel 2i with 2i + 1 here. Two architectures
+are read: LLaMA's (LLaMA 1 to 3, Vicuna, TinyLlama, SmolLM2), and Qwen2's, which is LLaMA's with
+biases in q, k and v. What our model cannot do (another architecture or RoPE, other biases) is
+refused by name.
 """
 
 import os
@@ -39,9 +41,19 @@ LLAMA_FIELDS = {
     "num_attention_heads": "n_heads",
     "num_key_value_heads": "n_kv_heads",
     "intermediate_size": "hidden_dim",
+    "head_dim": "head_dim",
     "rms_norm_eps": "norm_eps",
     "rope_theta": "rope_theta",
     "vocab_size": "vocab_size",
+    "tie_word_embeddings": "tied_embeddings",
+}
+OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings")
+# The same for scaled RoPE, whose settings stand in an object of their own.
+ROPE_FIELDS = {
+    "factor": "rope_factor",
+    "low_freq_factor": "rope_low",
+    "high_freq_factor": "rope_high",
+    "original_max_position_embeddings": "rope_context",
 }
 # Hugging Face's name -> OpenAI's. OpenAI keeps q, k and v in one matrix, in_proj.
 CLIP_NAMES = {
@@ -152,20 +164,28 @@ def read_config(folder: str | Path) -> dict:
         raise LavinError(f"{path}: rope_scaling {short(rope)} is not supported")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     check_supported(path, config | {"rope_scaling": rope_type}, {
-        "model_type": ("llama",),
+        "model_type": ("llama", "qwen2"),
         "hidden_act": ("silu",),
-        "rope_scaling": ("default",),
+        "rope_scaling": ("default", "llama3"),
         "attention_bias": (False,),
         "mlp_bias": (False,),
-        "tie_word_embeddings": (False,),
+        "use_sliding_window": (False,),
     })
     config = {"rms_norm_eps": 1e-6, "rope_theta": rope.get("rope_theta", 10000.0)} | config
-    kinds = {name: LLAMA_PARAMS[field] for name, field in LLAMA_FIELDS.items()}
-    needed = [name for name in LLAMA_FIELDS if name != "num_key_value_heads"]
+    needed = [name for name in LLAMA_FIELDS if name not in OPTIONAL]
+    params = read_fields(path, config, LLAMA_FIELDS, needed)
+    if rope_type == "llama3":
+        params |= read_fields(path, rope, ROPE_FIELDS, ROPE_FIELDS)
+    if config.get("model_type") == "qwen2":
+        params["attention_bias"] = True
+    return params
+
+
+def read_fields(path, config, fields, needed):
+    """{field of LLaMAConfig: value} of config, where fields is {its name there: the field}."""
+    kinds = {name: LLAMA_PARAMS[field] for name, field in fields.items()}
     check_values(path, config, kinds, needed)
-    head_dim = config["hidden_size"] // config["num_attention_heads"]
-    check_supported(path, config, {"head_dim": (head_dim,)})
-    return {field: config[name] for name, field in LLAMA_FIELDS.items() if name in config}
+    return {field: config[name] for name, field in fields.items() if name in config}
 
 
 def read_llama(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -174,7 +194,7 @@ def read_llama(folder: str | Path) -> dict[str, torch.Tensor]:
     for name, tensor in read_tensors(folder).items():
         if "rotary_emb" in name:                            # RoPE's frequencies: we compute them
             continue
-        part, _, kind = name.rpartition(".")                # kind: "weight"
+        part, _, kind = name.rpartition(".")                # kind: "weight" or "bias"
         prefix = ""
         layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", part)
         if layer:
@@ -189,12 +209,13 @@ def read_llama(folder: str | Path) -> dict[str, torch.Tensor]:
 def to_meta(name: str, tensor: torch.Tensor, config) -> torch.Tensor:
     """The tensor called `name` with its rows in Meta's order. config: the LLaMAConfig.
 
-    In wq and wk, rows i and i + D/2 of a head of D rows become rows 2i and 2i + 1.
+    In wq and wk, rows i and i + D/2 of a head of D rows become rows 2i and 2i + 1. A bias has a
+    number for each row.
     """
-    if not name.endswith(("wq.weight", "wk.weight")):
+    if not name.endswith((".wq.weight", ".wk.weight", ".wq.bias", ".wk.bias")):
         return tensor
-    heads = tensor.unflatten(0, (-1, 2, config.head_dim // 2))      # (H, 2, D/2, C)
-    return heads.transpose(1, 2).flatten(0, 2)                      # (H * D, C)
+    heads = tensor.unflatten(0, (-1, 2, config.head_dim // 2))      # (H, 2, D/2, C) or (H, 2, D/2)
+    return heads.transpose(1, 2).flatten(0, 2)                      # (H * D, C) or (H * D,)
 
 
 # CLIP

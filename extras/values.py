@@ -227,5 +227,12 @@ LLAMA_PARAMS = {
     "hidden_dim": Kind(int, low=1, high=2**20, optional=True),
     "norm_eps": Kind(float, above=0, high=0.1),
     "rope_theta": Kind(float, low=1, high=1e12),
+    "rope_factor": Kind(float, low=1, high=1e6),
+    "rope_low": Kind(float, above=0, high=1e6),
+    "rope_high": Kind(float, above=0, high=1e6),
+    "rope_context": Kind(int, low=1, high=2**30),
+    "head_dim": Kind(int, low=2, high=2**14, optional=True),
     "attention_bias": Kind(bool),
+    "tied_embeddings": Kind(bool),
+    "folded": Kind(bool),
 }

@@ -65,7 +65,7 @@ def merge(adapter: Adapter, w: torch.Tensor, matrices: list[nn.Module],
     for linear in matrices:
         W = linear.weight.float()
         merged_bias = W @ bias
-        if linear.bias is not None:                             # of a LLaMA that was folded before
+        if linear.bias is not None:                             # Qwen2's, or of an earlier folding
             merged_bias = linear.bias.float() + merged_bias
         merged = torch.addmm(W, W @ up, down)                   # W + W U D
         linear.weight = nn.Parameter(merged.to(dtype), requires_grad=False)
@@ -95,5 +95,6 @@ def fold(lavin: LaVIN, modality: int) -> LaVIN:
         matrices = [attention.wq, attention.wk, attention.wv]
         block.adapter = merge(block.adapter, w, matrices, dtype)
     folded.folded_for = modality
-    folded.llama.config = dataclasses.replace(lavin.llama.config, attention_bias=True)
+    folded.llama.config = dataclasses.replace(
+        lavin.llama.config, attention_bias=True, folded=True)
     return folded

@@ -4,6 +4,7 @@ Parity needs transformers and safetensors (pip install transformers safetensors)
 does. What is refused is tested without them.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,9 @@ import generate
 from adapters import AdapterConfig
 from conftest import ADAPTER, LLAMA, VIT, difference
 from extras import hf
+from fast.fold import fold
 from files import LavinError, tokenizer_path
+from model import rope_frequencies
 from test_checkpoints import FAULTS
 from test_errors import ask
 from vit import VisionTransformer
@@ -29,18 +32,28 @@ def transformers():
                                "pip install transformers safetensors")
 
 
-@pytest.fixture
-def llama_folder(tmp_path, transformers):
-    """A tiny random LLaMA with grouped queries, as in TinyLlama -> (its folder, the model)."""
+def save_random_model(transformers, folder, kind="Llama", **changes):
+    """A tiny random LLaMA or Qwen2 with grouped queries, as in TinyLlama -> the model."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=False)
-    model = transformers.LlamaForCausalLM(config).eval()
-    folder = tmp_path / "llama"
+    sizes = {
+        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False}
+    config = getattr(transformers, f"{kind}Config")(**sizes | changes)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):                       # they begin at zero
+            torch.nn.init.normal_(p)
     model.save_pretrained(folder)
     shutil.copy(tokenizer_path(LLAMA), folder)
-    return folder, model
+    return model
+
+
+@pytest.fixture
+def llama_folder(tmp_path, transformers):
+    """A tiny random LLaMA -> (its folder, the model)."""
+    folder = tmp_path / "llama"
+    return folder, save_random_model(transformers, folder)
 
 
 def frozen_parameters(module):
@@ -114,11 +127,47 @@ def test_llama_gives_the_same_logits(llama_folder, stored):
         (folder / "model.safetensors").unlink()
         hf_llama.save_pretrained(folder, max_shard_size="100KB")
         assert len(list(folder.glob("model-*.safetensors"))) > 1
-    llama = checkpoints.load(folder, VIT).llama
+    assert_same_logits(checkpoints.load(folder, VIT).llama, hf_llama)
+
+
+@torch.no_grad()
+def assert_same_logits(llama, hf_llama):
     tokens = torch.randint(3, 500, (2, 17))
     w = torch.full((3, 2, 1, 2), 0.5)                   # fresh adapters are the identity
     logits = llama.output(llama(llama.tok_embeddings(tokens), w))
     assert difference(logits, hf_llama(tokens).logits) < 1e-5
+
+
+SCALED = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("kind, changes", [
+    ("Llama", {"tie_word_embeddings": True}),           # SmolLM2
+    ("Llama", {"head_dim": 32}),
+    ("Llama", {"rope_parameters": SCALED, "tie_word_embeddings": True}),        # Llama-3.2-1B
+    ("Qwen2", {"tie_word_embeddings": True}),
+    ("Qwen2", {"num_key_value_heads": 4}),
+], ids=["tied", "wide heads", "scaled RoPE", "Qwen2, tied", "Qwen2"])
+def test_other_architectures_give_the_same_logits(transformers, tmp_path, kind, changes):
+    model = save_random_model(transformers, tmp_path, kind, **changes)
+    assert_same_logits(checkpoints.load(tmp_path, VIT).llama, model)
+
+
+def test_rope_is_scaled_as_in_older_and_in_newer_files(transformers, tmp_path):
+    """Against transformers' own frequencies. Some are kept, some slower, some in between."""
+    model = save_random_model(transformers, tmp_path, rope_parameters=SCALED)
+    theirs = model.model.rotary_emb.inv_freq
+    config = checkpoints.read_params(tmp_path, 512)
+    ours = rope_frequencies(config)
+    assert difference(ours, theirs) < 1e-8
+    plain = rope_frequencies(dataclasses.replace(config, rope_factor=1.0))
+    ratios = (plain / ours).tolist()
+    assert ratios[0] == 1 and ratios[-1] == pytest.approx(8) and 1.1 < ratios[1] < 7.9
+    older = {name: value for name, value in SCALED.items() if name != "rope_theta"}
+    change_config(tmp_path, rope_parameters=None, rope_theta=500000.0, rope_scaling=older)
+    assert checkpoints.read_params(tmp_path, 512) == config
 
 
 def save_in_metas_layout(llama, folder, tokenizer):
@@ -189,6 +238,105 @@ def test_clip_gives_the_same_hidden_states(
     assert difference(vit(pixels), torch.stack(class_tokens, dim=1)) < 1e-5
 
 
+# Tied embeddings
+
+
+@pytest.fixture
+def tied_folder(golden_folder):
+    """golden_folder with tied embeddings -> (its folder, its tensors)."""
+    folder, tensors = golden_folder
+    del tensors["lm_head.weight"]
+    torch.save(tensors, folder / "pytorch_model.bin")
+    change_config(folder, tie_word_embeddings=True)
+    return folder, tensors
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_tied_output_is_one_tensor(tied_folder, samples, bits):
+    """In the model, quantized or not, and in a folded copy; in a file it is there once or twice."""
+    folder, tensors = tied_folder
+    lavin = checkpoints.load(folder, VIT, ADAPTER, bits=bits)
+    embeddings = lavin.llama.tok_embeddings.weight
+    assert torch.equal(embeddings, tensors["model.embed_tokens.weight"].float())
+    assert lavin.llama.output.weight is embeddings
+    assert fold(lavin, 1).llama.output.weight is embeddings
+    logits = lavin.logits(lavin.batch(samples))
+    twice = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    torch.save(twice, folder / "pytorch_model.bin")
+    again = checkpoints.load(folder, VIT, ADAPTER, bits=bits)
+    assert again.llama.output.weight is again.llama.tok_embeddings.weight
+    assert torch.equal(again.logits(again.batch(samples)), logits)
+
+
+def test_a_tied_llama_is_folded_into_a_file_and_trained_on(tied_folder, samples, call, tmp_path):
+    folder, tensors = tied_folder
+    directory = tmp_path / "folded"
+    code, _, stderr = call(checkpoints, ADAPTER, "--llama", folder, "--vit", VIT,
+                           "--fold", directory)
+    assert (code, stderr) == (0, "")
+    state = torch.load(directory / "consolidated.00.pth", weights_only=True)
+    assert "output.weight" not in state
+    adapted = checkpoints.load(folder, VIT, ADAPTER)
+    batch = adapted.batch([sample for sample in samples if sample.image is None])
+    alone = checkpoints.load(directory, VIT, max_seq_len=adapted.max_seq_len)
+    assert alone.llama.output.weight is alone.llama.tok_embeddings.weight
+    assert difference(alone.logits(batch), adapted.logits(batch)) < 2e-2     # the file is in fp16
+    adapted(batch).backward()
+    assert adapted.llama.output.weight.grad is None
+
+
+# Qwen2
+
+
+@pytest.fixture
+def qwen_folder(golden_folder):
+    """golden_folder with biases in q, k and v -> (its folder, the biases by Meta's names)."""
+    folder, tensors = golden_folder
+    biases = {}
+    generator = torch.Generator().manual_seed(0)
+    for i in range(4):
+        for ours, theirs in (("wq", "q_proj"), ("wk", "k_proj"), ("wv", "v_proj")):
+            bias = torch.randn(64, generator=generator)
+            biases[f"layers.{i}.attention.{ours}.bias"] = bias
+            if ours != "wv":
+                bias = bias.unflatten(0, (-1, 8, 2)).transpose(1, 2).flatten()
+            tensors[f"model.layers.{i}.self_attn.{theirs}.bias"] = bias.clone()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    change_config(folder, model_type="qwen2")
+    return folder, biases
+
+
+def test_biases_are_read_in_metas_order(qwen_folder):
+    folder, biases = qwen_folder
+    llama = checkpoints.load(folder, VIT).llama
+    for name, bias in biases.items():
+        assert torch.equal(llama.get_parameter(name), bias), name
+
+
+def test_a_llama_with_biases_of_its_own_takes_adapters_and_is_folded(qwen_folder, samples):
+    folder, _ = qwen_folder
+    lavin = checkpoints.load(folder, VIT, ADAPTER)
+    batch = lavin.batch([sample for sample in samples if sample.image is None])
+    logits = lavin.logits(batch)
+    folded = fold(lavin, 0)
+    assert difference(folded.logits(batch), logits) < 1e-4
+    assert folded.llama.config.folded and not lavin.llama.config.folded
+    quantized = checkpoints.load(folder, VIT, ADAPTER, bits=8)
+    assert difference(fold(quantized, 0).logits(batch), quantized.logits(batch)) < 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_biases_where_there_should_be_none_and_none_where_they_should_be(
+        golden_folder, qwen_folder, model_type):
+    folder, tensors = golden_folder
+    if model_type == "qwen2":
+        tensors = {name: tensor for name, tensor in tensors.items() if "bias" not in name}
+        torch.save(tensors, folder / "pytorch_model.bin")
+    change_config(folder, model_type=model_type)
+    with pytest.raises(LavinError, match=r"layers.0.attention.w..bias (has no place|is missing)"):
+        checkpoints.load(folder, VIT)
+
+
 # What is refused
 
 
@@ -199,16 +347,20 @@ def change_config(folder, **changes):
 
 
 @pytest.mark.parametrize("changes, reason", [
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling 'llama3'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+    ({"rope_scaling": SCALED | {"factor": 0.5}}, "factor is 0.5"),
+    ({"rope_scaling": SCALED | {"high_freq_factor": 1.0}}, "from 1 to 1 turns"),
     ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling 'linear'"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling 'yarn'"),
     ({"rope_scaling": 3}, "rope_scaling 3"),
     ({"attention_bias": True}, "attention_bias"),
     ({"mlp_bias": True}, "mlp_bias"),
-    ({"tie_word_embeddings": True}, "tie_word"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
+    ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window True"),
     ({"model_type": "mistral"}, "model_type 'mistral'"),
     ({"model_type": ["llama"]}, "model_type"),
-    ({"head_dim": 99}, "head_dim"),
+    ({"head_dim": 99}, "a head is 99 wide"),
+    ({"head_dim": "16"}, "head_dim is '16'"),
     ({"hidden_act": "gelu"}, "hidden_act"),
     ({"hidden_size": None}, "hidden_size is missing"),
     ({"hidden_size": "64"}, "hidden_size is '64'"),

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from adapters import Adapter, AdapterConfig
 from conftest import ROOT, difference, relative_error
 from fast.ops import cross_entropy, is_one_token, mix_experts, one_token_product, rotate
-from model import rope_angles
+from model import LLaMAConfig, rope_angles, rope_frequencies
 
 BF16_ERROR = 2**-8      # of a number that is rounded to bf16, relative
 
 
 # rotate
+
+
+HEADS_OF_16 = LLaMAConfig(dim=48, n_heads=3)
 
 
 def plain_rotate(x, cos, sin):
@@ -54,7 +57,7 @@ def test_rotate(positions, compiled):
     torch.manual_seed(0)
     x = torch.randn(2, 7, 3, 16, requires_grad=True)
     gradient = torch.randn(2, 7, 3, 16)
-    rope = rope_angles(positions, 16, 10000.0)
+    rope = rope_angles(positions, rope_frequencies(HEADS_OF_16))
 
     rotated = function(x, rope)
     expected = plain_rotate(x, *rope)
@@ -76,7 +79,7 @@ def test_rotate_computes_in_fp32(compiled):
         function, _ = compile_recording(rotate)
     torch.manual_seed(0)
     x = torch.randn(2, 7, 3, 16).bfloat16()
-    rope = rope_angles(torch.arange(7)[None], 16, 10000.0)
+    rope = rope_angles(torch.arange(7)[None], rope_frequencies(HEADS_OF_16))
     rotated = function(x, rope)
     expected = plain_rotate(x.float(), *rope)
     assert rotated.dtype == torch.bfloat16
