@@ -4,7 +4,8 @@
     python checkpoints.py FILE --fold DIR       its adapters merged into LLaMA, for text only
 
     LLaMA    DIR/params.json, DIR/consolidated.00.pth, .01.pth, …: Meta's layout, or a folder of
-             Hugging Face's (extras/hf.py)
+             Hugging Face's (extras/hf.py), with tokenizer.model or tokenizer.json; or a GGUF
+             file (extras/gguf.py)
     CLIP     ViT-L-14.pt: OpenAI's TorchScript archive, or a plain state dict of the same names
     LaVIN    checkpoint-19.pth: {"model": {name: tensor}, "args": argparse.Namespace}
 
@@ -23,18 +24,18 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from sentencepiece import SentencePieceProcessor
 
 import data
 from adapters import AdapterConfig
-from extras import hf, torchscript
+from extras import gguf, hf, tokenizers, torchscript
 from extras.terminal import Parser, run
 from extras.values import ADAPTER_ARGS, LLAMA_PARAMS, PROGRESS, SETTINGS, Kind, check_values
 from fast import ranks
 from fast.fold import fold
 from fast.quantize import n_quantized, quantize
 from files import (LavinError, check_names, check_tensor, check_writable, fill, is_finite,
-                   is_hf_folder, read_checkpoint, read_json, tensors_of, write_atomically)
+                   is_gguf, is_hf_folder, read_checkpoint, read_json, tensors_of, tokenizer_path,
+                   write_atomically)
 from model import LaVIN, LLaMA, LLaMAConfig
 from vit import ViTConfig
 
@@ -53,13 +54,39 @@ ADAPTER_SIZES = {
 # LLaMA
 
 
-def read_params(directory: str | Path, vocab_size: int) -> LLaMAConfig:
-    """params.json, or Hugging Face's config.json -> LLaMAConfig. Raises LavinError.
+def open_llama(llama: str | Path) -> str | Path | gguf.File:
+    """A GGUF file opened, since it takes seconds to look through; a folder's path as it is."""
+    if is_gguf(llama):
+        return gguf.File(llama)
+    return llama
+
+
+def load_tokenizer(llama: str | Path | gguf.File) -> data.Tokenizer:
+    """The tokenizer of a LLaMA (see open_llama). Raises LavinError."""
+    if isinstance(llama, gguf.File):
+        return llama.tokenizer()
+    path = tokenizer_path(llama)
+    if path.name == "tokenizer.model" and tokenizers.is_tiktoken(path):
+        path = Path(llama, "tokenizer.json")
+        if not os.path.exists(path):
+            raise LavinError(f"{tokenizer_path(llama)}: LLaMA 3's, which is not read; take "
+                             "tokenizer.json and tokenizer_config.json of Hugging Face's folder")
+    if path.name == "tokenizer.json":
+        return tokenizers.load_json(path)
+    return data.load_tokenizer(llama)
+
+
+def read_params(directory: str | Path | gguf.File, vocab_size: int) -> LLaMAConfig:
+    """params.json, Hugging Face's config.json or a GGUF file -> LLaMAConfig. Raises LavinError.
 
     vocab_size is the tokenizer's. Meta's models have just as many tokens, and their file may say -1
-    instead. Hugging Face's may have more.
+    instead. The others may have more.
     """
-    if is_hf_folder(directory):
+    if isinstance(directory, gguf.File):
+        path = directory.path
+        params = directory.params()
+        fits = params["vocab_size"] >= vocab_size
+    elif is_hf_folder(directory):
         path = Path(directory, "config.json")
         params = hf.read_config(directory)
         fits = params["vocab_size"] >= vocab_size
@@ -218,7 +245,15 @@ class MappedShards:
                     raise LavinError(f"{self.files[i]}: a copy of {self.files[j]}; fetch it again")
 
 
-def copy_tensor(shards: MappedShards, name: str, target: torch.Tensor,
+def open_weights(llama: str | Path | gguf.File, names: list[str]) -> MappedShards | gguf.File:
+    """The weights of a LLaMA (see open_llama), which must have just these names."""
+    if isinstance(llama, gguf.File):
+        check_names(llama.path, names, llama.names())
+        return llama
+    return MappedShards(llama, names, is_hf_folder(llama))
+
+
+def copy_tensor(shards: MappedShards | gguf.File, name: str, target: torch.Tensor,
                 config: LLaMAConfig) -> None:
     """Copy a tensor of the files into `target`, its slices joined."""
     slices = shards.slices(name, target)
@@ -236,15 +271,15 @@ def copy_tensor(shards: MappedShards, name: str, target: torch.Tensor,
 
 
 @torch.no_grad()
-def load_llama(llama: LLaMA, directory: str | Path, device: torch.device, dtype: torch.dtype,
-               delta: str | Path | None = None) -> Iterator[nn.Module]:
-    """Copy LLaMA's files into the frozen weights of `llama`, tensor by tensor.
+def load_llama(llama: LLaMA, source: str | Path | gguf.File, device: torch.device,
+               dtype: torch.dtype, delta: str | Path | None = None) -> Iterator[nn.Module]:
+    """Copy LLaMA's files (see open_llama) into the frozen weights of `llama`, tensor by tensor.
 
     The blocks come on the meta device. Each is given memory when its turn comes, and yielded when
     it is full, so that the caller can make it smaller before the next one comes.
     """
     names = list(frozen_parameters(llama))
-    shards = MappedShards(directory, names, is_hf_folder(directory))
+    shards = open_weights(source, names)
     deltas = MappedShards(delta, names, is_hf=True) if delta else None
 
     def copy(name):
@@ -302,9 +337,7 @@ def save_folded(lavin: LaVIN, directory: str | Path) -> None:
         state[name] = p.to(torch.float16) if p.dtype == torch.float32 else p
         if not is_finite(state[name]):
             raise LavinError(f"--fold: {name} would hold numbers that are too large for fp16")
-    tokenizer = lavin.tokenizer.serialized_model_proto()
-    write_atomically(directory / "tokenizer.model",
-                     lambda path: path.write_bytes(tokenizer))
+    tokenizers.save(lavin.tokenizer, directory)
     write_atomically(directory / "params.json",
                      lambda path: path.write_text(json.dumps(params)))
     write_atomically(directory / "consolidated.00.pth",
@@ -524,7 +557,7 @@ def check_fits(lavin: LaVIN, device: torch.device, dtype: torch.dtype, bits: int
                      f"has {there / 1e9:.3g} GB{advice}")
 
 
-def check_context(max_seq_len: int, tokenizer: SentencePieceProcessor,
+def check_context(max_seq_len: int, tokenizer: data.Tokenizer,
                   vit_config: ViTConfig) -> None:
     """LavinError if a picture alone fills the context."""
     n_prefix = 2 + len(data.picture_prefix(tokenizer))      # modality token and BOS come first
@@ -554,7 +587,7 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
          max_seq_len: int | None = None, fresh: AdapterConfig | None = None,
          tau: float | None = None, dropout: float | None = None, bits: int = 16,
          fsdp: bool = False, delta: str | Path | None = None) -> LaVIN:
-    """LLaMA's folder, CLIP's file and a LaVIN checkpoint, or None to begin afresh -> LaVIN.
+    """LLaMA's folder or GGUF file, CLIP's file and a LaVIN checkpoint or None -> LaVIN.
 
     It is in eval mode, its frozen weights in dtype, the trained ones in fp32. max_seq_len, tau and
     dropout are as given, else as in the checkpoint, else 512, 10 and 0.1. fresh: what the adapters
@@ -564,9 +597,10 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
     """
     state, config, settings = begin_with(adapter, fresh, tau, dropout)
     max_seq_len = max_seq_len or settings.get("max_seq_len") or 512
-    tokenizer = data.load_tokenizer(llama)
+    source = open_llama(llama)
+    tokenizer = load_tokenizer(source)
     vit_state, vit_config = read_clip(vit)
-    llama_config = read_params(llama, tokenizer.vocab_size())
+    llama_config = read_params(source, tokenizer.vocab_size())
     check_context(max_seq_len, tokenizer, vit_config)
     if adapter:
         check_not_folded(llama, llama_config)
@@ -580,7 +614,7 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
     allocate(outside, device, dtype)
     fill(frozen_parameters(lavin.vit), vit_state, vit)
     del vit_state                                   # 0.6 GB less while LLaMA is read
-    for block in load_llama(lavin.llama, llama, device, dtype, delta):
+    for block in load_llama(lavin.llama, source, device, dtype, delta):
         if bits < 16:
             quantize(block, bits)
         if fsdp:

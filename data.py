@@ -19,7 +19,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -145,6 +145,24 @@ class Batch:
             pixels=self.pixels.to(device))
 
 
+class Tokenizer(Protocol):
+    """What we ask of a tokenizer: some of sentencepiece's methods (see extras/tokenizers.py)."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: list[int]) -> str: ...
+
+    def bos_id(self) -> int: ...
+
+    def eos_id(self) -> int: ...
+
+    def vocab_size(self) -> int: ...
+
+    def id_to_piece(self, token: int) -> str: ...
+
+    def serialized_model_proto(self) -> bytes: ...
+
+
 def load_tokenizer(llama: str | Path) -> SentencePieceProcessor:
     """LLaMA's sentencepiece model, from LLaMA's folder or the folder above it."""
     path = tokenizer_path(llama)
@@ -163,12 +181,12 @@ def load_tokenizer(llama: str | Path) -> SentencePieceProcessor:
     return tokenizer
 
 
-def picture_prefix(tokenizer: SentencePieceProcessor) -> list[int]:
+def picture_prefix(tokenizer: Tokenizer) -> list[int]:
     """The tokens between BOS and a picture's features."""
     return tokenizer.encode("Image: ")
 
 
-def tokenize(sample: Sample, tokenizer: SentencePieceProcessor) -> tuple[list[int], list[int]]:
+def tokenize(sample: Sample, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """-> (tokens, labels), lists of equal length, still without a picture and not cut.
 
     BOS, and then for each turn prompt + answer + EOS. Prompt and answer are tokenized as one
@@ -207,7 +225,7 @@ def check_unicode(sample: Sample) -> None:
         raise LavinError(f"{name}: not Unicode text")
 
 
-def encode(sample: Sample, tokenizer: SentencePieceProcessor, n_features: int, max_seq_len: int,
+def encode(sample: Sample, tokenizer: Tokenizer, n_features: int, max_seq_len: int,
            prompt_only: bool = False) -> Encoded:
     """A sample -> the sequence of the module's docstring.
 

@@ -32,7 +32,7 @@ DEFAULTS = {"llama": "weights/7B", "vit": "weights/ViT-L-14.pt", "data_root": "d
 ORIGINS = {
     "adapter": "LaVIN's adapters; python train.py --data sqa makes them, or --adapter FILE",
     "llama": "LLaMA in Meta's layout, from https://llama.meta.com, or in Hugging Face's with "
-             "config.json; --llama DIR",
+             "config.json, or a .gguf file; --llama PATH",
     "tokenizer": "comes with LLaMA; in the folder of --llama or the one above it",
     "vit": "CLIP's image encoder ViT-L-14.pt, linked from https://github.com/openai/CLIP; "
            "--vit FILE",
@@ -43,12 +43,24 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def tokenizer_path(llama: str | Path) -> Path:
-    """`tokenizer.model` is in LLaMA's folder or, as in Meta's download, in the one above it."""
-    inside = Path(llama) / "tokenizer.model"
-    above = Path(llama).absolute().parent / "tokenizer.model"
-    if os.path.exists(above) and not os.path.exists(inside):
-        return above
-    return inside
+    """LLaMA's tokenizer.model or tokenizer.json, or the GGUF file that holds its tokenizer.
+
+    In Meta's download tokenizer.model is in the folder above. Where there is none of them, it is
+    the path of tokenizer.model.
+    """
+    folder = Path(llama)
+    if is_gguf(llama):
+        return folder
+    above = folder.absolute().parent
+    for path in (folder / "tokenizer.model", folder / "tokenizer.json", above / "tokenizer.model"):
+        if os.path.exists(path):
+            return path
+    return folder / "tokenizer.model"
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Is this a LLaMA in a single file, as llama.cpp has it?"""
+    return str(path).endswith(".gguf")
 
 
 def is_hf_folder(path: str | Path) -> bool:
@@ -78,10 +90,14 @@ def choose_paths(args: object, remembered: dict, adapter: str | None = None) -> 
         taken += f" · data {args.data_root}"
     print(taken)
 
-    wanted = {"tokenizer": [tokenizer_path(args.llama)], "vit": [args.vit]}
+    wanted = {"vit": [args.vit]}
     if adapter:
         wanted["adapter"] = [adapter]
-    if not is_hf_folder(args.llama):
+    if is_gguf(args.llama):
+        wanted["llama"] = [args.llama]
+    else:
+        wanted["tokenizer"] = [tokenizer_path(args.llama)]
+    if not is_hf_folder(args.llama) and not is_gguf(args.llama):
         wanted["llama"] = [f"{args.llama}/params.json", f"{args.llama}/consolidated.00.pth"]
     if asks_sqa(args):
         wanted["data_root"] = [f"{args.data_root}/{name}" for name in SCIENCEQA]

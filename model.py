@@ -269,7 +269,7 @@ class LaVIN(nn.Module):
     """
 
     def __init__(self, llama_config: LLaMAConfig, vit_config: ViTConfig,
-                 adapter_config: AdapterConfig, tokenizer, max_seq_len: int):
+                 adapter_config: AdapterConfig, tokenizer: data.Tokenizer, max_seq_len: int):
         """max_seq_len: the context in tokens, the modality token counted. Weights stay unset."""
         super().__init__()
         self.adapter_config = adapter_config

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from extras.values import LLAMA_PARAMS, check_values, short
+from extras.values import LLAMA_PARAMS, check_supported, check_values, short
 from files import (LavinError, check_regular, check_tensor, read_checkpoint, read_json,
                    tensors_of)
 
@@ -133,19 +133,6 @@ def read_object(path):
     if not isinstance(content, dict):
         raise LavinError(f"{path}: not a configuration, which is a JSON object")
     return {name: value for name, value in content.items() if value is not None}
-
-
-def check_supported(path, config, supported):
-    """LavinError for the first setting that our model does not support.
-
-    supported: {name: the values we support}. A setting that config.json leaves out counts as the
-    first of them.
-    """
-    for name, values in supported.items():
-        value = config.get(name, values[0])
-        if value not in values:
-            allowed = " or ".join(repr(v) for v in values)
-            raise LavinError(f"{path}: {name} {short(value)} is not supported, only {allowed}")
 
 
 # LLaMA

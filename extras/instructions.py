@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 import data
@@ -366,7 +365,7 @@ def split_tokens(flat, samples):
     return encoded
 
 
-def encode_all(samples: list[Sample], tokenizer: SentencePieceProcessor, n_features: int,
+def encode_all(samples: list[Sample], tokenizer: data.Tokenizer, n_features: int,
                max_seq_len: int, folder: str | Path | None) -> list[Encoded]:
     """[Sample] -> [Encoded]. The tokens of many are kept in folder/tokens-KEY.npy for the next run.
 
@@ -402,7 +401,7 @@ def histogram(values: list[int], unit: str, n: int = 10) -> list[str]:
     return lines
 
 
-def show(sample: Sample, encoded: Encoded, tokenizer: SentencePieceProcessor) -> str:
+def show(sample: Sample, encoded: Encoded, tokenizer: data.Tokenizer) -> str:
     """A sample as the model sees it. What carries loss stands between » and «."""
     shown = ""
     has_loss = False
@@ -448,7 +447,7 @@ def print_lengths(samples, tokenizer, n_features, max_seq_len):
 
 
 def check_samples(name: str, samples: list[Sample], bad_rows: list[BadRow],
-                  tokenizer: SentencePieceProcessor, n_features: int, max_seq_len: int) -> int:
+                  tokenizer: data.Tokenizer, n_features: int, max_seq_len: int) -> int:
     """Print what a source holds and what is wrong with it -> the number of its bad rows.
 
     name: the source's. bad_rows: those found when it was read; the rows whose picture cannot be

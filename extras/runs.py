@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 from adapters import Adapter
-from checkpoints import read_clip
+from checkpoints import load_tokenizer, open_llama, read_clip
 from extras import instructions, plot
 from extras.scienceqa import load_sqa
 from fast import ranks
@@ -173,7 +173,7 @@ def check_data(settings, small_llama: str | Path) -> int:
     llama = settings.llama or DEFAULTS["llama"]
     if not settings.llama and not tokenizer_path(llama).exists():
         llama = small_llama
-    tokenizer = data.load_tokenizer(llama)
+    tokenizer = load_tokenizer(open_llama(llama))
     print(f"tokens are counted with {tokenizer_path(llama)}")
     vit = settings.vit or DEFAULTS["vit"]
     n_features = 6                      # ViT-L/14's

@@ -121,6 +121,19 @@ def check_values(path: object, values: dict, kinds: dict[str, Kind],
                 raise LavinError(f"{path}: {name} {fault}")
 
 
+def check_supported(path: object, config: dict, supported: dict[str, tuple]) -> None:
+    """LavinError for the first setting of a model's file that our model does not support.
+
+    supported: {name: the values we support}. A setting that the file leaves out counts as the first
+    of them.
+    """
+    for name, values in supported.items():
+        value = config.get(name, values[0])
+        if value not in values:
+            allowed = " or ".join(repr(v) for v in values)
+            raise LavinError(f"{path}: {name} {short(value)} is not supported, only {allowed}")
+
+
 # Rows of every held-out part that a training run answers after an epoch, unless told otherwise.
 HELD_OUT_ROWS = 100
 # The fields of ScienceQA's problems by which their scores can be told apart.

@@ -1,0 +1,288 @@
+"""GGUF, llama.cpp's single file: the sizes of a LLaMA or Qwen2, its vocabulary, quantized weights.
+
+The library `gguf` finds what is in the file, and dequantizes (pip install gguf). In wq and wk of a
+LLaMA the rows stand in Meta's order, in those of a Qwen2 in Hugging Face's. Vocabularies are of two
+kinds. LLaMA 1 and 2 have sentencepiece's ("llama"), from which a sentencepiece model is put
+together again. The others have pairs of bytes ("gpt2"): pip install tokenizers.
+"""
+
+import math
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+from sentencepiece import SentencePieceProcessor
+
+from data import Tokenizer
+from extras.tokenizers import JsonTokenizer, import_tokenizers
+from extras.values import LLAMA_PARAMS, check_supported, check_values, short
+from files import LavinError, check_regular, check_tensor
+from model import LLaMAConfig, rope_frequencies
+
+# llama.cpp's name -> Meta's. Those of a layer stand behind "blk.N." and "layers.N.".
+NAMES = {
+    "token_embd": "tok_embeddings",
+    "output_norm": "norm",
+    "output": "output",
+    "attn_q": "attention.wq",
+    "attn_k": "attention.wk",
+    "attn_v": "attention.wv",
+    "attn_output": "attention.wo",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_down": "feed_forward.w2",
+    "ffn_up": "feed_forward.w3",
+    "attn_norm": "attention_norm",
+    "ffn_norm": "ffn_norm",
+}
+# llama.cpp's name of a size, behind "llama." or "qwen2." -> the field of LLaMAConfig.
+FIELDS = {
+    "embedding_length": "dim",
+    "block_count": "n_layers",
+    "attention.head_count": "n_heads",
+    "attention.head_count_kv": "n_kv_heads",
+    "attention.key_length": "head_dim",
+    "feed_forward_length": "hidden_dim",
+    "attention.layer_norm_rms_epsilon": "norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+OPTIONAL = ("attention.head_count_kv", "attention.key_length", "rope.freq_base")
+ROPE_SCALES = "rope_freqs.weight"   # LLaMA 3.1's: by how much each pair of channels is slowed down
+
+# How a text is cut before its bytes are paired, by the name that the file gives it.
+CUTS = {
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+CONTROL = 3                         # the types of tokens have sentencepiece's numbers
+USER_DEFINED = 4
+
+
+def import_gguf(path: str | Path):
+    """The library `gguf`. LavinError, about `path`, where it is not installed."""
+    try:
+        import gguf                             # an optional package, needed for such files alone
+    except ImportError as error:
+        raise LavinError(f"{path}: pip install gguf, which reads such files") from error
+    return gguf
+
+
+class File:
+    """A GGUF file, opened. Of its weights, only what is asked for is read.
+
+    fields: what the file says of the model, {name: value}. tensors: {Meta's name: (the type, the
+    dtype and shape of what is stored, the offset)}. is_hf: are the rows of wq and wk in Hugging
+    Face's order?
+    """
+
+    def __init__(self, path: str | Path):
+        """LavinError if it is not a GGUF file of a model of ours."""
+        check_regular(path)
+        self.library = import_gguf(path)
+        self.path = path
+        self.directory = path       # as checkpoints.MappedShards calls them
+        self.files = [path]
+        try:
+            reader = self.library.GGUFReader(path)
+            self.fields = {name: field.contents() for name, field in reader.fields.items()}
+        except PermissionError as error:
+            raise LavinError(f"{path}: cannot be read ({error.strerror})") from error
+        except Exception as error:  # damaged bytes make it raise anything
+            reason = short(str(error))
+            raise LavinError(f"{path}: not a readable GGUF file ({reason}); truncated? fetch it "
+                             "again") from error
+        self.check_supported()
+        self.is_hf = self.fields["general.architecture"] == "qwen2"
+        self.tensors = {}
+        for tensor in reader.tensors:
+            name = self.meta_name(tensor.name)
+            stored = tensor.data
+            self.tensors[name] = (
+                tensor.tensor_type, stored.dtype, stored.shape, int(tensor.data_offset))
+
+    def check_supported(self) -> None:
+        """LavinError for what our model cannot do."""
+        fields = self.fields
+        architecture = fields.get("general.architecture")
+        check_supported(self.path, {"general.architecture": architecture or "none"}, {
+            "general.architecture": ("llama", "qwen2")})
+        width = fields.get(f"{architecture}.attention.key_length")
+        n_heads = fields.get(f"{architecture}.attention.head_count")
+        dim = fields.get(f"{architecture}.embedding_length")
+        if not width and type(n_heads) is int and n_heads > 0 and type(dim) is int:
+            width = dim // n_heads
+        check_supported(self.path, fields, {
+            f"{architecture}.expert_count": (0,),
+            f"{architecture}.rope.scaling.type": ("none",),
+            f"{architecture}.rope.dimension_count": (width,),
+            f"{architecture}.attention.value_length": (width,),
+            "split.count": (0, 1),
+        })
+
+    def meta_name(self, name: str) -> str:
+        """Meta's name of a tensor."""
+        if name == ROPE_SCALES:
+            return name
+        part, _, kind = name.rpartition(".")                # kind: "weight" or "bias"
+        prefix = ""
+        layer = re.fullmatch(r"blk\.(\d+)\.(.+)", part)
+        if layer:
+            number, part = layer.groups()
+            prefix = f"layers.{number}."
+        if part not in NAMES:
+            raise LavinError(f"{self.path}: {name} is no name of a LLaMA in GGUF")
+        return f"{prefix}{NAMES[part]}.{kind}"
+
+    def names(self) -> list[str]:
+        """Meta's names of the weights."""
+        return [name for name in self.tensors if name != ROPE_SCALES]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor by Meta's name, dequantized: fp32.
+
+        It is read, not mapped: pages of a map would count as memory as long as the file is open.
+        """
+        kind, dtype, shape, offset = self.tensors[name]
+        try:
+            stored = np.fromfile(self.path, dtype, math.prod(shape), offset=offset).reshape(shape)
+            numbers = self.library.dequantize(stored, kind)
+        except NotImplementedError as error:
+            raise LavinError(f"{self.path}: {name} is of type {kind.name}, which the library gguf "
+                             "does not dequantize; take the model in another type") from error
+        except (OSError, ValueError) as error:
+            raise LavinError(f"{self.path}: {name} cannot be read ({error})") from error
+        return torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.float32))
+
+    def slices(self, name: str, target: torch.Tensor) -> list[torch.Tensor]:
+        """The tensor that goes into `target`, in a list: such a file has a single slice of it."""
+        tensor = self.read(name)
+        check_tensor(self.path, name, tensor, target.shape, target.dtype)
+        return [tensor]
+
+    def params(self) -> dict:
+        """{field of LLaMAConfig: value}, of the right kinds. Raises LavinError."""
+        prefix = self.fields["general.architecture"] + "."
+        kinds = {prefix + name: LLAMA_PARAMS[field] for name, field in FIELDS.items()}
+        needed = [prefix + name for name in FIELDS if name not in OPTIONAL]
+        check_values(self.path, self.fields, kinds, needed)
+        params = {}
+        for name, field in FIELDS.items():
+            if prefix + name in self.fields:
+                params[field] = self.fields[prefix + name]
+        if "tok_embeddings.weight" not in self.tensors:
+            raise LavinError(f"{self.path}: tok_embeddings.weight is missing")
+        _, _, shape, _ = self.tensors["tok_embeddings.weight"]
+        params["vocab_size"] = shape[0]
+        params["attention_bias"] = prefix == "qwen2."
+        params["tied_embeddings"] = "output.weight" not in self.tensors
+        if ROPE_SCALES in self.tensors:
+            params["rope_factor"] = self.rope_factor(params)
+        return params
+
+    def rope_factor(self, params: dict) -> float:
+        """The factor of LLaMA 3.1's scaled RoPE, of which the file holds what it comes to."""
+        scales = self.read(ROPE_SCALES).flatten()
+        factor = scales.max().item()
+        plain = LLaMAConfig(**params)
+        scaled = LLaMAConfig(**params | {"rope_factor": factor})
+        expected = rope_frequencies(plain) / rope_frequencies(scaled)
+        if scales.shape != expected.shape or not torch.allclose(scales, expected, rtol=1e-3):
+            raise LavinError(f"{self.path}: {ROPE_SCALES} does not scale RoPE as LLaMA 3.1 does, "
+                             "and nothing else is supported")
+        return factor
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the vocabulary. Raises LavinError."""
+        kind = self.fields.get("tokenizer.ggml.model", "none")
+        check_supported(self.path, {"tokenizer.ggml.model": kind}, {
+            "tokenizer.ggml.model": ("llama", "gpt2")})
+        tokens = self.fields.get("tokenizer.ggml.tokens")
+        types = self.fields.get("tokenizer.ggml.token_type")
+        special = {}
+        for name in ("bos", "eos"):
+            special[name] = self.fields.get(f"tokenizer.ggml.{name}_token_id")
+        special["bos"] = special["eos"] if special["bos"] is None else special["bos"]
+        sound = (isinstance(tokens, list) and isinstance(types, list)
+                 and len(types) == len(tokens) == len(set(tokens)))
+        for number in special.values():
+            sound = sound and type(number) is int and 0 <= number < len(tokens)
+        if not sound:
+            raise LavinError(f"{self.path}: its vocabulary is damaged, or names no EOS token")
+        try:
+            if kind == "llama":
+                return self.sentencepiece(tokens, types, **special)
+            return self.byte_pairs(tokens, types, **special)
+        except LavinError:
+            raise
+        except Exception as error:  # of the two libraries
+            raise LavinError(f"{self.path}: its vocabulary is damaged ({short(str(error))})"
+                             ) from error
+
+    def byte_pairs(self, tokens: list[str], types: list[int], bos: int, eos: int) -> JsonTokenizer:
+        """The tokenizer of a vocabulary of kind "gpt2"."""
+        cut = self.fields.get("tokenizer.ggml.pre", "none")
+        check_supported(self.path, {"tokenizer.ggml.pre": cut}, {
+            "tokenizer.ggml.pre": ("smollm", *CUTS)})
+        tokenizers = import_tokenizers(self.path)
+        merges = [tuple(pair.split(" ")) for pair in self.fields["tokenizer.ggml.merges"]]
+        vocabulary = {token: number for number, token in enumerate(tokens)}
+        model = tokenizers.Tokenizer(tokenizers.models.BPE(
+            vocabulary, merges, ignore_merges=cut == "llama-bpe"))
+        if cut == "qwen2":
+            model.normalizer = tokenizers.normalizers.NFC()
+        cutters = tokenizers.pre_tokenizers
+        if cut == "smollm":         # every digit alone, the rest as GPT-2 does
+            first = cutters.Digits(individual_digits=True)
+            bytes_of = cutters.ByteLevel(add_prefix_space=False)
+        else:
+            first = cutters.Split(tokenizers.Regex(CUTS[cut]), "isolated")
+            bytes_of = cutters.ByteLevel(add_prefix_space=False, use_regex=False)
+        model.pre_tokenizer = cutters.Sequence([first, bytes_of])
+        model.decoder = tokenizers.decoders.ByteLevel()
+        for token, kind in zip(tokens, types):
+            if kind == CONTROL:
+                model.add_special_tokens([tokenizers.AddedToken(token, normalized=False)])
+            elif kind == USER_DEFINED:
+                model.add_tokens([tokenizers.AddedToken(token, normalized=False)])
+        return JsonTokenizer(model, bos, eos)
+
+    def sentencepiece(self, tokens: list[str], types: list[int], bos: int,
+                      eos: int) -> SentencePieceProcessor:
+        """The tokenizer of a vocabulary of kind "llama"."""
+        scores = self.fields.get("tokenizer.ggml.scores", [0.0] * len(tokens))
+        content = b""
+        for token, score, kind in zip(tokens, scores, types, strict=True):
+            piece = protobuf(1, token.encode()) + protobuf(2, score) + protobuf(3, kind)
+            content += protobuf(1, piece)
+        unknown = tokens[self.fields.get("tokenizer.ggml.unknown_token_id", 0)]
+        # TrainerSpec and NormalizerSpec of sentencepiece_model.proto. Model type 2 is BPE.
+        trainer = protobuf(3, 2) + protobuf(35, 1)                          # 35: byte_fallback
+        trainer += protobuf(45, unknown.encode())
+        trainer += protobuf(46, tokens[bos].encode()) + protobuf(47, tokens[eos].encode())
+        add_space = int(self.fields.get("tokenizer.ggml.add_space_prefix", True))
+        normalizer = protobuf(1, b"identity") + protobuf(3, add_space) + protobuf(4, 0)
+        tokenizer = SentencePieceProcessor()
+        tokenizer.LoadFromSerializedProto(
+            content + protobuf(2, trainer) + protobuf(3, normalizer))
+        return tokenizer
+
+
+def varint(number: int) -> bytes:
+    """A whole number as protocol buffers write it: 7 bits in each byte, the lowest first."""
+    content = b""
+    while number >= 128:
+        content += bytes([number % 128 + 128])
+        number //= 128
+    return content + bytes([number])
+
+
+def protobuf(number: int, value: int | float | bytes) -> bytes:
+    """A field of a protocol buffer: its number, how its value is written, the value."""
+    if isinstance(value, bytes):
+        return varint(number * 8 + 2) + varint(len(value)) + value
+    if isinstance(value, float):
+        return varint(number * 8 + 5) + struct.pack("<f", value)
+    return varint(number * 8) + varint(value)

@@ -1,0 +1,150 @@
+"""tokenizer.json behind the methods of sentencepiece's that we use (data.Tokenizer).
+
+LLaMA 1 and 2 come with a sentencepiece model (data.load_tokenizer). LLaMA 3, SmolLM2 and Qwen2 come
+with tokenizer.json, which the library `tokenizers` reads: pip install tokenizers. Which of its
+tokens are BOS and EOS stands in the files beside it.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from data import Tokenizer
+from extras.values import short
+from files import LavinError, check_regular, read_json, write_atomically
+
+
+class JsonTokenizer:
+    """A Tokenizer of the `tokenizers` library, with sentencepiece's methods."""
+
+    def __init__(self, model: object, bos: int, eos: int):
+        """model: a tokenizers.Tokenizer, which then belongs to this object."""
+        self.model = model
+        self.bos = bos
+        self.eos = eos
+        model.no_truncation()
+        model.no_padding()
+        model.encode_special_tokens = True      # "<|endoftext|>" in a text is text and ends nothing
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without BOS and EOS."""
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of tokens; BOS, EOS and their like are left out."""
+        return self.model.decode(tokens, skip_special_tokens=True)
+
+    def bos_id(self) -> int:
+        return self.bos
+
+    def eos_id(self) -> int:
+        return self.eos
+
+    def vocab_size(self) -> int:
+        return max(self.model.get_vocab(with_added_tokens=True).values()) + 1
+
+    def id_to_piece(self, token: int) -> str:
+        """A token for people to read, a space as ▁, as sentencepiece writes it."""
+        text = self.decode([token])
+        piece = self.model.id_to_token(token) or ""
+        if not text or "▁" in piece:
+            return piece
+        return text.replace(" ", "▁")
+
+    def serialized_model_proto(self) -> bytes:
+        """tokenizer.json."""
+        return self.model.to_str().encode()
+
+
+def import_tokenizers(path: str | Path):
+    """The library `tokenizers`. LavinError, about `path`, where it is not installed."""
+    try:
+        import tokenizers                       # an optional package, needed for such files alone
+    except ImportError as error:
+        raise LavinError(f"{path}: pip install tokenizers, which reads such tokenizers") from error
+    return tokenizers
+
+
+def load_json(path: str | Path) -> JsonTokenizer:
+    """tokenizer.json, with BOS and EOS of the files beside it. Raises LavinError."""
+    check_regular(path)
+    tokenizers = import_tokenizers(path)
+    try:
+        model = tokenizers.Tokenizer.from_buffer(Path(path).read_bytes())
+        if not model.get_vocab():
+            raise ValueError("it has no tokens")
+    except OSError as error:
+        raise LavinError(f"{path}: cannot be read ({error.strerror})") from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:              # the library's panics are no Exceptions
+        reason = short(str(error))
+        raise LavinError(f"{path}: not a tokenizer.json that `tokenizers` reads ({reason})"
+                         ) from error
+    folder = Path(path).parent
+    eos = find_special(folder, "eos", model)
+    bos = find_special(folder, "bos", model)
+    if eos is None:
+        raise LavinError(f"{path}: no EOS token is named in {', '.join(NAMED_IN)} beside it; "
+                         "fetch these files too")
+    if bos is None:                             # then texts are parted by EOS alone
+        bos = eos
+    return JsonTokenizer(model, bos, eos)
+
+
+NAMED_IN = ("tokenizer_config.json", "config.json", "generation_config.json")
+
+
+def find_special(folder: Path, kind: str, model) -> int | None:
+    """The id of the BOS or EOS token (kind: "bos" or "eos") that the folder's files name, or None.
+
+    LavinError for one that is no token of the vocabulary.
+    """
+    for file in NAMED_IN:
+        path = folder / file
+        if not os.path.exists(path):
+            continue
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise LavinError(f"{path}: not a configuration, which is a JSON object")
+        token = content.get(f"{kind}_token")    # "</s>" or {"content": "</s>", …}
+        if isinstance(token, dict):
+            token = token.get("content")
+        number = content.get(f"{kind}_token_id")
+        if isinstance(number, list) and number: # several that end an answer, the usual one first
+            number = number[0]
+        if token is not None:
+            number = model.token_to_id(token) if isinstance(token, str) else None
+        elif number is None:
+            continue
+        if type(number) is not int or not 0 <= number < 2**32 or model.id_to_token(number) is None:
+            named = short(number if token is None else token)
+            raise LavinError(f"{path}: its {kind.upper()} token {named} is not in the vocabulary")
+        return number
+    return None
+
+
+def is_tiktoken(path: str | Path) -> bool:
+    """Is it LLaMA 3's tokenizer.model of Meta's download: lines of a base64 text and a number?"""
+    check_regular(path)
+    try:
+        with open(path, "rb") as opened:
+            first = opened.read(256)
+    except OSError as error:
+        raise LavinError(f"{path}: cannot be read ({error.strerror})") from error
+    return re.match(rb"[A-Za-z0-9+/]+=* \d+\n", first) is not None
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer into a LLaMA's folder. LavinError if that is not possible."""
+    content = tokenizer.serialized_model_proto()
+    if not isinstance(tokenizer, JsonTokenizer):
+        write_atomically(folder / "tokenizer.model", lambda path: path.write_bytes(content))
+        return
+    special = {
+        "bos_token": tokenizer.model.id_to_token(tokenizer.bos),
+        "eos_token": tokenizer.model.id_to_token(tokenizer.eos)}
+    write_atomically(folder / "tokenizer.json", lambda path: path.write_bytes(content))
+    write_atomically(folder / "tokenizer_config.json",
+                     lambda path: path.write_text(json.dumps(special), encoding="utf-8"))
