@@ -381,7 +381,10 @@ def read_clip(path: str | Path) -> tuple[dict, ViTConfig]:
     if width % 64 or n_positions != 1 + side ** 2:
         raise LavinError(f"{path}: {n_positions} positions of width {width}; the width must be "
                          "a multiple of 64, and the patches a square, with one position more")
-    return state, ViTConfig(**sizes)
+    quick_gelu = True               # in files of OpenAI's names nothing tells
+    if os.path.isdir(path):
+        quick_gelu = hf.has_quick_gelu(path)
+    return state, ViTConfig(**sizes, quick_gelu=quick_gelu)
 
 
 # LaVIN's adapters

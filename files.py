@@ -32,7 +32,7 @@ DEFAULTS = {"llama": "weights/7B", "vit": "weights/ViT-L-14.pt", "data_root": "d
 ORIGINS = {
     "adapter": "LaVIN's adapters; python train.py --data sqa makes them, or --adapter FILE",
     "llama": "LLaMA in Meta's layout, from https://llama.meta.com, or in Hugging Face's with "
-             "config.json, or a .gguf file; --llama PATH",
+             "config.json (--llama DIR), or a file of llama.cpp's (--llama FILE.gguf)",
     "tokenizer": "comes with LLaMA; in the folder of --llama or the one above it",
     "vit": "CLIP's image encoder ViT-L-14.pt, linked from https://github.com/openai/CLIP; "
            "--vit FILE",

@@ -22,6 +22,7 @@ class ViTConfig:
     layers: int = 24
     patch: int = 14         # pixels
     resolution: int = 224   # pixels
+    quick_gelu: bool = True # OpenAI's encoders; most that others trained have the usual GELU
 
     @property
     def n_features(self) -> int:
@@ -61,15 +62,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, quick_gelu):
         super().__init__()
+        self.quick_gelu = quick_gelu
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = self.c_fc(x)
-        x = F.silu(1.702 * x) / 1.702       # QuickGELU, x · sigmoid(1.702 x), CLIP's own
+        if self.quick_gelu:
+            x = F.silu(1.702 * x) / 1.702       # QuickGELU, x · sigmoid(1.702 x), CLIP's own
+        else:
+            x = F.gelu(x)
         return self.c_proj(x)
 
 
@@ -81,13 +86,13 @@ class Block(nn.Module):
     picture's features then depend on its neighbours, which is a bug that we do not copy.)
     """
 
-    def __init__(self, width, adapter_config):
+    def __init__(self, width, quick_gelu, adapter_config):
         super().__init__()
         self.adapter = Adapter(width, adapter_config)
         self.ln_1 = LayerNorm(width)
         self.attn = Attention(width)
         self.ln_2 = LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, quick_gelu)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -107,7 +112,8 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(C))
         self.positional_embedding = nn.Parameter(torch.empty(n_patches + 1, C))
         self.ln_pre = LayerNorm(C)
-        self.resblocks = nn.ModuleList(Block(C, adapter_config) for _ in range(config.layers))
+        self.resblocks = nn.ModuleList(
+            Block(C, config.quick_gelu, adapter_config) for _ in range(config.layers))
         self.checkpointing = False      # recompute activations in backward, to save memory
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:

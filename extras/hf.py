@@ -208,8 +208,8 @@ def to_meta(name: str, tensor: torch.Tensor, config) -> torch.Tensor:
 # CLIP
 
 
-def check_clip(folder):
-    """LavinError if config.json is not that of a CLIP whose image encoder ours computes."""
+def read_clip_config(folder: str | Path) -> dict:
+    """config.json of a CLIP's image encoder. LavinError if it is none that ours computes."""
     path = Path(folder, "config.json")
     if not os.path.exists(path):
         raise LavinError(f"{folder}: a folder without config.json; give CLIP's file ViT-L-14.pt, "
@@ -221,9 +221,16 @@ def check_clip(folder):
         raise LavinError(f"{path}: vision_config is {short(vision)}, not a JSON object")
     check_values(path, vision, {"hidden_size": LLAMA_PARAMS["dim"]})
     check_supported(path, vision, {
-        "hidden_act": ("quick_gelu",),
+        "hidden_act": ("quick_gelu", "gelu"),
+        "layer_norm_eps": (1e-5,),
         "num_attention_heads": (vision.get("hidden_size", 768) // 64,),     # heads 64 wide
     })
+    return vision
+
+
+def has_quick_gelu(folder: str | Path) -> bool:
+    """Does this CLIP have OpenAI's activation? If not, it has the usual GELU, as OpenCLIP's do."""
+    return read_clip_config(folder).get("hidden_act", "quick_gelu") == "quick_gelu"
 
 
 def is_unused(name):
@@ -234,7 +241,7 @@ def is_unused(name):
 
 def read_clip(folder: str | Path) -> dict[str, torch.Tensor]:
     """A CLIPVisionModel or CLIPModel -> {OpenAI's name, "visual." in front: tensor}."""
-    check_clip(folder)
+    read_clip_config(folder)
     state = {}
     in_proj = {}                                            # {name: {"q": tensor, "k": …, "v": …}}
     for name, tensor in read_tensors(folder).items():

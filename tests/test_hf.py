@@ -206,14 +206,16 @@ def test_a_delta_is_added_in_the_right_order_of_rows(llama_folder, tmp_path, tra
 # CLIP
 
 
-@pytest.mark.parametrize("patch, resolution, layers", [(14, 56, 8), (16, 48, 4), (32, 64, 4)])
+@pytest.mark.parametrize("patch, resolution, layers, activation", [
+    (14, 56, 8, "quick_gelu"), (16, 48, 4, "gelu"), (32, 64, 4, "quick_gelu")])
 @pytest.mark.parametrize("is_whole", [True, False], ids=["CLIPModel", "CLIPVisionModel"])
 @torch.no_grad()
 def test_clip_gives_the_same_hidden_states(
-        transformers, tmp_path, patch, resolution, layers, is_whole):
+        transformers, tmp_path, patch, resolution, layers, activation, is_whole):
     torch.manual_seed(0)
     vision = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": layers,
-              "num_attention_heads": 2, "patch_size": patch, "image_size": resolution}
+              "num_attention_heads": 2, "patch_size": patch, "image_size": resolution,
+              "hidden_act": activation}
     text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
             "num_attention_heads": 1, "vocab_size": 99}
     if is_whole:
@@ -226,6 +228,7 @@ def test_clip_gives_the_same_hidden_states(
     state, config = checkpoints.read_clip(tmp_path)
     assert config.width == 128 and config.layers == layers
     assert config.patch == patch and config.resolution == resolution
+    assert config.quick_gelu == (activation == "quick_gelu")
     vit = VisionTransformer(config, AdapterConfig())
     parameters = frozen_parameters(vit)
     assert parameters.keys() == state.keys()
@@ -520,7 +523,8 @@ def test_files_that_are_none(fails, golden_folder):
     ({"model_type": "clip", "vision_config": {"hidden_size": 10**400}}, "hidden_size is 1000"),
     ({"model_type": "clip", "vision_config": 3}, "vision_config is 3"),
     ({"model_type": "siglip"}, "model_type 'siglip'"),
-    ({"model_type": "clip", "vision_config": {"hidden_act": "gelu"}}, "hidden_act"),
+    ({"model_type": "clip", "vision_config": {"hidden_act": "gelu_new"}}, "hidden_act"),
+    ({"model_type": "clip", "vision_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps"),
     ({"model_type": "clip", "vision_config": {"num_attention_heads": 3}}, "num_attention_heads"),
 ])
 def test_a_clip_that_is_not_supported_is_named(tmp_path, config, reason):
