@@ -78,10 +78,8 @@ def to_hf(name, tensor):
     return name, tensor
 
 
-@pytest.fixture
-def golden_folder(tmp_path):
-    """LLAMA in Hugging Face's layout, in a .bin -> (its folder, its tensors)."""
-    folder = tmp_path / "golden"
+def write_golden_folder(folder):
+    """LLAMA in Hugging Face's layout, in a .bin and without a tokenizer -> its tensors."""
     folder.mkdir()
     tensors = {}
     for name, tensor in torch.load(LLAMA / "consolidated.00.pth", weights_only=True).items():
@@ -90,6 +88,14 @@ def golden_folder(tmp_path):
             tensors[name] = tensor.clone()
     torch.save(tensors, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(CONFIG))
+    return tensors
+
+
+@pytest.fixture
+def golden_folder(tmp_path):
+    """LLAMA in Hugging Face's layout, with its tokenizer -> (its folder, its tensors)."""
+    folder = tmp_path / "golden"
+    tensors = write_golden_folder(folder)
     shutil.copy(tokenizer_path(LLAMA), folder)
     return folder, tensors
 
@@ -291,19 +297,27 @@ def test_a_tied_llama_is_folded_into_a_file_and_trained_on(tied_folder, samples,
 # Qwen2
 
 
+def qwen_tensors():
+    """Biases in q, k and v for LLAMA -> ({Hugging Face's name: tensor}, {Meta's name: tensor})."""
+    theirs = {}
+    biases = {}
+    generator = torch.Generator().manual_seed(0)
+    for i in range(4):
+        for which in "qkv":
+            bias = torch.randn(64, generator=generator)
+            biases[f"layers.{i}.attention.w{which}.bias"] = bias
+            if which != "v":
+                bias = bias.unflatten(0, (-1, 8, 2)).transpose(1, 2).flatten()
+            theirs[f"model.layers.{i}.self_attn.{which}_proj.bias"] = bias.clone()
+    return theirs, biases
+
+
 @pytest.fixture
 def qwen_folder(golden_folder):
     """golden_folder with biases in q, k and v -> (its folder, the biases by Meta's names)."""
     folder, tensors = golden_folder
-    biases = {}
-    generator = torch.Generator().manual_seed(0)
-    for i in range(4):
-        for ours, theirs in (("wq", "q_proj"), ("wk", "k_proj"), ("wv", "v_proj")):
-            bias = torch.randn(64, generator=generator)
-            biases[f"layers.{i}.attention.{ours}.bias"] = bias
-            if ours != "wv":
-                bias = bias.unflatten(0, (-1, 8, 2)).transpose(1, 2).flatten()
-            tensors[f"model.layers.{i}.self_attn.{theirs}.bias"] = bias.clone()
+    theirs, biases = qwen_tensors()
+    tensors |= theirs
     torch.save(tensors, folder / "pytorch_model.bin")
     change_config(folder, model_type="qwen2")
     return folder, biases

