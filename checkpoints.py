@@ -98,11 +98,11 @@ def read_params(directory: str | Path | gguf.File, vocab_size: int) -> LLaMAConf
         raise LavinError(f"{path}: {params['vocab_size']} tokens, "
                          f"but its tokenizer has {vocab_size}")
     config = LLaMAConfig(**params)
-    check_values(path, vars(config), LLAMA_PARAMS)      # hidden_dim may have been computed
     divides = params.get("head_dim") is not None or config.dim % config.n_heads == 0
     if not divides or config.n_heads % config.n_kv_heads:
         raise LavinError(f"{path}: dim {config.dim}, heads {config.n_heads}, "
                          f"key heads {config.n_kv_heads} do not divide")
+    check_values(path, vars(config), LLAMA_PARAMS)      # hidden_dim may have been computed
     if config.head_dim % 2:
         raise LavinError(f"{path}: a head is {config.head_dim} wide, which RoPE cannot halve")
     if config.rope_low >= config.rope_high:

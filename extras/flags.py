@@ -56,7 +56,7 @@ def add_source_flags(group) -> None:
     switch("--no-images", dest="images", action="store_false",
            help="leave out the pictures, in training and scoring; captions stay")
     add("--max-seq-len", help="context in tokens (default: 512)")
-    add("--llama", help="directory of LLaMA in Meta's layout (default: weights/7B)")
+    add("--llama", help="LLaMA's directory, or a .gguf file (default: weights/7B)")
     add("--vit", help="CLIP's image encoder (default: weights/ViT-L-14.pt)")
     add("--delta", help="folder of Hugging Face's that is added to LLaMA, as Vicuna's are")
     add("--adapter", help="LaVIN checkpoint to begin with (default: adapters that do nothing)")
@@ -176,7 +176,7 @@ def add_model_flags(group) -> None:
     switch = group.add_argument
     add("--adapter", help="LaVIN checkpoint, ours or released; none: LLaMA as it is "
         "(default: out/checkpoint.pth)")
-    add("--llama", help="directory of LLaMA (default: as trained, or weights/7B)")
+    add("--llama", help="LLaMA's directory, or a .gguf file (default: as trained, or weights/7B)")
     add("--delta", help="folder of Hugging Face's that is added to LLaMA (default: as trained)")
     add("--vit", help="CLIP's image encoder (default: as trained, or weights/ViT-L-14.pt)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")

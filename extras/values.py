@@ -244,7 +244,7 @@ LLAMA_PARAMS = {
     "rope_low": Kind(float, above=0, high=1e6),
     "rope_high": Kind(float, above=0, high=1e6),
     "rope_context": Kind(int, low=1, high=2**30),
-    "head_dim": Kind(int, low=2, high=2**14, optional=True),
+    "head_dim": Kind(int, low=1, high=2**14, optional=True),
     "attention_bias": Kind(bool),
     "tied_embeddings": Kind(bool),
     "folded": Kind(bool),
