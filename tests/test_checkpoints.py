@@ -21,7 +21,7 @@ from adapters import AdapterConfig
 from bench import peak_memory
 from conftest import ADAPTER, LLAMA, VIT, difference
 from files import LavinError, tokenizer_path
-from model import LaVIN
+from model import LaVIN, LLaMAConfig
 from test_errors import ask
 from test_train import flags
 from vit import ViTConfig
@@ -336,6 +336,30 @@ def test_clip_as_a_plain_state_dict(tmp_path, lavin):
     loaded = checkpoints.load(LLAMA, plain, ADAPTER).state_dict()
     for name, tensor in lavin.state_dict().items():
         assert torch.equal(loaded[name], tensor), name
+
+
+@pytest.mark.parametrize("patch, resolution, width, layers, n_features", [
+    (32, 224, 768, 12, 3), (16, 224, 768, 12, 3), (14, 224, 1024, 24, 6), (14, 336, 1024, 24, 6)],
+    ids=["ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336"])
+def test_openais_vits(tmp_path, patch, resolution, width, layers, n_features):
+    """Their sizes are read off the tensors, and an adapter has a name in each of their blocks."""
+    state = {
+        "visual.conv1.weight": torch.zeros(width, 3, patch, patch),
+        "visual.positional_embedding": torch.zeros((resolution // patch) ** 2 + 1, width)}
+    for i in range(layers):
+        state[f"visual.transformer.resblocks.{i}.ln_1.bias"] = torch.zeros(width)
+    torch.save(state, tmp_path / "vit.pt")
+    _, config = checkpoints.read_clip(tmp_path / "vit.pt")
+    assert config == ViTConfig(width, layers, patch, resolution)
+    assert config.n_features == n_features
+    with torch.device("meta"):
+        small = LLaMAConfig(dim=64, n_layers=1, n_heads=1)
+        lavin = LaVIN(small, config, AdapterConfig(), None, 512)
+        names = checkpoints.to_official(lavin)
+    for i in range(layers):
+        name = f"backbone.visual.transformer.resblocks.{i}.adapter_attn.conv_A.weight"
+        assert names[name].shape == (8, width, 1)
+    assert f"backbone.visual.transformer.resblocks.{layers}.adapter_attn.conv_A.weight" not in names
 
 
 def test_a_vit_that_is_none(fails, tmp_path):
