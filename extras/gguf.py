@@ -1,15 +1,18 @@
 """GGUF, llama.cpp's single file: the sizes of a LLaMA or Qwen2, its vocabulary, quantized weights.
 
-The library `gguf` finds what is in the file, and dequantizes (pip install gguf). In wq and wk of a
-LLaMA the rows stand in Meta's order, in those of a Qwen2 in Hugging Face's. Vocabularies are of two
-kinds. LLaMA 1 and 2 have sentencepiece's ("llama"), from which a sentencepiece model is put
-together again. The others have pairs of bytes ("gpt2"): pip install tokenizers.
+The library `gguf` dequantizes (pip install gguf). It could find out what is in the file as well,
+but takes seconds for that, and for ever where a length is damaged. In wq and wk of a LLaMA the rows
+stand in Meta's order, in those of a Qwen2 in Hugging Face's. Vocabularies are of two kinds. LLaMA 1
+and 2 have sentencepiece's ("llama"), from which a sentencepiece model is put together again. The
+others have pairs of bytes ("gpt2"): pip install tokenizers.
 """
 
 import math
+import os
 import re
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -59,6 +62,82 @@ CUTS = {
 }
 CONTROL = 3                         # the types of tokens have sentencepiece's numbers
 USER_DEFINED = 4
+# The types of values: numbers, by struct's letters for them, and two more.
+NUMBERS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+TEXT = 8
+LIST = 9
+
+
+class Header:
+    """What stands in front of the weights, read in order. ValueError if the file ends before."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.file = file
+        self.left = size            # bytes, up to the file's end
+
+    def take(self, n: int) -> bytes:
+        """The next n bytes."""
+        if n > self.left:
+            raise ValueError("it ends too early")
+        self.left -= n
+        return self.file.read(n)
+
+    def numbers(self, letter: str, n: int) -> list:
+        """The next n numbers, of the type that is struct's letter."""
+        content = self.take(n * struct.calcsize(f"<{letter}"))
+        return list(struct.unpack(f"<{n}{letter}", content))
+
+    def number(self, letter: str) -> int | float:
+        """The next number."""
+        return self.numbers(letter, 1)[0]
+
+    def text(self) -> str:
+        """The next text, which begins with its length."""
+        return self.take(self.number("Q")).decode()
+
+    def value(self, kind: int) -> object:
+        """The next value of a type: a number, a text, or a list of values of one type."""
+        if kind == TEXT:
+            return self.text()
+        if kind != LIST:
+            return self.number(NUMBERS[kind])
+        kind = self.number("I")
+        n = self.number("Q")
+        if kind in NUMBERS:
+            return self.numbers(NUMBERS[kind], n)
+        return [self.value(kind) for _ in range(n)]
+
+
+def read_header(file: BinaryIO, size: int, library) -> tuple[dict, dict]:
+    """-> ({name: value} of what is said of the model, {llama.cpp's name of a tensor: (its type, the
+    shape of its bytes, their place in the file)}). ValueError and others for damaged bytes.
+    """
+    header = Header(file, size)
+    if header.take(4) != b"GGUF" or header.number("I") not in (2, 3):
+        raise ValueError("it is not GGUF of version 2 or 3")
+    n_tensors = header.number("Q")
+    n_fields = header.number("Q")
+    fields = {}
+    for _ in range(n_fields):
+        name = header.text()
+        fields[name] = header.value(header.number("I"))
+    tensors = {}
+    for _ in range(n_tensors):
+        name = header.text()
+        shape = header.numbers("Q", header.number("I"))     # the fastest dimension first
+        kind = library.GGMLQuantizationType(header.number("I"))
+        tensors[name] = (kind, shape[::-1], header.number("Q"))
+    alignment = fields.get("general.alignment", 32)
+    start = math.ceil((size - header.left) / alignment) * alignment
+    for name, (kind, shape, offset) in tensors.items():
+        n_numbers, n_bytes = library.GGML_QUANT_SIZES[kind]         # of a block
+        *rows, width = shape
+        stored = (*rows, width // n_numbers * n_bytes)
+        if width % n_numbers or start + offset + math.prod(stored) > size:
+            raise ValueError(f"it ends within {name}")
+        tensors[name] = (kind, stored, start + offset)
+    return fields, tensors
 
 
 def import_gguf(path: str | Path):
@@ -74,8 +153,7 @@ class File:
     """A GGUF file, opened. Of its weights, only what is asked for is read.
 
     fields: what the file says of the model, {name: value}. tensors: {Meta's name: (the type, the
-    dtype and shape of what is stored, the offset)}. is_hf: are the rows of wq and wk in Hugging
-    Face's order?
+    shape of the bytes, their place)}. is_hf: are the rows of wq and wk in Hugging Face's order?
     """
 
     def __init__(self, path: str | Path):
@@ -86,9 +164,10 @@ class File:
         self.directory = path       # as checkpoints.MappedShards calls them
         self.files = [path]
         try:
-            reader = self.library.GGUFReader(path)
-            self.fields = {name: field.contents() for name, field in reader.fields.items()}
-        except PermissionError as error:
+            with open(path, "rb") as opened:
+                size = os.path.getsize(path)
+                self.fields, tensors = read_header(opened, size, self.library)
+        except OSError as error:
             raise LavinError(f"{path}: cannot be read ({error.strerror})") from error
         except Exception as error:  # damaged bytes make it raise anything
             reason = short(str(error))
@@ -96,12 +175,7 @@ class File:
                              "again") from error
         self.check_supported()
         self.is_hf = self.fields["general.architecture"] == "qwen2"
-        self.tensors = {}
-        for tensor in reader.tensors:
-            name = self.meta_name(tensor.name)
-            stored = tensor.data
-            self.tensors[name] = (
-                tensor.tensor_type, stored.dtype, stored.shape, int(tensor.data_offset))
+        self.tensors = {self.meta_name(name): place for name, place in tensors.items()}
 
     def check_supported(self) -> None:
         """LavinError for what our model cannot do."""
@@ -145,10 +219,10 @@ class File:
 
         It is read, not mapped: pages of a map would count as memory as long as the file is open.
         """
-        kind, dtype, shape, offset = self.tensors[name]
+        kind, shape, place = self.tensors[name]
         try:
-            stored = np.fromfile(self.path, dtype, math.prod(shape), offset=offset).reshape(shape)
-            numbers = self.library.dequantize(stored, kind)
+            stored = np.fromfile(self.path, np.uint8, math.prod(shape), offset=place)
+            numbers = self.library.dequantize(stored.reshape(shape), kind)
         except NotImplementedError as error:
             raise LavinError(f"{self.path}: {name} is of type {kind.name}, which the library gguf "
                              "does not dequantize; take the model in another type") from error
@@ -174,7 +248,7 @@ class File:
                 params[field] = self.fields[prefix + name]
         if "tok_embeddings.weight" not in self.tensors:
             raise LavinError(f"{self.path}: tok_embeddings.weight is missing")
-        _, _, shape, _ = self.tensors["tok_embeddings.weight"]
+        _, shape, _ = self.tensors["tok_embeddings.weight"]
         params["vocab_size"] = shape[0]
         params["attention_bias"] = prefix == "qwen2."
         params["tied_embeddings"] = "output.weight" not in self.tensors
