@@ -289,9 +289,9 @@ class File:
             if kind == "llama":
                 return self.sentencepiece(tokens, types, **special)
             return self.byte_pairs(tokens, types, **special)
-        except LavinError:
+        except (LavinError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:  # of the two libraries
+        except BaseException as error:          # of the two libraries; a panic is no Exception
             raise LavinError(f"{self.path}: its vocabulary is damaged ({short(str(error))})"
                              ) from error
 
@@ -316,21 +316,22 @@ class File:
             bytes_of = cutters.ByteLevel(add_prefix_space=False, use_regex=False)
         model.pre_tokenizer = cutters.Sequence([first, bytes_of])
         model.decoder = tokenizers.decoders.ByteLevel()
+        added = {CONTROL: [], USER_DEFINED: []}             # these are found before a text is cut
         for token, kind in zip(tokens, types):
-            if kind == CONTROL:
-                model.add_special_tokens([tokenizers.AddedToken(token, normalized=False)])
-            elif kind == USER_DEFINED:
-                model.add_tokens([tokenizers.AddedToken(token, normalized=False)])
+            if kind in added:
+                added[kind].append(tokenizers.AddedToken(token, normalized=False))
+        model.add_special_tokens(added[CONTROL])
+        model.add_tokens(added[USER_DEFINED])
         return JsonTokenizer(model, bos, eos)
 
     def sentencepiece(self, tokens: list[str], types: list[int], bos: int,
                       eos: int) -> SentencePieceProcessor:
         """The tokenizer of a vocabulary of kind "llama"."""
         scores = self.fields.get("tokenizer.ggml.scores", [0.0] * len(tokens))
-        content = b""
+        pieces = []
         for token, score, kind in zip(tokens, scores, types, strict=True):
             piece = protobuf(1, token.encode()) + protobuf(2, score) + protobuf(3, kind)
-            content += protobuf(1, piece)
+            pieces.append(protobuf(1, piece))
         unknown = tokens[self.fields.get("tokenizer.ggml.unknown_token_id", 0)]
         # TrainerSpec and NormalizerSpec of sentencepiece_model.proto. Model type 2 is BPE.
         trainer = protobuf(3, 2) + protobuf(35, 1)                          # 35: byte_fallback
@@ -340,7 +341,7 @@ class File:
         normalizer = protobuf(1, b"identity") + protobuf(3, add_space) + protobuf(4, 0)
         tokenizer = SentencePieceProcessor()
         tokenizer.LoadFromSerializedProto(
-            content + protobuf(2, trainer) + protobuf(3, normalizer))
+            b"".join(pieces) + protobuf(2, trainer) + protobuf(3, normalizer))
         return tokenizer
 
 

@@ -301,7 +301,8 @@ def cache_key(samples, tokenizer, n_features, max_seq_len):
     """A hash of everything that the tokens depend on. Other tokens are never taken for them."""
     version = 2                     # of tokenize and encode in data.py: raise it when they change
     key = hashlib.sha256(tokenizer.serialized_model_proto())
-    key.update(f"{n_features} {max_seq_len} {version}".encode())
+    special = f"{tokenizer.bos_id()} {tokenizer.eos_id()}"      # tokenizer.json does not name them
+    key.update(f"{n_features} {max_seq_len} {special} {version}".encode())
     for sample in samples:
         # Of the picture, only whether there is one changes the tokens.
         fields = [sample.prompt, sample.answer, sample.history, sample.image is None]
