@@ -55,7 +55,7 @@ ADAPTER_SIZES = {
 
 
 def open_llama(llama: str | Path) -> str | Path | gguf.File:
-    """A GGUF file opened, since it takes seconds to look through; a folder's path as it is."""
+    """A GGUF file, what it says of the model read once for all; a folder's path as it is."""
     if is_gguf(llama):
         return gguf.File(llama)
     return llama

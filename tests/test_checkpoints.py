@@ -293,6 +293,20 @@ def test_params_that_are(tmp_path, more):
     assert checkpoints.read_params(tmp_path, 512).vocab_size == 512
 
 
+@pytest.mark.parametrize("more, factor", [
+    ('"use_scaled_rope": false', 1), ('"use_scaled_rope": true', 8),
+    ('"use_scaled_rope": true, "rope_scaling_factor": 32', 32)])
+def test_metas_scaled_rope(tmp_path, more, factor):
+    """LLaMA 3.1's file names no factor: it is 8 in Meta's code."""
+    (tmp_path / "params.json").write_text("{" + SIZES + ", " + more + "}")
+    assert checkpoints.read_params(tmp_path, 512).rope_factor == factor
+
+
+def test_a_folded_llama_of_an_older_checkpoint_is_known_by_its_biases(tmp_path):
+    (tmp_path / "params.json").write_text("{" + SIZES + ', "attention_bias": true}')
+    assert checkpoints.read_params(tmp_path, 512).folded
+
+
 def test_a_model_that_is_larger_than_the_memory(monkeypatch, lavin):
     """It is refused before it is built. 8 bits or 4 are proposed where they would be enough."""
     cpu = torch.device("cpu")
