@@ -76,11 +76,13 @@ def asks_sqa(args: object) -> bool:
     return args.data == "sqa"
 
 
-def choose_paths(args: object, remembered: dict, adapter: str | None = None) -> None:
+def choose_paths(args: object, remembered: dict, adapter: str | None = None,
+                 weights: bool = True) -> None:
     """Set args.llama, .vit and .data_root: as given, else as the checkpoint remembers, else the
     default.
 
     Says what it took. Raises one LavinError that lists all that is missing and where to get it.
+    weights False: the models' shapes suffice, so their tensors may be missing.
     """
     for name, default in DEFAULTS.items():
         path = getattr(args, name) or remembered.get(name) or default
@@ -90,7 +92,7 @@ def choose_paths(args: object, remembered: dict, adapter: str | None = None) -> 
         taken += f" · data {args.data_root}"
     print(taken)
 
-    wanted = {"vit": [args.vit]}
+    wanted = {}
     if adapter:
         wanted["adapter"] = [adapter]
     if is_gguf(args.llama):
@@ -98,7 +100,11 @@ def choose_paths(args: object, remembered: dict, adapter: str | None = None) -> 
     else:
         wanted["tokenizer"] = [tokenizer_path(args.llama)]
     if not is_hf_folder(args.llama) and not is_gguf(args.llama):
-        wanted["llama"] = [f"{args.llama}/params.json", f"{args.llama}/consolidated.00.pth"]
+        wanted["llama"] = [f"{args.llama}/params.json"]
+        if weights:
+            wanted["llama"].append(f"{args.llama}/consolidated.00.pth")
+    if weights:
+        wanted["vit"] = [args.vit]
     if asks_sqa(args):
         wanted["data_root"] = [f"{args.data_root}/{name}" for name in SCIENCEQA]
     missing = []

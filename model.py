@@ -284,6 +284,7 @@ class LaVIN(nn.Module):
         # Row 0 stands for text only, row 1 for text and a picture.
         self.modality_embedding = nn.Parameter(torch.empty(2, llama_config.dim))
         self.folded_for = None          # a modality, once fast/fold.py has merged the adapters
+        self.logit_rows = None          # how many the loss makes at a time; None: suits the device
 
         self.requires_grad_(False)
         self.modality_embedding.requires_grad_(True)
@@ -375,7 +376,7 @@ class LaVIN(nn.Module):
             x = x.index_select(0, batch.answer_indices - 1)         # (n_answer, C)
             labels = batch.labels[batch.answer_indices]             # (n_answer,)
             # The sum over the tokens, as F.cross_entropy(…, reduction="sum"), in less memory.
-            loss = cross_entropy(x, self.llama.output.weight, labels)
+            loss = cross_entropy(x, self.llama.output.weight, labels, self.logit_rows)
         return loss / max(batch.n_answer, 1)
 
     def logits(self, batch: data.Batch) -> torch.Tensor:

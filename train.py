@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 import checkpoints
 import data
 from adapters import AdapterConfig
-from extras import evaluate, flags, resume, rows, runs, scienceqa
+from extras import estimate, evaluate, flags, resume, rows, runs, scienceqa
 from extras.terminal import run
 from fast import ops, ranks
 from files import (DTYPES, LavinError, check_compiler, check_writable, choose_paths,
@@ -99,6 +99,7 @@ class Settings:
     resume: bool = False
     check: bool = False
     dry_run: bool = False
+    tflops: float | None = None         # a GPU's rate, for the hours that a dry run estimates
     max_steps: int | None = None
     save_every: int | None = None       # steps; None: once an epoch
     eval_limit: int | None = None       # problems scored at the end; None: all
@@ -324,16 +325,20 @@ def build(settings: Settings, resumed: dict | None,
     return lavin, optimizer, scaler
 
 
-def dry_run(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer,
-            scaler: GradScaler, settings: Settings) -> None:
-    """Print what a run would take, from a step on the longest samples and a few usual ones."""
-    _, n_steps = count_steps(settings)
-
+def longest_samples(samples: runs.TrainingSet, n: int) -> list[int]:
+    """The indices of the n longest samples, the longest first."""
     def size(i):
         return samples.lengths[i], samples.encoded[i].image is not None
 
+    return sorted(range(len(samples.encoded)), key=size, reverse=True)[:n]
+
+
+def dry_run(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer,
+            scaler: GradScaler, settings: Settings) -> None:
+    """Print what a run would take, from a step on the longest samples and a few usual ones."""
+    steps_per_epoch, n_steps = count_steps(settings)
     everything = range(len(samples.encoded))
-    longest = sorted(everything, key=size, reverse=True)[:settings.batch_size]
+    longest = longest_samples(samples, settings.batch_size)
 
     def plan(step):
         chosen = longest if step == 0 else everything
@@ -356,10 +361,48 @@ def dry_run(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer,
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     hours = n_steps * min(seconds) / 3600
+    epoch = estimate.flops_of(lavin, samples.encoded)
+    estimate.print_work(epoch, n_steps / steps_per_epoch, settings)
     print(f"dry run  peak memory {peak / 1e9:.2f} GB, "
           f"with samples of up to {samples.lengths[longest[0]]} tokens\n"
           f"         {n_steps} steps of about {min(seconds):.2f} s: {hours:.2f} h; "
           "nothing was written")
+
+
+def stand_in(settings: Settings) -> torch.device:
+    """-> the CPU, in a dry run for a GPU that is not here. LavinError for several GPUs."""
+    if settings.fsdp or ranks.count() > 1:
+        raise LavinError("--dry-run: there is no GPU here, and what a run takes is computed "
+                         "for one alone; leave torchrun and --fsdp out")
+    settings.compile = False
+    if settings.dtype == "auto":
+        settings.dtype = "bf16"
+    return torch.device("cpu")
+
+
+def computed_dry_run(sources: dict, settings: Settings) -> None:
+    """Print what a run would take of a GPU that is not here. No weights are read."""
+    shape = estimate.read_shape(settings)
+    lavin = shape.on_meta()
+    runs.freeze(lavin, settings)
+    samples = runs.make_training_set(lavin, sources, settings)
+    settings.n_samples = len(samples.encoded)
+    steps_per_epoch, n_steps = count_steps(settings)
+    runs.describe(lavin, settings, steps_per_epoch)
+    epoch = estimate.flops_of(lavin, samples.encoded)
+    estimate.print_work(epoch, n_steps / steps_per_epoch, settings)
+
+    chosen = [samples.encoded[i] for i in longest_samples(samples, settings.batch_size)]
+    lengths = [len(sample.tokens) for sample in chosen]
+    longest = {}
+    for size in sorted({1, min(settings.micro_batch, len(chosen)), len(chosen)}):
+        micro_batches = []
+        for indices in data.global_batch(0, lengths, len(chosen), size, settings.seed):
+            micro_batches.append([chosen[i] for i in indices])
+        longest[size] = max(micro_batches, key=lambda samples: estimate.flops_of(lavin, samples))
+    print(f"dry run  computed for samples of up to {max(lengths)} tokens, "
+          "because there is no GPU here; this takes a minute")
+    estimate.print_training_memory(shape, settings, longest)
 
 
 # The command line
@@ -450,7 +493,11 @@ def main() -> None:
     """Read the flags and all of the data before anything large is loaded; then train."""
     settings, resumed = parse_args()
     remembered = resumed["config"] if resumed else {}
-    device, settings.dtype = pick_device(settings.device, settings.dtype)
+    is_computed = settings.dry_run and estimate.is_missing(settings.device)
+    if is_computed:
+        device = stand_in(settings)
+    else:
+        device, settings.dtype = pick_device(settings.device, settings.dtype)
     if settings.compile is None:
         settings.compile = device.type == "cuda"
     check_compiler(settings.compile, device)
@@ -459,11 +506,14 @@ def main() -> None:
         world.prepare(settings, remembered)
     if settings.check:
         sys.exit(runs.check_data(settings, world.PATHS["llama"]))
-    choose_paths(settings, remembered)
+    choose_paths(settings, remembered, weights=not is_computed)
     for name in ("llama", "vit", "data_root"):
         setattr(settings, name, os.path.abspath(getattr(settings, name)))
 
     sources = runs.read_sources(settings)
+    if is_computed:
+        computed_dry_run(sources, settings)
+        return
     val = {}, []
     if "sqa" in settings.data and settings.eval_limit != 0:
         problems, samples = scienceqa.load_sqa(

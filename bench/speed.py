@@ -41,6 +41,7 @@ import train
 from adapters import Adapter, AdapterConfig
 from checkpoints import allocate
 from extras import hf
+from extras.estimate import flops
 from extras.terminal import Parser, run
 from fast.engine import Engine, continue_prompts
 from fast.fold import fold
@@ -179,30 +180,12 @@ def describe(args, device, dtype, compiled) -> str:
 # Training
 
 
-def flops(lavin: LaVIN, batches: list[data.Batch]) -> int:
-    """The arithmetic that one step on these micro-batches needs, counted from the shapes.
-
-    For every token a matrix of n numbers takes 2 n operations forward and 2 n back to its input,
-    and if it is trained 2 n more for its own gradient. Attention takes its two products forward and
-    twice that back, in LLaMA half of it, since it is causal. Norms and the like are left out.
-    """
-    config = lavin.llama.config
-    C = config.dim
-    block = lavin.llama.layers[0]
-    n_block = 0                             # numbers in the frozen matrices of a block
-    for linear in [*block.attention.children(), *block.feed_forward.children()]:
-        n_block += linear.in_features * linear.out_features
-    V = lavin.vit.class_embedding.numel()
-    n_vit_tokens = len(lavin.vit.positional_embedding)
-    rank = lavin.adapter_config.rank
-
-    vit_token = 4 * 12 * V * V + 6 * 2 * V * rank + 12 * n_vit_tokens * V
+def flops_of_step(lavin: LaVIN, batches: list[data.Batch]) -> int:
+    """The arithmetic that one step on these micro-batches needs."""
     count = 0
     for batch in batches:
-        for T in batch.lengths.tolist():
-            count += config.n_layers * (4 * n_block * T + 6 * 2 * C * rank * T + 6 * T * T * C)
-        count += 4 * C * config.vocab_size * batch.n_answer
-        count += len(batch.pixels) * n_vit_tokens * len(lavin.vit.resblocks) * vit_token
+        lengths = batch.lengths.tolist()
+        count += flops(lavin, lengths, batch.n_answer, len(batch.pixels))
     return count
 
 
@@ -353,7 +336,7 @@ def measure_training(args) -> None:
 
 def print_training(lavin, ready, step, rate, peak):
     """ready: the micro-batches of each step; step in seconds, rate in FLOP/s, peak in bytes."""
-    work = statistics.mean(flops(lavin, micro_batches) for micro_batches in ready)
+    work = statistics.mean(flops_of_step(lavin, micro_batches) for micro_batches in ready)
     tokens = 0                      # of an average step
     for micro_batches in ready:
         tokens += sum(len(batch.tokens) for batch in micro_batches) / len(ready)

@@ -92,7 +92,8 @@ def add_training_flags(group) -> None:
     switch("--check", action="store_true", help="read all of the data, say what is wrong and how "
            "it looks, and train nothing")
     switch("--dry-run", action="store_true", help="try the longest batch, print memory and hours, "
-           "and train nothing")
+           "and train nothing; with --device cuda and no GPU they are computed")
+    add("--tflops", help="with --dry-run: a GPU's bf16 rate by its data sheet, to estimate hours")
 
 
 def add_speed_flags(group) -> None:
@@ -115,6 +116,8 @@ def check_settings(settings) -> None:
         raise LavinError("--data names a source twice; --weights gives it a larger share")
     if settings.weights and len(settings.weights) != len(settings.data):
         raise LavinError("--weights: give one above 0 for each source of --data")
+    if settings.tflops and not settings.dry_run:
+        raise LavinError("--tflops goes with --dry-run")
     if settings.rank % 2:
         raise LavinError("--rank is even: an expert has two groups")
     if settings.fsdp and (settings.bits < 16 or "RANK" not in os.environ):

@@ -22,7 +22,7 @@ FIXED = ("data", "weights", "multi_turn", "val_fraction", "format", "captions", 
          "bits")
 # What a resumed run does not take over from the one before.
 ONCE = ("out", "adapter", "resume", "max_steps", "device", "compile", "fsdp", "dry_run",
-        "check")
+        "tflops", "check")
 # What a run finds out about its data and models, and what has changed if it finds something else.
 FOUND = {
     "data_hash": "data: there are as many samples, but not the same",

@@ -266,7 +266,10 @@ def describe(lavin: nn.Module, settings, steps_per_epoch: int) -> None:
     print(line)
 
     compiled = "on" if settings.compile else "off"
-    line = f"device   {lavin.device} · {settings.dtype} · compile {compiled}"
+    device = lavin.device
+    if device.type == "meta":                       # of a dry run that is computed
+        device = settings.device
+    line = f"device   {device} · {settings.dtype} · compile {compiled}"
     if settings.bits < 16:
         line += f" · LLaMA in {settings.bits} bits"
     if settings.fsdp:

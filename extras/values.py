@@ -186,6 +186,7 @@ SETTINGS = {
     "resume": Kind(bool),
     "check": Kind(bool),
     "dry_run": Kind(bool),
+    "tflops": Kind(float, above=0, high=1e9, optional=True),
     "max_steps": COUNT,
     "save_every": COUNT,
     "eval_limit": Kind(int, low=0, high=10_000_000, optional=True),

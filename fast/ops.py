@@ -12,6 +12,8 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
+LOGIT_ROWS = {"cpu": 128, "cuda": 1024}     # how many the loss makes at a time
+
 
 def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turn each pair of neighbouring channels (a, b) of x by its angle, in fp32.
@@ -52,10 +54,9 @@ def mix_experts(h: torch.Tensor, w: torch.Tensor, up: torch.Tensor, up_bias: tor
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, n_rows):
         loss = torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        n_rows = 128 if x.device.type == "cpu" else 1024
         for start in range(0, len(x), n_rows):
             rows = slice(start, start + n_rows)
             target = targets[rows, None]                        # (rows, 1)
@@ -74,19 +75,23 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_grad):
         (x_grad,) = ctx.saved_tensors
-        return x_grad * loss_grad, None, None
+        return x_grad * loss_grad, None, None, None
 
 
-def cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                  n_rows: int | None = None) -> torch.Tensor:
     """F.cross_entropy(x @ weight.T, targets, reduction="sum") for a frozen weight: fp32, scalar.
 
-    x (N, C), weight (vocabulary, C), targets (N,) int64.
+    x (N, C), weight (vocabulary, C), targets (N,) int64. n_rows: of logits at a time (default:
+    what suits the device).
 
     Logits are large, 32,000 numbers for every answer token, and all that backward needs of them is
     their gradient to x. So a few rows are taken at a time, and their gradient is made at once,
     while they lie in the cache. The logits, softmax and gradients of all rows never exist together.
     """
-    return _CrossEntropy.apply(x, weight, targets)
+    if n_rows is None:
+        n_rows = LOGIT_ROWS["cpu" if x.device.type == "cpu" else "cuda"]
+    return _CrossEntropy.apply(x, weight, targets, n_rows)
 
 
 def is_one_token(x: torch.Tensor) -> bool:

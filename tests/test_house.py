@@ -22,8 +22,8 @@ FLOORS = {
     6: ["checkpoints", "fast/engine", "extras/flags", "tiny/drawing"],
     7: ["extras/evaluate", "extras/benchmarks", "extras/chat", "extras/resume",
         "extras/runs", "tiny/world"],
-    8: ["extras/serve", "extras/choices", "extras/rows", "tiny/album", "tiny/corpus",
-        "tiny/shelf"],
+    8: ["extras/serve", "extras/choices", "extras/rows", "extras/estimate", "tiny/album",
+        "tiny/corpus", "tiny/shelf"],
     9: ["train", "generate", "tiny/pretrain"],
     10: ["bench/*", "examples/tour", "examples/easy_vqa"],
 }

@@ -190,9 +190,9 @@ def test_logits_are_computed_only_where_there_is_a_label(lavin, samples, monkeyp
     shapes = []
     cross_entropy = model.cross_entropy
 
-    def watched(x, weight, targets):
+    def watched(x, *others):
         shapes.append(tuple(x.shape))
-        return cross_entropy(x, weight, targets)
+        return cross_entropy(x, *others)
 
     monkeypatch.setattr(model, "cross_entropy", watched)
     batch = lavin.batch(samples)

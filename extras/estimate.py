@@ -1,0 +1,410 @@
+"""What training takes of a GPU that is not here: its memory and its arithmetic, both computed.
+
+The model takes a step on fake tensors: torch's FakeTensorMode gives them a shape and a dtype, but
+no numbers and no memory. So 7B runs anywhere. LiveBytes adds up what would be alive, and its peak
+is the peak of the step. The CPU stands in for the GPU. Where this differs from a run on one:
+
+    attention       the CPU's fused operation keeps what the GPU's flash kernel keeps for backward:
+                    its output, and one fp32 number for each head and token
+    the loss        takes as many rows of logits at a time as on a GPU (LaVIN.logit_rows)
+    --compile       is left out; the compiler fuses operations, and keeps fewer tensors between them
+    UNSEEN          is added for what no tensor holds
+
+All layers are alike, so memory grows linearly with their number. Three models of full width and few
+layers give the large one's figure to the byte (tests/test_estimate.py).
+"""
+
+import dataclasses
+import math
+import os
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import data
+from adapters import AdapterConfig
+from checkpoints import allocate, begin_with, check_context, read_clip, read_params
+from extras import runs
+from fast.ops import LOGIT_ROWS
+from fast.quantize import quantize
+from fast.ranks import gradient_buffer
+from files import DTYPES
+from model import LaVIN, LLaMAConfig
+from vit import ViTConfig
+
+# Bytes that a process takes of a GPU beside its tensors. The CUDA context, with the kernels that it
+# has loaded: PyTorch's developers speak of 300 to 400 MB (pytorch issues 107667 and 109888), and
+# 450 MB were measured on an RTX 6000 Ada (unslothai/unsloth-zoo, pull request 1053); rounded up.
+# The workspaces of cuBLAS and cuBLASLt: 32 MiB each on a Hopper, less elsewhere (aten/src/ATen/cuda
+# in PyTorch's source).
+UNSEEN = 500 * 10**6 + 2 * 2**25
+BLOCK = 512                         # PyTorch's CUDA allocator rounds every tensor up to this
+CARDS = (8, 12, 16, 24, 40, 80)     # GB of common GPUs
+# (Layers of LLaMA, layers of the ViT) of the small models. The ViT has a feature for every four.
+CORNERS = ((1, 4), (2, 4), (1, 8))
+# The share of the hardware's rate of matrix products that a step reaches, at least and at most, as
+# bench/speed.py has measured it on CPUs (docs/speed.md).
+SHARES = (0.62, 0.70)
+
+
+def is_missing(device: str) -> bool:
+    """Is this a GPU, on a machine that has none?"""
+    if torch.cuda.is_available():
+        return False
+    try:
+        return torch.device(device).type == "cuda"
+    except RuntimeError:            # of a name that no device has; "auto" is none either
+        return False
+
+
+# Memory
+
+
+@dataclass
+class Memory:
+    """The bytes that are alive at the peak of a training step, by what they are."""
+    weights: float          # frozen
+    trained: float          # parameters, their gradients, AdamW's moments
+    activations: float      # and the gradients and temporary tensors of that moment
+    logits: float
+    loading: float          # the peak before the first step, while weights are quantized
+
+    @property
+    def peak(self) -> float:
+        """The most bytes of tensors at any time."""
+        step = self.weights + self.trained + self.activations + self.logits
+        return max(step, self.loading)
+
+    @property
+    def needed(self) -> float:
+        """The bytes of a GPU that this takes."""
+        return self.peak + UNSEEN
+
+
+class LiveBytes(TorchDispatchMode):
+    """In a `with`, adds up the storages that operations make, for as long as these are alive.
+
+    live and peak are in bytes, logits_at_peak those of them that are `vocab_size` wide. A tensor's
+    views share its storage, which counts once. Every storage is rounded up to blocks of `block`
+    bytes.
+    """
+
+    def __init__(self, vocab_size: int, block: int = 1):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.block = block
+        self.sizes = {}             # by storage: (bytes, bytes of logits)
+        self.live = 0
+        self.live_logits = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Look for the peak from here on."""
+        self.peak = self.live
+        self.logits_at_peak = self.live_logits
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        for output in tree_leaves(outputs):
+            if isinstance(output, torch.Tensor):
+                self.count(output)
+        return outputs
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        key = id(storage)           # torch keeps a storage's Python object as long as the storage
+        if key in self.sizes:
+            return
+        size = rounded(storage.nbytes(), self.block)
+        is_logits = tensor.dim() == 2 and tensor.shape[1] == self.vocab_size
+        self.sizes[key] = size, size if is_logits else 0
+        weakref.finalize(storage, self.forget, key)
+        self.live += size
+        self.live_logits += self.sizes[key][1]
+        if self.live > self.peak:
+            self.restart()
+
+    def forget(self, key):
+        size, logits = self.sizes.pop(key)
+        self.live -= size
+        self.live_logits -= logits
+
+
+def rounded(size: int, block: int) -> int:
+    """The next multiple of `block`."""
+    return math.ceil(size / block) * block
+
+
+@dataclass
+class Shape:
+    """All that a LaVIN's sizes follow from."""
+    llama: LLaMAConfig
+    vit: ViTConfig
+    adapters: AdapterConfig
+    tokenizer: object
+    max_seq_len: int = 512
+
+    def on_meta(self) -> LaVIN:
+        """The model without memory."""
+        with torch.device("meta"):
+            return LaVIN(self.llama, self.vit, self.adapters, self.tokenizer, self.max_seq_len)
+
+    def with_layers(self, n_llama: int, n_vit: int) -> "Shape":
+        """The same widths with other numbers of layers."""
+        llama = dataclasses.replace(self.llama, n_layers=n_llama)
+        vit = dataclasses.replace(self.vit, layers=n_vit)
+        return dataclasses.replace(self, llama=llama, vit=vit)
+
+    def extrapolate(self, values: list[float]) -> float:
+        """A value of this shape from those of the small models at CORNERS."""
+        first, more_llama, more_vit = values
+        llama = (self.llama.n_layers - 1) * (more_llama - first)
+        vit = (self.vit.layers - 4) / 4 * (more_vit - first)
+        return first + llama + vit
+
+
+def read_shape(settings) -> Shape:
+    """The shape of a run's model. LLaMA's tensors are not looked at, and need not be there.
+
+    Without CLIP's file it is ViT-L/14's. LavinError as checkpoints.load raises it.
+    """
+    fresh = AdapterConfig(
+        rank=settings.rank,
+        projector_dim=settings.hidden,
+        scale=settings.scale,
+        experts=settings.experts)
+    _, adapters, _ = begin_with(settings.adapter, fresh, settings.tau, settings.dropout)
+    tokenizer = data.load_tokenizer(settings.llama)
+    vit = ViTConfig()
+    if os.path.exists(settings.vit):
+        _, vit = read_clip(settings.vit)
+    llama = read_params(settings.llama, tokenizer.vocab_size())
+    check_context(settings.max_seq_len, tokenizer, vit)
+    return Shape(llama, vit, adapters, tokenizer, settings.max_seq_len)
+
+
+def give_memory(lavin: LaVIN, dtype: torch.dtype, bits: int) -> None:
+    """Memory for a model on the meta device, in the order in which checkpoints.load gives it."""
+    cpu = torch.device("cpu")
+    outside = [module for name, module in lavin.named_modules()
+               if not name.startswith("llama.layers.")]
+    allocate(outside, cpu, dtype)
+    for block in lavin.llama.layers:
+        allocate(block.modules(), cpu, dtype)
+        if bits < 16:
+            with torch.no_grad():
+                quantize(block, bits)
+    lavin.init_trained()
+
+
+def take_step(lavin: LaVIN, optimizer: torch.optim.Optimizer, gradients: torch.Tensor,
+              batch: data.Batch) -> None:
+    """train.train_step for a single micro-batch. It looks at no number, since fakes have none."""
+    gradients.zero_()
+    routed = lavin.route()
+    leaf = routed.detach().requires_grad_()
+    loss = lavin(batch, leaf)
+    loss.backward()
+    if routed.requires_grad:
+        routed.backward(leaf.grad)
+    optimizer.step()
+
+
+def steps_memory(lavin: LaVIN, settings, batches: list[data.Batch], live: LiveBytes,
+                 ways: tuple[bool, ...] = (False, True)) -> dict[tuple[bool, int], Memory]:
+    """{(with checkpointing?, number of the batch): Memory} of a model on the meta device.
+
+    To be called in `with live`, and in a FakeTensorMode around it unless the steps are to be real.
+    ways: whether to take each step without checkpointing, and with it.
+    """
+    give_memory(lavin, DTYPES[settings.dtype], settings.bits)
+    runs.freeze(lavin, settings)
+    lavin.train()
+    loading = live.peak
+    trained = [p for p in lavin.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    gradients = gradient_buffer(lavin)
+    optimizer.step()                                    # makes the moments
+    weights = 0
+    for tensor in [*lavin.parameters(), *lavin.buffers()]:
+        if not tensor.requires_grad:
+            weights += rounded(tensor.nbytes, live.block)
+    before = live.live
+    memory = {}
+    for checkpointing in ways:
+        lavin.llama.checkpointing = checkpointing
+        lavin.vit.checkpointing = checkpointing
+        for i, batch in enumerate(batches):
+            inputs = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+            live.restart()
+            take_step(lavin, optimizer, gradients, batch)
+            activations = live.peak - before - live.logits_at_peak
+            activations += sum(rounded(tensor.nbytes, live.block) for tensor in inputs)
+            memory[checkpointing, i] = Memory(
+                weights, before - weights, activations, live.logits_at_peak, loading)
+    return memory
+
+
+def training_memory(shape: Shape, settings, batches: list[data.Batch],
+                    ways: tuple[bool, ...] = (False, True)) -> dict[tuple[bool, int], Memory]:
+    """steps_memory of a shape on a GPU, from steps of three small models on fake tensors."""
+    at_corners = []
+    for n_llama, n_vit in CORNERS:
+        lavin = shape.with_layers(n_llama, n_vit).on_meta()
+        lavin.logit_rows = LOGIT_ROWS["cuda"]
+        live = LiveBytes(shape.llama.vocab_size, BLOCK)
+        with FakeTensorMode(allow_non_fake_inputs=True), live:
+            at_corners.append(steps_memory(lavin, settings, batches, live, ways))
+    memory = {}
+    for key in at_corners[0]:
+        parts = {}
+        for field in dataclasses.fields(Memory):
+            values = [getattr(corner[key], field.name) for corner in at_corners]
+            parts[field.name] = shape.extrapolate(values)
+        memory[key] = Memory(**parts)
+    return memory
+
+
+def blank(samples: list[data.Encoded], resolution: int) -> data.Batch:
+    """A batch of these samples with white pictures, since only sizes matter."""
+    white = torch.zeros(3, resolution, resolution)
+    without_files = []
+    for sample in samples:
+        image = None if sample.image is None else white
+        without_files.append(dataclasses.replace(sample, image=image))
+    return data.collate(without_files, resolution)
+
+
+def largest_micro_batch(memory: dict[int, float], card: float) -> int:
+    """The largest micro-batch whose memory is at most `card` bytes, 0 if there is none.
+
+    memory: {micro-batch: bytes} of a few of them; between two of these it grows evenly.
+    """
+    sizes = sorted(memory)
+    if memory[sizes[0]] > card:
+        return 0
+    for smaller, larger in zip(sizes, sizes[1:]):
+        if memory[larger] > card:
+            slope = (memory[larger] - memory[smaller]) / (larger - smaller)
+            return smaller + int((card - memory[smaller]) / slope)
+    return sizes[-1]
+
+
+def print_memory(memory: Memory) -> None:
+    """Print the parts of a step's peak."""
+    parts = {
+        "weights": memory.weights,
+        "trained with gradients and moments": memory.trained,
+        "activations": memory.activations,
+        "logits": memory.logits,
+        "CUDA": UNSEEN,
+    }
+    shown = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    print(f"memory   {memory.needed / 1e9:.1f} GB, computed: {shown}")
+    if memory.peak == memory.loading:
+        print(f"         of these {memory.loading / 1e9:.1f} while the weights are quantized, "
+              "more than a step takes")
+
+
+def print_what_fits(bits: int, memory: dict[tuple[bool, int], Memory], sizes: list[int]) -> None:
+    """Print the largest micro-batch for each of CARDS, with and without checkpointing.
+
+    memory: as training_memory returns it for micro-batches of these sizes.
+    """
+    for checkpointing in (False, True):
+        needed = {}
+        for i, micro_batch in enumerate(sizes):
+            needed[micro_batch] = memory[checkpointing, i].needed
+        line = f"--bits {bits}"
+        if checkpointing:
+            line += " --checkpointing"
+        line = f"         {line:26}"
+        for card in CARDS:
+            largest = largest_micro_batch(needed, card * 1e9)
+            line += f"{largest or '-':>7}"
+        print(line)
+
+
+def print_training_memory(shape: Shape, settings, longest: dict[int, list[data.Encoded]]) -> None:
+    """Print what a step takes of a GPU's memory, and what would fit common ones.
+
+    longest: {micro-batch: its samples}, for the settings' micro-batch, smaller and larger ones.
+    """
+    sizes = list(longest)
+    batches = [blank(samples, shape.vit.resolution) for samples in longest.values()]
+    for bits in (16, 8, 4):
+        if bits > settings.bits:
+            continue
+        memory = training_memory(shape, dataclasses.replace(settings, bits=bits), batches)
+        if bits == settings.bits:
+            i = sizes.index(min(settings.micro_batch, max(sizes)))
+            print_memory(memory[settings.checkpointing, i])
+            title = f"the largest of up to {max(sizes)}"
+            cards = "".join(f"{card:>4} GB" for card in CARDS)
+            print(f"--micro-batch, {title:20}{cards}")
+        print_what_fits(bits, memory, sizes)
+
+
+# Arithmetic and time
+
+
+def flops(lavin: LaVIN, lengths: list[int], n_answer: int, n_pictures: int) -> int:
+    """The arithmetic that training on some samples needs, counted from the shapes.
+
+    lengths: the tokens of each sample; n_answer: how many of them carry loss, in all. For every
+    token a matrix of n numbers takes 2 n operations forward and 2 n back to its input, and if it is
+    trained 2 n more for its own gradient. Attention takes its two products forward and twice that
+    back, in LLaMA half of it, since it is causal. Norms and the like are left out, and so is what
+    checkpointing computes again.
+    """
+    config = lavin.llama.config
+    C = config.dim
+    block = lavin.llama.layers[0]
+    n_block = 0                             # numbers in the frozen matrices of a block
+    for linear in [*block.attention.children(), *block.feed_forward.children()]:
+        n_block += linear.in_features * linear.out_features
+    V = lavin.vit.class_embedding.numel()
+    n_vit_tokens = len(lavin.vit.positional_embedding)
+    rank = lavin.adapter_config.rank
+
+    vit_token = 4 * 12 * V * V + 6 * 2 * V * rank + 12 * n_vit_tokens * V
+    count = n_pictures * n_vit_tokens * len(lavin.vit.resblocks) * vit_token
+    for T in lengths:
+        count += config.n_layers * (4 * n_block * T + 6 * 2 * C * rank * T + 6 * T * T * C)
+    count += 4 * C * config.vocab_size * n_answer
+    return count
+
+
+def flops_of(lavin: LaVIN, samples: list[data.Encoded]) -> int:
+    """`flops` of these samples."""
+    lengths = [len(sample.tokens) for sample in samples]
+    n_answer = sum(int((sample.labels != 0).sum()) for sample in samples)
+    n_pictures = sum(sample.image is not None for sample in samples)
+    return flops(lavin, lengths, n_answer, n_pictures)
+
+
+def hours(work: float, tflops: float, share: float) -> float:
+    """The hours that `work` operations take at this share of so many TFLOP/s."""
+    return work / (share * tflops * 1e12) / 3600
+
+
+def print_work(epoch: int, n_epochs: float, settings) -> None:
+    """Print the arithmetic of a run, and with --tflops the hours that follow from it.
+
+    epoch: the operations of an epoch; n_epochs: how many the run has.
+    """
+    print(f"work     {epoch / 1e15:.4g} PFLOP an epoch, {n_epochs * epoch / 1e15:.4g} in all")
+    if settings.tflops is None:
+        return
+    work = n_epochs * epoch
+    if settings.checkpointing:
+        work *= 1.5                         # forward, which is half of backward, is done twice
+    least, most = SHARES
+    shortest = hours(work, settings.tflops, most)
+    longest = hours(work, settings.tflops, least)
+    print(f"time     {shortest:.3g} to {longest:.3g} h, an estimate: it assumes {100 * least:.0f} "
+          f"to {100 * most:.0f} % of {settings.tflops:g} TFLOP/s, the share measured on CPUs")
