@@ -1,0 +1,208 @@
+"""What training and decoding take of a GPU's memory, computed on a machine without one.
+
+    python -m bench.memory                              7B and 13B, as Markdown tables
+    python -m bench.memory --shape 7B --bits 4          one of the rows' models
+    python -m bench.memory check                        the computation against a run on this CPU
+
+Every sample fills the context of 512 tokens and has a picture. extras/estimate.py says how memory
+is computed. `check` trains a middle-sized model for two steps, and compares the resident memory of
+its process with what was computed for the same steps. Linux only.
+"""
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import data
+import train
+from adapters import AdapterConfig
+from bench.speed import SHAPES, Tokenizer, build, make_prompt, time_steps
+from extras import estimate
+from extras.estimate import BLOCK, CORNERS, UNSEEN, LiveBytes, Shape
+from extras.terminal import Parser, run
+from fast.engine import Engine
+from fast.fold import fold
+from files import DTYPES
+
+ROOT = Path(__file__).absolute().parent.parent
+CONTEXT = 512           # tokens, the modality token counted
+N_PROMPT = 200          # of a sample's tokens; the others carry loss
+COMPUTED = (1, 4, 8)                # micro-batches
+# From 4 on every further sample takes as much as the one before: the loss has all rows of logits
+# that it makes at a time. So these two lie on the line through the last two.
+ON_THE_LINE = (16, 32)
+ROWS = (1, 32)          # of the cache, in decoding
+# What `check` runs: a shape of bench/speed.py, the dtype, the micro-batch, with checkpointing?
+CHECKED = (
+    ("mid", "fp32", 4, False),
+    ("mid", "fp32", 4, True),
+    ("mid", "fp32", 8, False),
+)
+
+
+def named_shape(name: str) -> Shape:
+    """A shape of bench/speed.py with LaVIN's usual adapters."""
+    llama, vit = SHAPES[name]
+    return Shape(llama, vit, AdapterConfig(), Tokenizer(), CONTEXT)
+
+
+def full_batch(shape: Shape, n: int) -> data.Batch:
+    """n samples with pictures that fill the context."""
+    tokens = np.full(CONTEXT - 1, 7, dtype=np.int32)
+    labels = tokens.copy()
+    labels[:N_PROMPT] = 0
+    white = torch.zeros(3, shape.vit.resolution, shape.vit.resolution)
+    samples = [data.Encoded(tokens, labels, white, str(i)) for i in range(n)]
+    return data.collate(samples, shape.vit.resolution)
+
+
+# The tables
+
+
+def training_rows(name: str, bits: int) -> list[str]:
+    """The rows of a model, without checkpointing and with it."""
+    shape = named_shape(name)
+    settings = train.Settings(dtype="bf16", bits=bits)
+    batches = [full_batch(shape, n) for n in COMPUTED]
+    memory = estimate.training_memory(shape, settings, batches)
+    rows = []
+    for checkpointing in (False, True):
+        needed = []
+        for i in range(len(COMPUTED)):
+            needed.append(memory[checkpointing, i].needed)
+        slope = (needed[-1] - needed[-2]) / (COMPUTED[-1] - COMPUTED[-2])
+        for n in ON_THE_LINE:
+            needed.append(needed[len(COMPUTED) - 1] + (n - COMPUTED[-1]) * slope)
+        flag = "`--checkpointing`" if checkpointing else ""
+        cells = " | ".join(f"{size / 1e9:.1f}" for size in needed)
+        weights = memory[checkpointing, 0].weights / 1e9
+        rows.append(f"| {name} | {bits} | {flag} | {weights:.1f} | {cells} |")
+    return rows
+
+
+@torch.no_grad()
+def decode(shape: Shape, bits: int, n_rows: int, live: LiveBytes) -> None:
+    """Fold a model for pictures, read n_rows prompts, and add a token where the cache is full."""
+    lavin = shape.on_meta()
+    estimate.give_memory(lavin, torch.bfloat16, bits)
+    live.restart()
+    engine = Engine(fold(lavin.eval(), 1), n_rows, CONTEXT)
+    prompts = [make_prompt(lavin, CONTEXT // 2, True) for _ in range(n_rows)]
+    engine.prefill(data.collate(prompts, lavin.resolution))
+    engine.lengths = [CONTEXT - 1] * n_rows
+    engine.step([7] * n_rows)
+
+
+def decoding_row(name: str, bits: int) -> str:
+    """The row of a model."""
+    shape = named_shape(name)
+    line = f"| {name} | {bits} |"
+    for n_rows in ROWS:
+        peaks = []
+        for n_llama, n_vit in CORNERS:
+            live = LiveBytes(shape.llama.vocab_size, BLOCK)
+            with FakeTensorMode(allow_non_fake_inputs=True), live:
+                decode(shape.with_layers(n_llama, n_vit), bits, n_rows, live)
+            peaks.append(live.peak)
+        needed = shape.extrapolate(peaks) + UNSEEN
+        line += f" {needed / 1e9:.1f} |"
+    return line
+
+
+def print_tables(shapes: list[str], all_bits: list[int]) -> None:
+    print(f"Computed with torch {torch.__version__}, in GB.\n")
+    sizes = " | ".join(str(n) for n in COMPUTED + ON_THE_LINE)
+    print(f"| training | bits | | weights | micro-batch {sizes} |")
+    print("|---" * (4 + len(COMPUTED + ON_THE_LINE)) + "|")
+    for name in shapes:
+        for bits in all_bits:
+            for row in training_rows(name, bits):
+                print(row, flush=True)
+    rows = " | ".join(f"{n} at a time" for n in ROWS)
+    print(f"\n| decoding | bits | {rows} |")
+    print("|---" * (2 + len(ROWS)) + "|")
+    for name in shapes:
+        for bits in all_bits:
+            print(decoding_row(name, bits), flush=True)
+
+
+# Against a run on this machine
+
+
+def process_memory(name: str) -> int:
+    """Bytes of this process: "VmRSS", what is resident, or "VmHWM", the most that ever was."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) * 1024
+
+
+def computed_peak(shape: Shape, settings, batch: data.Batch) -> float:
+    """The peak on a CPU: no allocator rounds, and no CUDA is there."""
+    live = LiveBytes(shape.llama.vocab_size)
+    lavin = shape.on_meta()
+    ways = (settings.checkpointing,)
+    with FakeTensorMode(allow_non_fake_inputs=True), live:
+        memory = estimate.steps_memory(lavin, settings, [batch], live, ways)
+    return memory[settings.checkpointing, 0].peak
+
+
+def two_steps(name: str, settings, batch: data.Batch) -> None:
+    """Build a model with random weights, and train it."""
+    lavin = build(name, torch.device("cpu"), DTYPES[settings.dtype], settings.bits)
+    lavin.llama.checkpointing = settings.checkpointing
+    lavin.vit.checkpointing = settings.checkpointing
+    for _ in time_steps(lavin, [[batch], [batch]]):
+        pass
+
+
+def check_one(number: int) -> None:
+    """Print the computed and the measured peak of CHECKED[number], in this process."""
+    name, dtype, micro_batch, checkpointing = CHECKED[number]
+    settings = train.Settings(dtype=dtype, checkpointing=checkpointing)
+    shape = named_shape(name)
+    batch = full_batch(shape, micro_batch)
+    computed = computed_peak(shape, settings, batch)
+    # The libraries load what a step needs of them in a first, small one.
+    llama = dataclasses.replace(shape.llama, dim=128, n_heads=2, n_layers=1, hidden_dim=None)
+    SHAPES["small"] = llama, dataclasses.replace(shape.vit, width=64, layers=4)
+    two_steps("small", settings, full_batch(named_shape("small"), 1))
+    before = process_memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")           # begin VmHWM anew
+    two_steps(name, settings, batch)
+    measured = process_memory("VmHWM") - before
+    flag = ", checkpointing" if checkpointing else ""
+    print(f"{name} {dtype}, micro-batch {micro_batch}{flag}: computed {computed / 1e9:.3f} GB, "
+          f"resident {measured / 1e9:.3f} GB, {100 * (computed / measured - 1):+.1f} %", flush=True)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["tables", "check"], default="tables")
+    parser.add_argument("--shape", choices=SHAPES, help="default: 7B and 13B")
+    parser.add_argument("--bits", type=int, choices=[16, 8, 4], help="default: all three")
+    parser.add_argument("--row", type=int, choices=range(len(CHECKED)),
+                        help="of check, in this process (default: each in one of its own)")
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    if args.what == "tables":
+        shapes = [args.shape] if args.shape else ["7B", "13B"]
+        print_tables(shapes, [args.bits] if args.bits else [16, 8, 4])
+    elif args.row is not None:
+        check_one(args.row)
+    else:
+        for number in range(len(CHECKED)):          # a peak is a process's
+            command = [sys.executable, "-m", "bench.memory", "check", "--row", str(number)]
+            subprocess.run(command, cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    run(main)
