@@ -393,14 +393,8 @@ def computed_dry_run(sources: dict, settings: Settings) -> None:
     estimate.print_work(epoch, n_steps / steps_per_epoch, settings)
 
     chosen = [samples.encoded[i] for i in longest_samples(samples, settings.batch_size)]
-    lengths = [len(sample.tokens) for sample in chosen]
-    longest = {}
-    for size in sorted({1, min(settings.micro_batch, len(chosen)), len(chosen)}):
-        micro_batches = []
-        for indices in data.global_batch(0, lengths, len(chosen), size, settings.seed):
-            micro_batches.append([chosen[i] for i in indices])
-        longest[size] = max(micro_batches, key=lambda samples: estimate.flops_of(lavin, samples))
-    print(f"dry run  computed for samples of up to {max(lengths)} tokens, "
+    longest = estimate.longest_micro_batches(lavin, chosen, settings)
+    print(f"dry run  computed for samples of up to {len(chosen[0].tokens)} tokens, "
           "because there is no GPU here; this takes a minute")
     estimate.print_training_memory(shape, settings, longest)
 

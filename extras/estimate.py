@@ -201,6 +201,18 @@ def give_memory(lavin: LaVIN, dtype: torch.dtype, bits: int) -> None:
     lavin.init_trained()
 
 
+def copy(batch: data.Batch) -> data.Batch:
+    """Its tensors made anew, to be counted as well, and to be fake among fake ones.
+
+    Lengths stay as they are, since Python loops over them.
+    """
+    copies = {}
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor) and name != "lengths":
+            copies[name] = value.clone()
+    return dataclasses.replace(batch, **copies)
+
+
 def take_step(lavin: LaVIN, optimizer: torch.optim.Optimizer, gradients: torch.Tensor,
               batch: data.Batch) -> None:
     """train.train_step for a single micro-batch. It looks at no number, since fakes have none."""
@@ -239,11 +251,10 @@ def steps_memory(lavin: LaVIN, settings, batches: list[data.Batch], live: LiveBy
         lavin.llama.checkpointing = checkpointing
         lavin.vit.checkpointing = checkpointing
         for i, batch in enumerate(batches):
-            inputs = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+            inputs = copy(batch)
             live.restart()
-            take_step(lavin, optimizer, gradients, batch)
+            take_step(lavin, optimizer, gradients, inputs)
             activations = live.peak - before - live.logits_at_peak
-            activations += sum(rounded(tensor.nbytes, live.block) for tensor in inputs)
             memory[checkpointing, i] = Memory(
                 weights, before - weights, activations, live.logits_at_peak, loading)
     return memory
@@ -277,6 +288,25 @@ def blank(samples: list[data.Encoded], resolution: int) -> data.Batch:
         image = None if sample.image is None else white
         without_files.append(dataclasses.replace(sample, image=image))
     return data.collate(without_files, resolution)
+
+
+def longest_micro_batches(lavin: LaVIN, longest: list[data.Encoded],
+                          settings) -> dict[int, list[data.Encoded]]:
+    """{micro-batch: the samples of its largest one}, for sizes of 1, the settings' and all.
+
+    longest: the longest samples of a run, as many as a global batch has. They are dealt into
+    micro-batches as in training.
+    """
+    lengths = [len(sample.tokens) for sample in longest]
+    n = len(longest)
+    chosen = {}
+    for size in sorted({1, min(settings.micro_batch, n), n}):
+        micro_batches = []
+        for indices in data.global_batch(0, lengths, n, size, settings.seed):
+            micro_batches.append([longest[i] for i in indices])
+        # What takes most arithmetic keeps most tensors for backward.
+        chosen[size] = max(micro_batches, key=lambda samples: flops_of(lavin, samples))
+    return chosen
 
 
 def largest_micro_batch(memory: dict[int, float], card: float) -> int:
