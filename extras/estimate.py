@@ -11,7 +11,7 @@ is the peak of the step. The CPU stands in for the GPU. Where this differs from 
     UNSEEN          is added for what no tensor holds
 
 All layers are alike, so memory grows linearly with their number. Three models of full width and few
-layers give the large one's figure to the byte (tests/test_estimate.py).
+layers give the large one's figure (tests/test_estimate.py: to the block of the allocator).
 """
 
 import dataclasses

@@ -13,6 +13,7 @@ from conftest import LLAMA, VIT
 from extras import estimate
 from extras.estimate import LiveBytes, Memory
 from fast import ranks
+from fast.ops import LOGIT_ROWS
 from test_train import flags
 
 
@@ -118,17 +119,22 @@ def test_a_step_takes_as_much_as_the_training_loops(shape, batch):
     assert peaks[0] <= peaks[1] <= peaks[0] + 100
 
 
-@pytest.mark.parametrize("bits", [16, 4])
-def test_small_models_give_the_large_ones_memory(shape, batch, bits):
-    """Five layers of LLaMA and twelve of the ViT, from models of one and two, four and eight."""
-    settings = train.Settings(dtype="bf16", bits=bits)
+def test_small_models_give_the_large_ones_memory(shape, batch):
+    """Five layers of LLaMA and twelve of the ViT, from models of one and two, four and eight.
+
+    All gradients are one tensor, and the allocator rounds that once.
+    """
+    settings = train.Settings(dtype="bf16", bits=4)
     large = shape.with_layers(5, 12)
     live = LiveBytes(large.llama.vocab_size, estimate.BLOCK)
     lavin = large.on_meta()
-    lavin.logit_rows = 1024
+    lavin.logit_rows = LOGIT_ROWS["cuda"]
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         expected = estimate.steps_memory(lavin, settings, [batch], live)
-    assert estimate.training_memory(large, settings, [batch]) == expected
+    computed = estimate.training_memory(large, settings, [batch])
+    for key, memory in expected.items():
+        for name, size in vars(memory).items():
+            assert abs(getattr(computed[key], name) - size) <= estimate.BLOCK, (key, name)
 
 
 def test_the_largest_micro_batch():
@@ -193,8 +199,8 @@ def test_a_computed_dry_run_needs_no_weights(call, sqa, tmp_path, monkeypatch):
         tokenizer = LLAMA.parent / "tokenizer.model"
     (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
     code, stdout, stderr = call(train, *flags(
-        sqa, tmp_path / "out", "--dry-run", "--device", "cuda", "--bits", 4, "--llama", folder,
-        "--vit", tmp_path / "none.pt"))
+        sqa, tmp_path / "out", "--dry-run", "--device", "cuda", "--bits", 4, "--batch-size", 1,
+        "--llama", folder, "--vit", tmp_path / "none.pt"))
     assert code == 0, stderr
     assert "ViT 303," in stdout                 # million
 
