@@ -395,7 +395,7 @@ def computed_dry_run(sources: dict, settings: Settings) -> None:
     chosen = [samples.encoded[i] for i in longest_samples(samples, settings.batch_size)]
     longest = estimate.longest_micro_batches(lavin, chosen, settings)
     print(f"dry run  computed for samples of up to {len(chosen[0].tokens)} tokens, "
-          "because there is no GPU here; this takes a minute")
+          "because there is no GPU here; this takes a few minutes")
     estimate.print_training_memory(shape, settings, longest)
 
 

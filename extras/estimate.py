@@ -270,6 +270,11 @@ def training_memory(shape: Shape, settings, batches: list[data.Batch],
         live = LiveBytes(shape.llama.vocab_size, BLOCK)
         with FakeTensorMode(allow_non_fake_inputs=True), live:
             at_corners.append(steps_memory(lavin, settings, batches, live, ways))
+    return extrapolate(shape, at_corners)
+
+
+def extrapolate(shape: Shape, at_corners: list[dict]) -> dict[tuple[bool, int], Memory]:
+    """The steps_memory of a shape from those of the small models at CORNERS."""
     memory = {}
     for key in at_corners[0]:
         parts = {}
