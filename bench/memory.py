@@ -22,13 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import train
-from adapters import AdapterConfig
-from bench.speed import SHAPES, Tokenizer, build, time_steps
 from extras import estimate
-from extras.estimate import BLOCK, CORNERS, UNSEEN, LiveBytes, Shape
+from extras.estimate import BLOCK, CORNERS, SHAPES, UNSEEN, LiveBytes, Shape
 from extras.terminal import Parser, run
 from fast.engine import Engine
 from fast.fold import fold
+from fast.ranks import gradient_buffer
 from files import DTYPES
 from model import LLaMAConfig
 from vit import ViTConfig
@@ -41,18 +40,12 @@ COMPUTED = (1, 4, 8)                # micro-batches
 # that it makes at a time. So these two lie on the line through the last two.
 ON_THE_LINE = (16, 32)
 ROWS = (1, 32)          # of the cache, in decoding
-# What `check` runs: a shape of bench/speed.py, the dtype, the micro-batch, with checkpointing?
+# What `check` runs: the shape, the dtype, the micro-batch, with checkpointing?
 CHECKED = (
     ("mid", "fp32", 4, False),
     ("mid", "fp32", 4, True),
     ("mid", "fp32", 8, False),
 )
-
-
-def named_shape(name: str) -> Shape:
-    """A shape of bench/speed.py with LaVIN's usual adapters."""
-    llama, vit = SHAPES[name]
-    return Shape(llama, vit, AdapterConfig(), Tokenizer(), CONTEXT)
 
 
 def full_batch(shape: Shape, n: int) -> data.Batch:
@@ -70,7 +63,7 @@ def full_batch(shape: Shape, n: int) -> data.Batch:
 
 def training_rows(name: str, bits: int) -> list[str]:
     """The rows of a model, without checkpointing and with it."""
-    shape = named_shape(name)
+    shape = SHAPES[name]
     settings = train.Settings(dtype="bf16", bits=bits)
     batches = [full_batch(shape, n) for n in COMPUTED]
     memory = estimate.training_memory(shape, settings, batches)
@@ -102,7 +95,7 @@ def decode(shape: Shape, bits: int, n_rows: int, live: LiveBytes) -> None:
 
 def decoding_row(name: str, bits: int) -> str:
     """The row of a model."""
-    shape = named_shape(name)
+    shape = SHAPES[name]
     line = f"| {name} | {bits} |"
     for n_rows in ROWS:
         peaks = []
@@ -152,28 +145,35 @@ def computed_peak(shape: Shape, settings, batch: data.Batch) -> float:
     return memory[settings.checkpointing, 0].peak
 
 
-def two_steps(name: str, settings, batch: data.Batch) -> None:
-    """Build a model with random weights, and train it."""
-    lavin = build(name, torch.device("cpu"), DTYPES[settings.dtype], settings.bits)
+def two_steps(shape: Shape, settings, batch: data.Batch) -> None:
+    """Make a model with some weights, and train it."""
+    lavin = shape.on_meta()
+    estimate.give_memory(lavin, DTYPES[settings.dtype], settings.bits)
+    with torch.no_grad():
+        for tensor in lavin.parameters():
+            tensor.fill_(1e-3)              # the system gives memory when it is written to
     lavin.llama.checkpointing = settings.checkpointing
     lavin.vit.checkpointing = settings.checkpointing
-    for _ in time_steps(lavin, [[batch], [batch]]):
-        pass
+    optimizer = train.make_optimizer(lavin, settings)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    gradients = gradient_buffer(lavin)
+    for _ in range(2):                      # the first one makes AdamW's moments
+        train.train_step(lavin, optimizer, scaler, gradients, [batch])
 
 
 def check_one(number: int) -> None:
     """Print the computed and the measured peak of CHECKED[number], in this process."""
     name, dtype, micro_batch, checkpointing = CHECKED[number]
     settings = train.Settings(dtype=dtype, checkpointing=checkpointing)
-    shape = named_shape(name)
+    shape = SHAPES[name]
     batch = full_batch(shape, micro_batch)
     computed = computed_peak(shape, settings, batch)
     # The libraries load what a step needs of them in a first, small one.
-    SHAPES["small"] = LLaMAConfig(dim=128, n_layers=1, n_heads=2), ViTConfig(width=64, layers=4)
-    two_steps("small", settings, full_batch(named_shape("small"), 1))
+    small = Shape(LLaMAConfig(dim=128, n_layers=1, n_heads=2), ViTConfig(width=64, layers=4))
+    two_steps(small, settings, full_batch(small, 1))
     before = process_memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")           # begin VmHWM anew
-    two_steps(name, settings, batch)
+    two_steps(shape, settings, batch)
     measured = process_memory("VmHWM") - before
     flag = ", checkpointing" if checkpointing else ""
     print(f"{name} {dtype}, micro-batch {micro_batch}{flag}: computed {computed / 1e9:.3f} GB, "

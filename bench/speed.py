@@ -41,7 +41,7 @@ import train
 from adapters import Adapter, AdapterConfig
 from checkpoints import allocate
 from extras import hf
-from extras.estimate import flops
+from extras.estimate import SHAPES, flops
 from extras.terminal import Parser, run
 from fast.engine import Engine, continue_prompts
 from fast.fold import fold
@@ -49,15 +49,9 @@ from fast.ops import keep_freed_memory, mix_experts
 from fast.quantize import quantize
 from fast.ranks import gradient_buffer
 from files import DTYPES, pick_device
-from model import LaVIN, LLaMA, LLaMAConfig, pick
-from vit import ViTConfig
+from model import LaVIN, LLaMA, pick
 
 ROOT = Path(__file__).absolute().parent.parent
-SHAPES = {
-    "7B": (LLaMAConfig(), ViTConfig()),
-    "13B": (LLaMAConfig(dim=5120, n_layers=40, n_heads=40), ViTConfig()),
-    "mid": (LLaMAConfig(dim=512, n_layers=8, n_heads=8), ViTConfig(width=512, layers=12)),
-}
 # 48 quantiles by length of ScienceQA's training split: tokens of the prompt, tokens of the answer,
 # and whether there is a picture.
 PROBLEMS = [
@@ -104,16 +98,6 @@ ROWS = {
 # Models, samples and clocks
 
 
-class Tokenizer:
-    """Stands in for sentencepiece where no text is read. A picture's prefix has three tokens."""
-
-    def encode(self, text: str) -> list[int]:
-        return [1, 2, 3]
-
-    def eos_id(self) -> int:
-        return -1               # no answer ends before its time
-
-
 def fill_at_random(module: nn.Module) -> None:
     """Small numbers for the frozen matrices that have memory, 1 for norms and biases."""
     for p in module.parameters():
@@ -127,9 +111,7 @@ def fill_at_random(module: nn.Module) -> None:
 
 def build(shape: str, device: torch.device, dtype: torch.dtype, bits: int) -> LaVIN:
     """A LaVIN with random weights, made block by block as checkpoints.load does."""
-    llama_config, vit_config = SHAPES[shape]
-    with torch.device("meta"):
-        lavin = LaVIN(llama_config, vit_config, AdapterConfig(), Tokenizer(), 512)
+    lavin = SHAPES[shape].on_meta()
     outside = [m for name, m in lavin.named_modules() if not name.startswith("llama.layers.")]
     allocate(outside, device, dtype)
     fill_at_random(lavin)

@@ -18,7 +18,7 @@ import dataclasses
 import math
 import os
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -139,13 +139,23 @@ def rounded(size: int, block: int) -> int:
     return math.ceil(size / block) * block
 
 
+class Tokenizer:
+    """Stands in for sentencepiece where no text is read. A picture's prefix has three tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        return [1, 2, 3]
+
+    def eos_id(self) -> int:
+        return -1               # no answer ends before its time
+
+
 @dataclass
 class Shape:
     """All that a LaVIN's sizes follow from."""
     llama: LLaMAConfig
     vit: ViTConfig
-    adapters: AdapterConfig
-    tokenizer: object
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    tokenizer: object = field(default_factory=Tokenizer)
     max_seq_len: int = 512
 
     def on_meta(self) -> LaVIN:
@@ -165,6 +175,14 @@ class Shape:
         llama = (self.llama.n_layers - 1) * (more_llama - first)
         vit = (self.vit.layers - 4) / 4 * (more_vit - first)
         return first + llama + vit
+
+
+# Named ones, for the scripts in bench/.
+SHAPES = {
+    "7B": Shape(LLaMAConfig(), ViTConfig()),
+    "13B": Shape(LLaMAConfig(dim=5120, n_layers=40, n_heads=40), ViTConfig()),
+    "mid": Shape(LLaMAConfig(dim=512, n_layers=8, n_heads=8), ViTConfig(width=512, layers=12)),
+}
 
 
 def read_shape(settings) -> Shape:
@@ -278,9 +296,9 @@ def extrapolate(shape: Shape, at_corners: list[dict]) -> dict[tuple[bool, int], 
     memory = {}
     for key in at_corners[0]:
         parts = {}
-        for field in dataclasses.fields(Memory):
-            values = [getattr(corner[key], field.name) for corner in at_corners]
-            parts[field.name] = shape.extrapolate(values)
+        for part in dataclasses.fields(Memory):
+            values = [getattr(corner[key], part.name) for corner in at_corners]
+            parts[part.name] = shape.extrapolate(values)
         memory[key] = Memory(**parts)
     return memory
 
