@@ -32,7 +32,7 @@ from extras import runs
 from fast.ops import LOGIT_ROWS
 from fast.quantize import quantize
 from fast.ranks import gradient_buffer
-from files import DTYPES
+from files import DTYPES, LavinError
 from model import LaVIN, LLaMAConfig
 from vit import ViTConfig
 
@@ -375,7 +375,7 @@ def print_what_fits(bits: int, memory: dict[tuple[bool, int], Memory], sizes: li
         line = f"--bits {bits}"
         if checkpointing:
             line += " --checkpointing"
-        line = f"         {line:26}"
+        line = f"         {line:28}"
         for card in CARDS:
             largest = largest_micro_batch(needed, card * 1e9)
             line += f"{largest or '-':>7}"
@@ -392,13 +392,19 @@ def print_training_memory(shape: Shape, settings, longest: dict[int, list[data.E
     for bits in (16, 8, 4):
         if bits > settings.bits:
             continue
-        memory = training_memory(shape, dataclasses.replace(settings, bits=bits), batches)
+        try:
+            memory = training_memory(shape, dataclasses.replace(settings, bits=bits), batches)
+        except LavinError as error:         # matrices of odd sizes cannot be quantized
+            if bits == settings.bits:
+                raise
+            print(f"         {error}")
+            continue
         if bits == settings.bits:
             i = sizes.index(min(settings.micro_batch, max(sizes)))
             print_memory(memory[settings.checkpointing, i])
-            title = f"the largest of up to {max(sizes)}"
+            title = f"--micro-batch of up to {max(sizes)}"
             cards = "".join(f"{card:>4} GB" for card in CARDS)
-            print(f"--micro-batch, {title:20}{cards}")
+            print(f"fits     {title:28}{cards}")
         print_what_fits(bits, memory, sizes)
 
 
