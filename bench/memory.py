@@ -52,9 +52,11 @@ def full_batch(shape: Shape, n: int) -> data.Batch:
     """n samples with pictures that fill the context."""
     tokens = np.full(CONTEXT - 1, 7, dtype=np.int32)
     labels = tokens.copy()
-    labels[:N_PROMPT] = 0
+    labels[:N_PROMPT] = data.IGNORED
+    is_feature = np.zeros(len(tokens), dtype=bool)
+    is_feature[4:4 + shape.vit.n_features] = True
     white = torch.zeros(3, shape.vit.resolution, shape.vit.resolution)
-    samples = [data.Encoded(tokens, labels, white, str(i)) for i in range(n)]
+    samples = [data.Encoded(tokens, labels, is_feature, white, str(i)) for i in range(n)]
     return data.collate(samples, shape.vit.resolution)
 
 

@@ -60,14 +60,12 @@ def split_sequences(lavin: LaVIN, sample: Sample,
         tokens = sequence.tokens[n_start:].tolist()
         labels = sequence.labels[n_start:].tolist()
         branches.append(Branch(tuple(tokens), tuple(labels)))
-    start = dataclasses.replace(sequences[0], tokens=first[:n_start],
-                                labels=np.zeros(n_start, dtype=np.int32))
-    return start, tuple(branches)
+    return data.cut(sequences[0], n_start), tuple(branches)
 
 
 def first_label(sequence):
     """The position of the first token that carries loss, or of EOS."""
-    has_loss = sequence.labels != 0
+    has_loss = sequence.labels != data.IGNORED
     has_loss[-1] = True
     return int(has_loss.argmax())
 
@@ -97,7 +95,8 @@ def branch_scores(engine: Engine, branches: list[tuple[int, Branch]]) -> list[fl
             targets += branch.labels[1:]
         logits = engine.branch(read)                                            # (T, vocabulary)
         targets = torch.tensor(targets, device=logits.device)
-        losses = F.cross_entropy(logits, targets, ignore_index=0, reduction="none")     # (T,)
+        losses = F.cross_entropy(
+            logits, targets, ignore_index=data.IGNORED, reduction="none")       # (T,)
         sizes = [len(tokens) for _, tokens in read]
         for own in losses.cpu().double().split(sizes):
             scores.append(-own.sum().item())

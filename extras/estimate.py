@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 import data
 from adapters import AdapterConfig
-from checkpoints import allocate, begin_with, check_context, read_clip, read_params
+from checkpoints import (
+    allocate, begin_with, check_context, load_tokenizer, open_llama, read_clip, read_params)
 from extras import runs
 from fast.ops import LOGIT_ROWS
 from fast.quantize import quantize
@@ -196,11 +197,12 @@ def read_shape(settings) -> Shape:
         scale=settings.scale,
         experts=settings.experts)
     _, adapters, _ = begin_with(settings.adapter, fresh, settings.tau, settings.dropout)
-    tokenizer = data.load_tokenizer(settings.llama)
+    llama_source = open_llama(settings.llama)
+    tokenizer = load_tokenizer(llama_source)
     vit = ViTConfig()
     if os.path.exists(settings.vit):
         _, vit = read_clip(settings.vit)
-    llama = read_params(settings.llama, tokenizer.vocab_size())
+    llama = read_params(llama_source, tokenizer.vocab_size())
     check_context(settings.max_seq_len, tokenizer, vit)
     return Shape(llama, vit, adapters, tokenizer, settings.max_seq_len)
 
@@ -441,7 +443,7 @@ def flops(lavin: LaVIN, lengths: list[int], n_answer: int, n_pictures: int) -> i
 def flops_of(lavin: LaVIN, samples: list[data.Encoded]) -> int:
     """`flops` of these samples."""
     lengths = [len(sample.tokens) for sample in samples]
-    n_answer = sum(int((sample.labels != 0).sum()) for sample in samples)
+    n_answer = sum(int((sample.labels != data.IGNORED).sum()) for sample in samples)
     n_pictures = sum(sample.image is not None for sample in samples)
     return flops(lavin, lengths, n_answer, n_pictures)
 

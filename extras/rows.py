@@ -8,12 +8,10 @@
 Of a conversation, the first question is asked.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sentencepiece import SentencePieceProcessor
 
 import data
 from data import Encoded, Sample
@@ -162,17 +160,15 @@ def predictions(rows: dict[str, Row], outputs: dict[str, str], missing: dict[str
 # The rows that a training run holds out
 
 
-def question_of(encoded: Encoded, tokenizer: SentencePieceProcessor) -> tuple[Encoded, str]:
+def question_of(encoded: Encoded, tokenizer: data.Tokenizer) -> tuple[Encoded, str]:
     """A sample to train on -> (its prompt, its answer). Of a conversation, the last turn's."""
-    has_loss = encoded.labels != 0
+    has_loss = encoded.labels != data.IGNORED
     begins = np.flatnonzero(has_loss[1:] & ~has_loss[:-1]) + 1      # of each answer
     begin = begins[-1]
-    prompt = dataclasses.replace(
-        encoded, tokens=encoded.tokens[:begin], labels=np.zeros(begin, dtype=np.int32))
     answer = encoded.labels[begin:].tolist()
     if answer[-1] == tokenizer.eos_id():
         answer.pop()
-    return prompt, tokenizer.decode(answer)
+    return data.cut(encoded, begin), tokenizer.decode(answer)
 
 
 def count_right(lavin: LaVIN, encoded: list[Encoded], source: str, format: str) -> int:

@@ -1,0 +1,54 @@
+"""Questions in a user's words about new scenes of the small world, for a trained model to answer.
+
+    python -m bench.asking FOLDER           draw 600 scenes, and write FOLDER/questions.jsonl
+    python generate.py --data jsonl:FOLDER/questions.jsonl --by hand
+
+Tuning shows problems with lettered choices. A user just asks. An answer counts as right if it is
+the whole sentence that explains the scene. Half of the scenes are in pencil, as the problems are.
+The other half are flat, as a picture that somebody makes with a drawing program would be.
+"""
+
+import json
+from pathlib import Path
+from random import Random
+
+from extras.terminal import Parser, run
+from tiny import world
+
+N_SCENES = 600
+
+
+def make(folder: Path) -> None:
+    """Write the pictures, and questions.jsonl with a row for each of them."""
+    rng = Random("asking")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(N_SCENES):
+        item = world.picture_item(rng)
+        if i % 2:
+            hand = "pencil"
+            picture = world.sketch(item, rng)
+        else:
+            hand = "flat"
+            picture = world.render(item, rng)
+        picture.save(folder / f"{i}.png")
+        row = {
+            "prompt": item.question,
+            "image": f"{i}.png",
+            "answer": item.solution,
+            "hand": hand,
+            "skill": item.skill,
+        }
+        rows.append(json.dumps(row))
+    (folder / "questions.jsonl").write_text("\n".join(rows))
+    print(f"written: {folder / 'questions.jsonl'}")
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=Path)
+    make(parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    run(main)
