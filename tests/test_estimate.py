@@ -212,14 +212,14 @@ def test_a_dry_run_for_a_gpu_that_is_not_here(call, sqa, tmp_path, monkeypatch):
     shutil.copy(LLAMA.parent / "tokenizer.model", folder)
     code, stdout, stderr = call(train, *flags(
         sqa, tmp_path / "out", "--dry-run", "--device", "cuda", "--tflops", 100, "--bits", 4,
-        "--batch-size", 2, "--no-images", "--llama", folder, "--vit", tmp_path / "none.pt"))
+        "--batch-size", 1, "--no-images", "--llama", folder, "--vit", tmp_path / "none.pt"))
     assert code == 0, stderr
     assert "ViT 303," in stdout                 # million parameters
     assert "device   cuda · bf16 · compile off" in stdout
     assert "GB, computed: weights" in stdout
     assert "h, an estimate" in stdout
     fitting = stdout.splitlines()[-1].split()
-    assert fitting == ["--bits", "4", "--checkpointing", "2", "2", "2", "2", "2", "2"]
+    assert fitting == ["--bits", "4", "--checkpointing", "1", "1", "1", "1", "1", "1"]
     assert not (tmp_path / "out").exists()
 
 
