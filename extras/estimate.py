@@ -199,9 +199,11 @@ def read_shape(settings) -> Shape:
     _, adapters, _ = begin_with(settings.adapter, fresh, settings.tau, settings.dropout)
     llama_source = open_llama(settings.llama)
     tokenizer = load_tokenizer(llama_source)
-    vit = ViTConfig()
     if os.path.exists(settings.vit):
         _, vit = read_clip(settings.vit)
+    else:
+        vit = ViTConfig()
+        print(f"there is no {settings.vit}: ViT-L/14's shape is taken")
     llama = read_params(llama_source, tokenizer.vocab_size())
     check_context(settings.max_seq_len, tokenizer, vit)
     return Shape(llama, vit, adapters, tokenizer, settings.max_seq_len)
