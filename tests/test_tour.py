@@ -82,7 +82,8 @@ def test_data(screens):
     n_tokens = int(re.search(r"tokens +\((\d+),\)", out)[1])
     first, second = map(int, re.search(r"tokens of each sample: \[(\d+), (\d+)\]", out).groups())
     assert first + second == n_tokens
-    assert f"samples with a picture begin: [{first}]" in out
+    features = [int(number) for number in re.search(r"features go: \[(.+)\]", out)[1].split(", ")]
+    assert features == list(range(features[0], features[0] + 3)) and features[0] > first
     assert f"the last is token {n_tokens - 1}" in out
 
 
