@@ -30,6 +30,8 @@ from vit import VisionTransformer
 
 N_TRAIN = 3000          # pictures of ours; easy-VQA has 4000
 N_TEST = 1000
+EASY_SHAPES = ("circle", "rectangle", "triangle")
+EASY_COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 
 @torch.no_grad()
@@ -76,13 +78,13 @@ def percent_right(predicted: list[str], labels: list[str]) -> float:
 # Pictures and labels
 
 
-def easy_vqa_split(paths: dict, questions: tuple, asked: str) -> tuple[list, list[str]]:
-    """The pictures about which a question with the word `asked` was put, and the answers."""
+def easy_vqa_split(paths: dict, questions: tuple, names: tuple) -> tuple[list, list[str]]:
+    """The pictures about which a question has one of these names as its answer, and the names."""
     pictures = []
     labels = []
     seen = set()
-    for text, answer, image in zip(*questions):
-        if asked in text and answer not in ("yes", "no") and image not in seen:
+    for _, answer, image in zip(*questions):
+        if answer in names and image not in seen:
             seen.add(image)
             pictures.append(Image.open(paths[image]).convert("RGB"))
             labels.append(answer)
@@ -137,12 +139,12 @@ def print_easy_vqa(vit) -> None:
         import easy_vqa
     except ImportError as error:
         raise LavinError("easy_vqa is missing: pip install easy-vqa") from error
-    for name, asked in (("shapes", "shape"), ("colours", "color")):
+    for kind, names in (("shapes", EASY_SHAPES), ("colours", EASY_COLOURS)):
         train = easy_vqa_split(
-            easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions(), asked)
-        test = easy_vqa_split(easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions(), asked)
-        n_names = len(set(train[1]))
-        print(f"| easy-VQA, {n_names} {name} | {len(test[0])} | {score(vit, train, test):.1f} |")
+            easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions(), names)
+        test = easy_vqa_split(easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions(), names)
+        percent = score(vit, train, test)
+        print(f"| easy-VQA, {len(names)} {kind} | {len(test[0])} | {percent:.1f} |")
 
 
 def print_own(vit) -> None:
