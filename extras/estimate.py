@@ -223,6 +223,16 @@ def give_memory(lavin: LaVIN, dtype: torch.dtype, bits: int) -> None:
     lavin.init_trained()
 
 
+def with_features(batch: data.Batch, n_features: int) -> data.Batch:
+    """The batch for a model whose pictures have so many features. No token is added or taken."""
+    n_pictures = len(batch.pixels)
+    if n_pictures == 0:
+        return batch
+    starts = batch.feature_indices.unflatten(0, (n_pictures, -1))[:, :1]        # (N, 1)
+    indices = starts + torch.arange(n_features)                                 # (N, F)
+    return dataclasses.replace(batch, feature_indices=indices.flatten())
+
+
 def copy(batch: data.Batch) -> data.Batch:
     """Its tensors made anew, to be counted as well, and to be fake among fake ones.
 
@@ -289,9 +299,10 @@ def training_memory(shape: Shape, settings, batches: list[data.Batch],
     for n_llama, n_vit in CORNERS:
         lavin = shape.with_layers(n_llama, n_vit).on_meta()
         lavin.logit_rows = LOGIT_ROWS["cuda"]
+        inputs = [with_features(batch, lavin.n_features) for batch in batches]
         live = LiveBytes(shape.llama.vocab_size, BLOCK)
         with FakeTensorMode(allow_non_fake_inputs=True), live:
-            at_corners.append(steps_memory(lavin, settings, batches, live, ways))
+            at_corners.append(steps_memory(lavin, settings, inputs, live, ways))
     return extrapolate(shape, at_corners)
 
 

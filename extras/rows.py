@@ -8,6 +8,7 @@
 Of a conversation, the first question is asked.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -168,7 +169,9 @@ def question_of(encoded: Encoded, tokenizer: data.Tokenizer) -> tuple[Encoded, s
     answer = encoded.labels[begin:].tolist()
     if answer[-1] == tokenizer.eos_id():
         answer.pop()
-    return data.cut(encoded, begin), tokenizer.decode(answer)
+    no_loss = np.full(begin, data.IGNORED, dtype=np.int32)
+    prompt = dataclasses.replace(data.cut(encoded, begin), labels=no_loss)
+    return prompt, tokenizer.decode(answer)
 
 
 def count_right(lavin: LaVIN, encoded: list[Encoded], source: str, format: str) -> int:

@@ -46,6 +46,7 @@ def fake_steps(shape, settings, batch):
     """What steps_memory finds for one batch."""
     live = LiveBytes(shape.llama.vocab_size)
     lavin = shape.on_meta()
+    batch = estimate.with_features(batch, lavin.n_features)
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         return estimate.steps_memory(lavin, settings, [batch], live)
 
@@ -54,6 +55,7 @@ def real_steps(shape, settings, batch):
     """The same, with tensors that hold numbers."""
     live = LiveBytes(shape.llama.vocab_size)
     lavin = shape.on_meta()
+    batch = estimate.with_features(batch, lavin.n_features)
     with live:
         return estimate.steps_memory(lavin, settings, [batch], live)
 

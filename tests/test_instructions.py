@@ -323,7 +323,7 @@ def test_the_question_of_a_sample_to_train_on_is_its_last_turn(folder, lavin):
     assert answer == "Red, I think."
     asked = lavin.encode(samples[0], prompt_only=True)
     assert prompt.tokens.tolist() == asked.tokens.tolist()
-    assert not prompt.labels.any() and prompt.image == samples[0].image
+    assert (prompt.labels == data.IGNORED).all() and prompt.image == samples[0].image
 
 
 def test_held_out_rows_are_answered_rightly_or_not(lavin, samples, monkeypatch):

@@ -64,7 +64,7 @@ class Thing:
 # One thing
 
 
-def outline(shape: str, x, y, r):
+def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
     """The corners of a shape whose edge is about r pixels from its centre (x, y)."""
     if shape in ("square", "frame"):
         points = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
@@ -87,7 +87,16 @@ def outline(shape: str, x, y, r):
     elif shape == "half circle":
         points = [(a, b + 0.4) for a, b in corners(0, 0, [1.15] * 36) if b < 0.01]
         points.sort()
-    elif shape == "heart":
+    elif shape in UNSEEN_SHAPES:
+        points = unseen_outline(shape)
+    else:                                                   # a circle or a ring
+        points = corners(0, 0, [1.05] * 30)
+    return [(x + r * a, y + r * b) for a, b in points]
+
+
+def unseen_outline(shape: str) -> list[tuple[float, float]]:
+    """The corners of one of UNSEEN_SHAPES around (0, 0), its edge about 1 from there."""
+    if shape == "heart":
         points = []
         for i in range(36):
             t = 2 * math.pi * i / 36
@@ -103,14 +112,12 @@ def outline(shape: str, x, y, r):
         points = corners(0, 0, [1.1] * 5)
     elif shape == "trapezoid":
         points = [(-0.5, -0.7), (0.5, -0.7), (1.1, 0.7), (-1.1, 0.7)]
-    elif shape == "drop":
-        round_part = [(0.8 * a, 0.8 * b + 0.35) for a, b in corners(0, 0, [1] * 36)]
-        points = [(0, -1.3)] + [point for point in round_part if point[1] > -0.1]
-        points[1:] = sorted(points[1:], key=lambda point: math.atan2(point[0], point[1] - 0.35),
-                            reverse=True)
-    else:                                                   # a circle or a ring
-        points = corners(0, 0, [1.05] * 30)
-    return [(x + r * a, y + r * b) for a, b in points]
+    else:                                                   # a drop: its point, then round below
+        points = [(0, -1.3)]
+        for a, b in corners(0, 0, [0.8] * 36):
+            if 30 < math.degrees(math.atan2(a, -b)) % 360 < 330:
+                points.append((a, b + 0.35))
+    return points
 
 
 def turned(points, x, y, angle, stretch):

@@ -1,13 +1,13 @@
 """The small world's base models, pre-trained from nothing: a LLaMA and a CLIP.
 
     python -m tiny.pretrain              make them anew, one after the other
-    python -m tiny.pretrain clip         make one of them: llama, clip or coarse
+    python -m tiny.pretrain clip         make one of them: llama or clip
 
 LLaMA is trained on text of the world (tiny/corpus.py): facts, and questions about scenes that are
 described in words. It never sees a picture. CLIP is trained contrastively on pictures and their
 captions, half of them the world's scenes and half from tiny/album.py, with a text tower that is
-then dropped. "coarse" is a second CLIP that sees less, for bench/ablations.py. All are written in
-the official formats, so the rest of the code does not know where they come from.
+then dropped. Both are written in the official formats, so the rest of the code does not know where
+they come from.
 """
 
 import json
@@ -36,11 +36,11 @@ from model import LLaMA, LLaMAConfig
 from tiny import album
 from tiny.corpus import CURRICULUM, document, train_tokenizer
 from tiny.world import (
-    COARSE_VIT, PATHS, PICTURE_SKILLS, ROOT, TEXT_SKILLS, VERSION, Item, make_folder, problem,
+    PATHS, PICTURE_SKILLS, ROOT, TEXT_SKILLS, VERSION, Item, make_folder, problem,
     render, things)
 from vit import LayerNorm, ViTConfig, VisionTransformer
 
-MODELS = ("llama", "clip", "coarse")
+MODELS = ("llama", "clip")
 LLAMA_STEPS = 5000
 CLIP_ROUNDS = ((5000, 2), (3000, 3))     # (steps, groups of five that are from the album)
 
@@ -264,9 +264,6 @@ def pretrain_llama(folder: Path, steps: int, seed: int = 0, batch_size: int = 32
 
 
 CLIP_CONFIG = ViTConfig(width=64, layers=12, patch=8, resolution=64)
-# Sees less: a quarter of the tokens. For the ladder of ablations, in which the paper changes
-# ViT-B/16 for ViT-L/14.
-COARSE_CONFIG = ViTConfig(width=64, layers=12, patch=16, resolution=64)
 
 
 class Towers(nn.Module):
@@ -464,8 +461,6 @@ def main() -> None:
         make_folder(PATHS["llama"], write_llama)
     if "clip" in models:
         scores["clip"] = pretrain_clip(PATHS["vit"])
-    if "coarse" in models:
-        scores["coarse"] = pretrain_clip(COARSE_VIT, COARSE_CONFIG)
     text = json.dumps(scores, indent=1)
     write_atomically(path, lambda temporary: temporary.write_text(text))
     print(text)

@@ -44,7 +44,6 @@ PATHS = {
     "vit": ROOT / "ViT-tiny.pt",
     "data_root": ROOT / "scienceqa",
 }
-COARSE_VIT = ROOT / "ViT-coarse.pt"     # another CLIP, for the ladder of bench/ablations.py
 # train.py's flags for models of this size and a run of three minutes. No workers: to prepare a
 # picture of this size takes less time than to send it from one process to another.
 DEFAULTS = {
