@@ -239,7 +239,7 @@ def test_pretraining_writes_models_that_lavin_reads(tmp_path, monkeypatch):
         pretrain.pretrain_llama(temporary, steps=3, batch_size=4, n_scored=1)
 
     world.make_folder(folder, write)
-    pretrain.pretrain_clip(vit, rounds=((2, 2), (1, 3)), batch_size=15, n_scored=3)
+    pretrain.pretrain_clip(vit, steps=3, batch_size=15, n_scored=3)
     lavin = checkpoints.load(folder, vit)
     picture = world.render(world.magnets(Random(0)), Random(0))
     batch = lavin.batch([

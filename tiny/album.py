@@ -271,20 +271,15 @@ def pair(rng: Random, one: Thing, other: Thing) -> tuple[Image.Image, str]:
 
 
 def group(n: int, rng: Random) -> list[tuple[Image.Image, str]]:
-    """n pictures with their captions, (picture, caption), all but two of whose properties agree.
-
-    One of the two is the shape, four times out of five: it is the hardest to see.
-    """
+    """n pictures with their captions, (picture, caption), all but two of whose properties agree."""
     pools = {
-        "shape": LETTERS if rng.random() < 0.15 else SHAPES,
+        "shape": LETTERS if rng.random() < 0.25 else SHAPES,
         "colour": tuple(COLOURS),
         "size": tuple(SIZES),
         "n": (1, 2, 3, 4),
         "place": tuple(PLACES),
     }
-    varied = rng.sample(["colour", "size", "n", "place"], 2)
-    if rng.random() < 0.8:
-        varied[0] = "shape"
+    varied = rng.sample(["shape", "shape", "colour", "size", "n", "place"], 2)
     for name, pool in pools.items():
         if name not in varied:
             pools[name] = rng.sample(pool, rng.choice([1, 1, 2]))

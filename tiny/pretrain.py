@@ -42,7 +42,7 @@ from vit import LayerNorm, ViTConfig, VisionTransformer
 
 MODELS = ("llama", "clip")
 LLAMA_STEPS = 5000
-CLIP_ROUNDS = ((5000, 2), (3000, 3))     # (steps, groups of five that are from the album)
+CLIP_STEPS = 5000
 
 
 # What both models share
@@ -312,21 +312,19 @@ def scene(skill: Callable[[Random], Item], rng: Random) -> tuple[np.ndarray, str
     return shrink(render(item, rng)), item.caption
 
 
-def draw_batch(n: int, n_album: int, rng: Random) -> list[tuple[np.ndarray, str]]:
+def draw_batch(n: int, rng: Random) -> list[tuple[np.ndarray, str]]:
     """n pictures with their captions, in five groups that are hard to tell apart within.
 
-    One is of things, which stand for four skills, n_album are from the album, and the others are
-    each of another skill of the world.
+    One is of things, which stand for four skills, two are of other skills of the world, and two are
+    from the album.
     """
     size = n // 5
-    skills = [old_things, *rng.sample(OTHER_SKILLS, 4 - n_album)]
     batch = []
-    for skill in skills:
+    for skill in (old_things, *rng.sample(OTHER_SKILLS, 2)):
         for _ in range(size):
             batch.append(scene(skill, rng))
-    for _ in range(n_album):
-        for picture, caption in album.group(size, rng):
-            batch.append((shrink(picture), caption))
+    for picture, caption in album.group(size, rng) + album.group(size, rng):
+        batch.append((shrink(picture), caption))
     return batch
 
 
@@ -405,35 +403,19 @@ def official_clip(towers: Towers) -> dict[str, torch.Tensor]:
     return state
 
 
-def pretrain_clip(path: Path, config: ViTConfig = CLIP_CONFIG, rounds: tuple = CLIP_ROUNDS,
-                  seed: int = 0, batch_size: int = 65, lr: float = 1e-3,
-                  n_scored: int = 200) -> dict[str, float]:
-    """Write CLIP's image encoder to the path -> its caption_scores, "new combinations" included.
-
-    Each round begins with a new text tower, and goes on with the image encoder of the one before.
-    """
+def pretrain_clip(path: Path, steps: int, seed: int = 0,
+                  batch_size: int = 65, lr: float = 1e-3, n_scored: int = 200) -> dict[str, float]:
+    """Write CLIP's image encoder to the path -> its caption_scores, "new combinations" included."""
     ops.keep_freed_memory()
     torch.manual_seed(seed)
     rng = Random(f"{seed} album")
     tokenizer = SentencePieceProcessor(model_proto=train_tokenizer(seed))
-    visual = None
-    for steps, n_album in rounds:
-        towers = Towers(config, tokenizer.vocab_size())
-        if visual is not None:
-            towers.visual.load_state_dict(visual.state_dict())
-        visual = towers.visual
-        train_towers(towers, tokenizer, steps, n_album, batch_size, lr, rng)
-    write_atomically(path, lambda temporary: torch.save(official_clip(towers), temporary))
-    return caption_scores(towers, tokenizer, n_scored)
-
-
-def train_towers(towers: Towers, tokenizer, steps: int, n_album: int, batch_size: int, lr: float,
-                 rng: Random) -> None:
+    towers = Towers(CLIP_CONFIG, tokenizer.vocab_size())
     optimizer = make_optimizer(towers, beta2=0.98)
     right = 0.0                 # a moving average over about fifty steps
     bar = tqdm(range(steps), desc="CLIP", file=sys.stdout)
     for step in bar:
-        batch = draw_batch(batch_size, n_album, rng)
+        batch = draw_batch(batch_size, rng)
         pixels, captions, lengths, match = clip_batch(batch, tokenizer)
         scores = towers(pixels, captions, lengths)
         loss = contrastive_loss(scores, match)
@@ -441,6 +423,8 @@ def train_towers(towers: Towers, tokenizer, steps: int, n_album: int, batch_size
         right += 0.02 * (best_is_right(scores, match).float().mean().item() - right)
         status = f"loss {loss.item():.3f} captions {100 * right:.1f} %"
         bar.set_postfix_str(status, refresh=False)
+    write_atomically(path, lambda temporary: torch.save(official_clip(towers), temporary))
+    return caption_scores(towers, tokenizer, n_scored)
 
 
 def main() -> None:
@@ -460,7 +444,7 @@ def main() -> None:
     if "llama" in models:
         make_folder(PATHS["llama"], write_llama)
     if "clip" in models:
-        scores["clip"] = pretrain_clip(PATHS["vit"])
+        scores["clip"] = pretrain_clip(PATHS["vit"], CLIP_STEPS)
     text = json.dumps(scores, indent=1)
     write_atomically(path, lambda temporary: temporary.write_text(text))
     print(text)
