@@ -16,7 +16,7 @@ from random import Random
 from PIL import Image, ImageDraw
 
 from extras.terminal import Parser, run
-from tiny import world
+from tiny import drawing
 
 QUESTION = "Is this face happy or sad?"
 N_FACES = 200
@@ -30,7 +30,7 @@ def face(rng: Random) -> tuple[Image.Image, str]:
     r = rng.uniform(38, 48)
     x = rng.uniform(54, 74)
     y = rng.uniform(54, 74)
-    canvas.ellipse((x - r, y - r, x + r, y + r), world.shade("yellow", rng), "black", 3)
+    canvas.ellipse((x - r, y - r, x + r, y + r), drawing.shade("yellow", rng), "black", 3)
     eye_y = y - r / 3
     for eye_x in (x - r / 2.5, x + r / 2.5):
         canvas.ellipse((eye_x - 5, eye_y - 5, eye_x + 5, eye_y + 5), "black")
