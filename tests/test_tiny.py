@@ -189,8 +189,7 @@ def test_a_group_of_the_album_is_hard_to_tell_apart():
     for _ in range(30):
         captions = [caption for _, caption in album.group(16, rng)]
         words = [word for caption in captions for word in caption.replace(",", "").split()]
-        assert len(set(words)) < 50
-        assert len(set(captions)) > 3, captions
+        assert len(set(words)) < 50, captions
 
 
 def test_the_album_shows_no_pair_that_is_kept_for_the_test_split():
