@@ -92,11 +92,14 @@ def val_score(directory: Path, variant: str, rate: float) -> float:
 
 
 def measure(directory: Path, variant: str, rate: float, seed: int) -> dict[str, dict]:
-    """Train, and answer the test split with its pictures and with blank ones.
+    """Train, and answer the test split with its pictures; MMA with blank ones as well.
 
-    -> {"test": {id: index of the choice}, "blank": the same}. seconds.json is written last, so a
-    folder that has it is complete.
+    -> {"test": {id: index of the choice}, "blank": the same, of MMA}. seconds.json is written last,
+    so a folder that has it is complete.
     """
+    kinds = {"test": []}
+    if variant == "MMA":
+        kinds["blank"] = ["--blank-images"]
     out = folder_of(directory, variant, f"seed {seed}")
     adapter = out / "checkpoint.pth"
     if not (out / "seconds.json").exists():
@@ -104,17 +107,12 @@ def measure(directory: Path, variant: str, rate: float, seed: int) -> dict[str, 
         flags = train_flags(variant, rate, seed)
         seconds["train"] = call(
             "train.py", out / "train.log", "--out", out, "--eval-limit", 0, *flags)
-        seconds["test"] = call(
-            "generate.py", out / "test.log", "--adapter", adapter,
-            "--predictions", out / "test.json")
-        seconds["blank"] = call(
-            "generate.py", out / "blank.log", "--adapter", adapter, "--blank-images",
-            "--predictions", out / "blank.json")
+        for kind, kind_flags in kinds.items():
+            seconds[kind] = call(
+                "generate.py", out / f"{kind}.log", "--adapter", adapter,
+                "--predictions", out / f"{kind}.json", *kind_flags)
         (out / "seconds.json").write_text(json.dumps(seconds))
-    return {
-        "test": read_results(out / "test.json"),
-        "blank": read_results(out / "blank.json"),
-    }
+    return {kind: read_results(out / f"{kind}.json") for kind in kinds}
 
 
 def read_results(path: Path) -> dict[str, int]:

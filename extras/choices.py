@@ -7,18 +7,16 @@ the cache of fast/engine.py, and every answer is read behind it.
 
 import dataclasses
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 from data import Encoded, Sample
-from extras.evaluate import Answers, by_modality, decode_pictures, encode_prompts
+from extras.evaluate import Answers, add_chosen, decode_pictures, encode_prompts
 from fast.engine import Engine
 from fast.fold import fold
 from files import LavinError
@@ -140,13 +138,10 @@ def choose_all(lavin: LaVIN, samples: list[Sample], answers: Answers,
         branches[sample.id] = known.setdefault(own, own)
         return start
 
+    def choose(group, modality):
+        chosen = choose_group(lavin, group, branches, answers, modality, batch_size, workers)
+        for identity, index in chosen:
+            yield identity, choices[identity][index]
+
     encoded = encode_prompts(lavin, samples, answers, encode)
-    with tqdm(total=len(encoded), desc="choosing", unit=" problems", file=sys.stdout) as bar:
-        for modality, group in enumerate(by_modality(encoded)):
-            if not group:
-                continue
-            chosen = choose_group(
-                lavin, group, branches, answers, modality, batch_size, workers)
-            for identity, index in chosen:
-                answers.add(identity, choices[identity][index])
-                bar.update()
+    add_chosen(encoded, answers, choose)

@@ -267,6 +267,21 @@ def choose_group(lavin, group, letters, answers, modality, batch_size, workers):
             yield prompt.id, int(row[letters[prompt.id]].argmax())
 
 
+def add_chosen(encoded: list[Encoded], answers: Answers,
+               choose: Callable[[list[Encoded], int], Iterator[tuple[str, str]]]) -> None:
+    """Add what `choose` yields for the prompts of one modality after the other.
+
+    choose(prompts, modality) yields (id of a sample, its answer).
+    """
+    with tqdm(total=len(encoded), desc="choosing", unit=" problems", file=sys.stdout) as bar:
+        for modality, group in enumerate(by_modality(encoded)):
+            if not group:
+                continue
+            for identity, answer in choose(group, modality):
+                answers.add(identity, answer)
+                bar.update()
+
+
 def choose_all(lavin: LaVIN, samples: list[Sample], answers: Answers, problems: dict,
                batch_size: int = 32, workers: int = 0) -> None:
     """Add the likeliest letter behind "The answer is", for each of ScienceQA's samples.
@@ -280,15 +295,13 @@ def choose_all(lavin: LaVIN, samples: list[Sample], answers: Answers, problems: 
         start, letters[sample.id] = letter_prompt(lavin, sample, n_choices)
         return start
 
+    def choose(group, modality):
+        chosen = choose_group(lavin, group, letters, answers, modality, batch_size, workers)
+        for identity, index in chosen:
+            yield identity, f"The answer is {data.LETTERS[index]}."
+
     encoded = encode_prompts(lavin, samples, answers, encode)
-    with tqdm(total=len(encoded), desc="choosing", unit=" problems", file=sys.stdout) as bar:
-        for modality, group in enumerate(by_modality(encoded)):
-            if not group:
-                continue
-            chosen = choose_group(lavin, group, letters, answers, modality, batch_size, workers)
-            for identity, index in chosen:
-                answers.add(identity, f"The answer is {data.LETTERS[index]}.")
-                bar.update()
+    add_chosen(encoded, answers, choose)
 
 
 def sqa_predictions(problems: dict, outputs: dict[str, str]) -> dict[str, int]:

@@ -9,7 +9,6 @@ others have pairs of bytes ("gpt2"): pip install tokenizers.
 
 import math
 import os
-import re
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 
 from data import Tokenizer
 from extras.tokenizers import JsonTokenizer, import_tokenizers
-from extras.values import LLAMA_PARAMS, check_supported, check_values, short
+from extras.values import LLAMA_PARAMS, check_supported, check_values, meta_name, short
 from files import LavinError, check_regular, check_tensor
 from model import LLaMAConfig, rope_frequencies
 
@@ -175,7 +174,7 @@ class File:
                              "again") from error
         self.check_supported()
         self.is_hf = self.fields["general.architecture"] == "qwen2"
-        self.tensors = {self.meta_name(name): place for name, place in tensors.items()}
+        self.tensors = {self.name_of(name): place for name, place in tensors.items()}
 
     def check_supported(self) -> None:
         """LavinError for what our model cannot do."""
@@ -196,19 +195,14 @@ class File:
             "split.count": (0, 1),
         })
 
-    def meta_name(self, name: str) -> str:
-        """Meta's name of a tensor."""
+    def name_of(self, name: str) -> str:
+        """Meta's name of a tensor. Raises LavinError."""
         if name == ROPE_SCALES:
             return name
-        part, _, kind = name.rpartition(".")                # kind: "weight" or "bias"
-        prefix = ""
-        layer = re.fullmatch(r"blk\.(\d+)\.(.+)", part)
-        if layer:
-            number, part = layer.groups()
-            prefix = f"layers.{number}."
-        if part not in NAMES:
+        known = meta_name(name, r"blk\.(\d+)\.(.+)", NAMES)
+        if known is None:
             raise LavinError(f"{self.path}: {name} is no name of a LLaMA in GGUF")
-        return f"{prefix}{NAMES[part]}.{kind}"
+        return known
 
     def names(self) -> list[str]:
         """Meta's names of the weights."""

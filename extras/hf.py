@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from extras.values import LLAMA_PARAMS, check_supported, check_values, short
+from extras.values import LLAMA_PARAMS, check_supported, check_values, meta_name, short
 from files import (LavinError, check_regular, check_tensor, read_checkpoint, read_json,
                    tensors_of)
 
@@ -181,15 +181,10 @@ def read_llama(folder: str | Path) -> dict[str, torch.Tensor]:
     for name, tensor in read_tensors(folder).items():
         if "rotary_emb" in name:                            # RoPE's frequencies: we compute them
             continue
-        part, _, kind = name.rpartition(".")                # kind: "weight" or "bias"
-        prefix = ""
-        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", part)
-        if layer:
-            number, part = layer.groups()
-            prefix = f"layers.{number}."
-        if part not in LLAMA_NAMES:
+        known = meta_name(name, r"model\.layers\.(\d+)\.(.+)", LLAMA_NAMES)
+        if known is None:
             raise LavinError(f"{folder}: {name} is no name of a LLaMA of Hugging Face's")
-        state[f"{prefix}{LLAMA_NAMES[part]}.{kind}"] = tensor
+        state[known] = tensor
     return state
 
 

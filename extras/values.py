@@ -6,6 +6,7 @@
 """
 
 import argparse
+import re
 import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -132,6 +133,23 @@ def check_supported(path: object, config: dict, supported: dict[str, tuple]) -> 
         if value not in values:
             allowed = " or ".join(repr(v) for v in values)
             raise LavinError(f"{path}: {name} {short(value)} is not supported, only {allowed}")
+
+
+def meta_name(name: str, layer: str, names: dict[str, str]) -> str | None:
+    """Meta's name of a tensor of LLaMA's, or None if it has none.
+
+    layer: a pattern for a layer's number and what stands behind it. names: {what stands there or
+    outside the layers: Meta's name of it}.
+    """
+    part, _, kind = name.rpartition(".")                    # kind: "weight" or "bias"
+    prefix = ""
+    found = re.fullmatch(layer, part)
+    if found:
+        number, part = found.groups()
+        prefix = f"layers.{number}."
+    if part not in names:
+        return None
+    return f"{prefix}{names[part]}.{kind}"
 
 
 # Rows of every held-out part that a training run answers after an epoch, unless told otherwise.

@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from extras.terminal import Parser, run
 from files import write_atomically
-from tiny.drawing import POSITIONS, SIDE, corners
+from tiny import drawing
+from tiny.drawing import POSITIONS, SIDE, corners, near
 from tiny.world import COUNTS, is_new
 
 SHAPES = (
@@ -30,13 +31,13 @@ LETTERS = tuple("ABEFHKLMNPRTXYZ234579")
 # Never drawn here: what was learned of shapes is measured by these as well (bench/probe.py).
 UNSEEN_SHAPES = ("heart", "moon", "arrow", "pentagon", "trapezoid", "drop")
 COLOURS = {
-    "red": (220, 40, 40),
-    "orange": (240, 140, 30),
-    "yellow": (235, 205, 40),
-    "green": (40, 160, 60),
+    "red": drawing.COLOURS["red"],
+    "orange": drawing.COLOURS["orange"],
+    "yellow": drawing.COLOURS["yellow"],
+    "green": drawing.COLOURS["green"],
     "teal": (20, 140, 140),
-    "blue": (50, 80, 220),
-    "purple": (145, 60, 175),
+    "blue": drawing.COLOURS["blue"],
+    "purple": drawing.COLOURS["purple"],
     "pink": (245, 150, 190),
     "brown": (130, 80, 35),
     "black": (15, 15, 15),
@@ -170,11 +171,7 @@ def paint(canvas: ImageDraw.ImageDraw, rng: Random, thing: Thing, x, y, r, behin
 def tone(colour: str, rng: Random, spread: int = 32) -> tuple[int, ...]:
     """A colour, a little off and a little lighter or darker, as (red, green, blue)."""
     light = rng.uniform(-spread, spread)
-    channels = []
-    for channel in COLOURS[colour]:
-        shifted = round(channel + light + rng.uniform(-20, 20))
-        channels.append(min(255, max(0, shifted)))
-    return tuple(channels)
+    return near(COLOURS[colour], rng, 20, lighter=light)
 
 
 # A picture
@@ -305,13 +302,9 @@ def draw_thing(rng: Random, pools) -> Thing:
     while True:
         thing = Thing(
             rng.choice(pools["shape"]), rng.choice(pools["colour"]), rng.choice(pools["size"]))
-        if not is_kept(thing):
+        if not is_new(thing.shape, thing.colour):
             return thing
         pools = pools | {"colour": tuple(COLOURS)}
-
-
-def is_kept(thing: Thing) -> bool:
-    return is_new(thing.shape, thing.colour)
 
 
 # A sheet of them

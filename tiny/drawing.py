@@ -30,9 +30,15 @@ LIGHTS = ("red", "yellow", "green")     # of a traffic light, from the top
 
 def shade(colour: str, rng: Random) -> tuple[int, ...]:
     """A colour of the palette, a little off, as (red, green, blue)."""
+    return near(COLOURS[colour], rng, 15)
+
+
+def near(colour: tuple[int, ...], rng: Random, spread: float,
+         lighter: float = 0) -> tuple[int, ...]:
+    """(red, green, blue), each lighter by so much, and up to `spread` off besides."""
     channels = []
-    for channel in COLOURS[colour]:
-        shifted = round(channel + rng.uniform(-15, 15))
+    for channel in colour:
+        shifted = round(channel + lighter + rng.uniform(-spread, spread))
         channels.append(min(255, max(0, shifted)))
     return tuple(channels)
 
