@@ -1,15 +1,15 @@
-"""The router: the modality token, and the weights by which every adapter mixes its two experts.
+"""The router: it turns the modality token into the weights of the two experts in each adapter.
 
 The paper's routing (section 3.2): w = softmax((y W + b) / τ), where y is the modality token at
-that layer. The token is one of two learned embeddings, "text only" and "text and a picture", put in
-front of the sequence.
+that layer. The token is one of two learned embeddings: "text only" or "text and a picture". The
+paper puts it in front of the sequence.
 
-The token sees only itself, and no other token sees it. So what it becomes, layer by layer, depends
-on nothing but the modality. That saves the token from ever being put into a sequence: the two
-possible tokens go through the layers once, as two sequences of length 1, and a sample looks its
-weights up by its modality. The real sequence needs no extra token and no custom mask.
-(Under dropout all samples of a step share one draw of this stream. In the authors' code each sample
-has its own.)
+The token attends only to itself, and no other token sees it. So its hidden state at every layer
+depends only on the modality. Here the token is never put into a sequence. Instead, the two possible
+tokens go through the layers once, as two sequences of length 1. Each sample then looks up its
+weights by its modality. The real sequence needs no extra token and no custom mask. (In this pass,
+all samples of a step share one dropout mask for each modality. In the authors' code each sample has
+its own.)
 """
 
 import torch
@@ -27,15 +27,15 @@ class Router(nn.Linear):
         self.tau = tau
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
-        """y (..., C), normed -> w (..., 2), which sum to 1."""
+        """y (..., C), normalized -> w (..., 2), whose sum is 1."""
         logits = super().forward(y).float()
         return torch.softmax(logits / self.tau, dim=-1)
 
 
 class NoRouter(nn.Module):
-    """In the place of a router where there is a single expert: (..., C) -> (..., 1), its weight 1.
+    """Replaces the router if there is a single expert: (..., C) -> (..., 1), a weight of 1.
 
-    A plain adapter, for the paper's ablations.
+    The adapter is then a plain one, as in the paper's ablations.
     """
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
@@ -45,12 +45,12 @@ class NoRouter(nn.Module):
 def route(llama: nn.Module, modality_embedding: torch.Tensor) -> torch.Tensor:
     """The routing weights of all layers for both modalities: (L, 2 modalities, E experts), fp32.
 
-    E is 2, but in the ablation with a single expert.
+    E is 2, or 1 in the ablation with a single expert.
 
     `modality_embedding` (2, C) holds the two tokens. They go through the blocks of model.py as two
-    rows of one token each, and a lone token attends to itself alone. Training needs the gradient
-    through the whole stream: the router of a layer trains the embedding and the adapters of every
-    layer before it.
+    rows of one token each, so each attends only to itself. Training needs the gradient through this
+    whole pass: the router of a layer sends gradients to the modality embedding and to the adapters
+    of all earlier layers.
     """
     x = modality_embedding[:, None]                                 # (2, 1, C)
     rope = llama.rope(torch.zeros(1, device=x.device))              # position 0: no rotation
