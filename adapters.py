@@ -4,8 +4,8 @@ The paper's Mixture-of-Modality Adapter (section 3.2) is a bottleneck without a 
 
     A(y; w) = y + s (w0 up0(h) + w1 up1(h))        h = dropout(down(y))
 
-`down` takes C channels to r = 8. The two experts, up0 and up1, take these back to C, and the router
-weighs them: w0 + w1 = 1. s is a fixed scale, 1 in all released models.
+`down` maps C channels to r = 8. The two experts, up0 and up1, map these back to C. The router gives
+their weights, w0 + w1 = 1. s is a fixed scale, 1 in all released models.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from router import NoRouter, Router
 @dataclass
 class AdapterConfig:
     rank: int = 8
-    projector_dim: int = 128    # between the projector's two layers
+    projector_dim: int = 128    # hidden size of the projector
     tau: float = 10.0           # temperature of the routers: 10 for 7B, 5 for 13B
     scale: float = 1.0          # s
     dropout: float = 0.1
@@ -29,10 +29,10 @@ class AdapterConfig:
 
 
 class Adapter(nn.Module):
-    """A(y; w), with its router beside it.
+    """A(y; w), and the router that belongs to it.
 
-    The router is asked for w from outside. In the ViT the block asks it; in LLaMA `router.route`
-    asks layer after layer, before the sequence is read, and LLaMA.forward hands each block its w.
+    The caller runs the router and passes w in. In the ViT the caller is the block. In LLaMA,
+    `router.route` computes w for all layers first, and LLaMA.forward passes each block its own w.
     """
 
     def __init__(self, width: int, config: AdapterConfig):
@@ -40,7 +40,7 @@ class Adapter(nn.Module):
         self.scale = config.scale
         self.down = nn.Linear(width, config.rank)
         self.dropout = nn.Dropout(config.dropout)
-        # All E = 2 experts in one tensor. An expert is a 1×1 convolution in two groups: the first
+        # One tensor holds all E = 2 experts. Each is a 1×1 convolution with two groups: the first
         # half of its outputs reads the first half of h, the second half reads the second.
         n = config.experts
         self.up = nn.Parameter(torch.empty(n, width, config.rank // 2))     # (E, C, r/2)
@@ -51,8 +51,8 @@ class Adapter(nn.Module):
     def reset_parameters(self) -> None:
         """Both experts start at zero, so a fresh adapter is the identity.
 
-        Until the experts have moved, nothing in front of them gets a gradient: `down`, the router
-        and the modality tokens begin to learn one step later.
+        While the experts are zero, nothing before them gets a gradient. So `down`, the router and
+        the modality tokens start to learn one step later.
         """
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)
@@ -62,20 +62,20 @@ class Adapter(nn.Module):
             self.router.reset_parameters()
 
     def forward(self, y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """y (B, T, C), w (B, T, E) or, one for a whole row, (B, 1, E) -> (B, T, C)."""
+        """y (B, T, C); w (B, T, E), or (B, 1, E) for one w per row -> (B, T, C)."""
         h = self.dropout(self.down(y))                              # (B, T, r)
         mixed = mix_experts(h, w, self.up, self.up_bias)            # self.mixed(h, w), but faster
         return y + self.scale * mixed.type_as(y)
 
     def mixed(self, h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """w0 up0(h) + w1 up1(h), written as the paper does: h (B, T, r) -> (B, T, C)."""
-        mixed = 0
-        for e, w_e in enumerate(w.split(1, dim=-1)):                # (B, T or 1, 1) each
-            mixed = mixed + w_e * self.expert(e, h)
-        return mixed
+        total = 0
+        for e in range(len(self.up)):
+            total = total + w[..., e:e + 1] * self.expert(e, h)     # w_e: (B, T or 1, 1)
+        return total
 
     def expert(self, e: int, h: torch.Tensor) -> torch.Tensor:
-        """up_e(h), a matrix product for each of the two groups."""
+        """up_e(h): one matrix product for each of the two groups."""
         first, second = h.chunk(2, dim=-1)                          # (B, T, r/2) each
         up_first, up_second = self.up[e].chunk(2)                   # (C/2, r/2) each
         grouped = torch.cat([first @ up_first.T, second @ up_second.T], dim=-1)
@@ -87,13 +87,13 @@ class Projector(nn.Module):
 
     def __init__(self, vit_width: int, projector_dim: int, width: int):
         super().__init__()
-        # The authors call these conv_A and conv_B, though they are Linear layers there too.
+        # conv_A and conv_B are the authors' names. They are Linear layers in their code too.
         self.conv_A = nn.Linear(vit_width, projector_dim)
         self.conv_B = nn.Linear(projector_dim, width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform weights and zero biases, as the authors begin."""
+        """Xavier-uniform weights and zero biases, as in the authors' code."""
         for linear in (self.conv_A, self.conv_B):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
