@@ -1,7 +1,7 @@
-"""CLIP's image encoder with adapters, under the names of OpenAI's archive (ViT-L-14.pt).
+"""CLIP's image encoder with adapters. Parameters have the names of OpenAI's file (ViT-L-14.pt).
 
-LaVIN takes the class token after every fourth block as the picture's features: 6 of them for
-ViT-L/14, whose 24 blocks are 1024 wide. It has no use for CLIP's `ln_post`, `proj` and text tower.
+The picture's features are the class token after every fourth block. ViT-L/14 has 24 blocks, 1024
+wide, so it gives 6 features. LaVIN does not use CLIP's `ln_post`, `proj` and text tower.
 Shapes: B pictures, T tokens (class token and patches), C width (called V in the other files).
 """
 
@@ -22,16 +22,16 @@ class ViTConfig:
     layers: int = 24
     patch: int = 14         # pixels
     resolution: int = 224   # pixels
-    quick_gelu: bool = True # OpenAI's encoders; most that others trained have the usual GELU
+    quick_gelu: bool = True # OpenAI's encoders use it; most others use the standard GELU
 
     @property
     def n_features(self) -> int:
-        """How many tokens a picture becomes: 6 for ViT-L/14."""
+        """The number of tokens per picture: 6 for ViT-L/14."""
         return self.layers // 4
 
 
 class LayerNorm(nn.LayerNorm):
-    """In fp32, as in CLIP."""
+    """nn.LayerNorm, computed in fp32 as in CLIP."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., C), in the dtype of x."""
@@ -41,9 +41,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens; every head is 64 wide.
+    """Self-attention over all tokens. Every head is 64 wide.
 
-    The names are those of nn.MultiheadAttention, which CLIP uses.
+    CLIP uses nn.MultiheadAttention, so the parameters have its names.
     """
 
     def __init__(self, width):
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C). Without a mask: every patch sees the whole picture."""
+        """(B, T, C) -> (B, T, C). There is no mask: every patch sees the whole picture."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)   # (B, T, 3C)
         qkv = qkv.unflatten(-1, (3, -1, 64))                        # (B, T, 3, H, 64)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, H, T, 64) each
@@ -72,18 +72,18 @@ class MLP(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         x = self.c_fc(x)
         if self.quick_gelu:
-            x = F.silu(1.702 * x) / 1.702       # QuickGELU, x · sigmoid(1.702 x), CLIP's own
+            x = F.silu(1.702 * x) / 1.702       # CLIP's QuickGELU: x · sigmoid(1.702 x)
         else:
             x = F.gelu(x)
         return self.c_proj(x)
 
 
 class Block(nn.Module):
-    """CLIP's residual block with an adapter in front of the attention.
+    """CLIP's residual block with an adapter before the attention.
 
-    There is no modality token in a picture, so every token routes itself: w differs from token to
-    token. (The authors' code takes w from the first picture of the batch for all pictures. A
-    picture's features then depend on its neighbours, which is a bug that we do not copy.)
+    A picture has no modality token. Instead, each token's w comes from its own y. (The authors'
+    code uses the w of the batch's first picture for all pictures, so a picture's features depend on
+    the rest of the batch. We do not copy this bug.)
     """
 
     def __init__(self, width, quick_gelu, adapter_config):
@@ -114,10 +114,10 @@ class VisionTransformer(nn.Module):
         self.ln_pre = LayerNorm(C)
         self.resblocks = nn.ModuleList(
             Block(C, config.quick_gelu, adapter_config) for _ in range(config.layers))
-        self.checkpointing = False      # recompute activations in backward, to save memory
+        self.checkpointing = False      # recompute activations in backward to save memory
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels (B, 3, R, R), normalised -> (B, F, C): the class token after every 4th block."""
+        """pixels (B, 3, R, R), normalized -> (B, F, C): the class token after every 4th block."""
         x = self.conv1(pixels)                                      # (B, C, R/patch, R/patch)
         x = x.flatten(2).transpose(1, 2)                            # (B, patches, C)
         class_token = self.class_embedding.expand(len(x), 1, -1)    # (B, 1, C)
