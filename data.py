@@ -1,12 +1,12 @@
-"""From samples to batches: pictures, tokens, which samples a step takes, ScienceQA's prompts.
+"""From samples to batches: pictures, tokens, the samples of each step, ScienceQA's prompts.
 
-The way of the data: Sample (text, and a picture's path) -> Encoded (tokens, made once) -> Batch
-(samples concatenated, pictures decoded by the DataLoader's workers) -> LaVIN.forward. The sequence
+The data flow: Sample (text, and a picture's path) -> Encoded (tokens, made once) -> Batch (samples
+concatenated, pictures decoded by DataLoader workers) -> LaVIN.forward. `encode` makes the sequence:
 
     [BOS] "Image: " [features] prompt answer [EOS]     or     [BOS] "Image: N/A" prompt answer [EOS]
 
-is put together in `encode`, for training and generation alike. A mask says where the features go.
-As a label, −100 means "no loss on this token", which is torch's own convention.
+It is the same for training and generation. A mask marks where the features go. The label −100 means
+"no loss on this token", as usual in PyTorch.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ from files import LavinError, check_regular, tokenizer_path
 
 # Pictures
 
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]     # not CLIP's own: the
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]      # authors' choice
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]     # the authors' choice;
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]      # CLIP's own differ
 
 
-# What Pillow may read, as far as this machine's Pillow can.
+# The formats that Pillow may read. The Pillow on this machine may support fewer.
 PICTURE_FORMATS = frozenset("""
     AVIF BLP BMP CUR DCX DDS DIB FLI FTEX GBR GIF ICNS ICO IM JPEG JPEG2000 MSP PCD PCX PIXAR
     PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM XVTHUMB""".split())
@@ -56,10 +56,10 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def open_picture(source: str | Path | BinaryIO) -> Image.Image:
-    """A path or an open file -> the picture, its size known, its pixels not decoded yet.
+    """A path or an open file -> the picture. Its size is known, its pixels are not decoded yet.
 
-    Only files of PICTURE_FORMATS are pictures, whatever they are called: left to itself, Pillow
-    starts Ghostscript, which runs the program that an EPS file is. Raises LavinError for all else.
+    The file's content must be in one of PICTURE_FORMATS; its name does not matter. EPS is left out:
+    Pillow would run it in Ghostscript as a program. LavinError for any other file.
     """
     if isinstance(source, str | Path):
         if not os.path.exists(source):
@@ -77,9 +77,9 @@ def open_picture(source: str | Path | BinaryIO) -> Image.Image:
 
 
 def load_pixels(image: str | Path | Image.Image, resolution: int) -> torch.Tensor:
-    """A path or a picture -> (3, R, R) fp32, normalised. LavinError if it cannot be decoded.
+    """A path or a picture -> (3, R, R) fp32, normalized. LavinError if it cannot be decoded.
 
-    The picture is squeezed to R × R, not cropped: a diagram's border may hold the answer.
+    The picture is resized to R × R, not cropped: a diagram's border may hold the answer.
     """
     picture = image if isinstance(image, Image.Image) else open_picture(image)
     try:
@@ -92,7 +92,7 @@ def load_pixels(image: str | Path | Image.Image, resolution: int) -> torch.Tenso
 
 # Samples, tokens, batches
 
-IGNORED = -100      # the label of a token without loss, as F.cross_entropy has it
+IGNORED = -100      # label of a token without loss, the default ignore_index of F.cross_entropy
 
 
 @dataclass
@@ -106,10 +106,10 @@ class Sample:
 
 @dataclass
 class Encoded:
-    """A sample as tokens: NumPy arrays, which may be parts of a mapped file."""
+    """A sample as tokens. The NumPy arrays may be slices of a memory-mapped file."""
     tokens: np.ndarray          # (T,) int32
     labels: np.ndarray          # (T,) int32: the token itself in an answer, IGNORED elsewhere
-    is_feature: np.ndarray      # (T,) bool: a picture's feature goes here, whatever the token is
+    is_feature: np.ndarray      # (T,) bool: a picture's feature replaces this token
     image: str | Path | Image.Image | torch.Tensor | None       # a tensor holds pixels (3, R, R)
     id: str
 
@@ -118,22 +118,22 @@ class Encoded:
 class Batch:
     """Samples concatenated without padding: T counts the tokens of all B samples.
 
-    What a batch's tensors can be indexed with is computed with it, on the CPU: to find, say, the
-    labels that are not IGNORED, a GPU would make the CPU wait.
+    The two index tensors are computed in advance on the CPU. On a GPU, an operation like nonzero()
+    would make the CPU wait.
     """
     tokens: torch.Tensor            # (T,) int64
     labels: torch.Tensor            # (T,) int64
-    positions: torch.Tensor         # (T,) int64, of each token in its own sample
+    positions: torch.Tensor         # (T,) int64, each token's position in its sample
     modality: torch.Tensor          # (T,) int64, of each token's sample: 0 text only, 1 picture
-    answer_indices: torch.Tensor    # (n_answer,) int64, where labels is not IGNORED
+    answer_indices: torch.Tensor    # (n_answer,) int64, where a label is not IGNORED
     feature_indices: torch.Tensor   # (N · F,) int64, where the features of the pictures go
-    pixels: torch.Tensor            # (N, 3, R, R) fp32, in the same order
+    pixels: torch.Tensor            # (N, 3, R, R) fp32, in the order of the samples
     lengths: torch.Tensor           # (B,) int64, tokens of each sample; stays on the CPU
     ids: list[str]                  # B of them
     n_answer: int                   # tokens that carry loss
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device; lengths and ids stay, since Python loops over them."""
+        """The same batch on a device. lengths and ids stay on the CPU: Python loops over them."""
         return dataclasses.replace(
             self,
             tokens=self.tokens.to(device),
@@ -146,7 +146,7 @@ class Batch:
 
 
 class Tokenizer(Protocol):
-    """What we ask of a tokenizer: some of sentencepiece's methods (see extras/tokenizers.py)."""
+    """The methods of sentencepiece that every tokenizer here has (see extras/tokenizers.py)."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -187,25 +187,25 @@ def picture_prefix(tokenizer: Tokenizer) -> list[int]:
 
 
 def tokenize(sample: Sample, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """-> (tokens, labels), lists of equal length, still without a picture and not cut.
+    """-> (tokens, labels), lists of equal length, without the picture and not truncated.
 
     BOS, and then for each turn prompt + answer + EOS. Prompt and answer are tokenized as one
-    string. The answer begins after as many tokens as the prompt alone would have; where a token
-    spans the seam, that is a token off, as in the authors' code.
+    string. The labels begin after as many tokens as the prompt alone has. If a token spans prompt
+    and answer, this is one token off, as in the authors' code.
     """
     tokens = [tokenizer.bos_id()]
     labels = [IGNORED]
     for prompt, answer in (*sample.history, (sample.prompt, sample.answer)):
         turn = [*tokenizer.encode(prompt + answer), tokenizer.eos_id()]
         n_prompt = len(tokenizer.encode(prompt))
-        n_prompt = min(n_prompt, len(turn))     # the seam may take fewer tokens than its two sides
+        n_prompt = min(n_prompt, len(turn))     # the whole string may have fewer tokens
         tokens += turn
         labels += [IGNORED] * n_prompt + turn[n_prompt:]
     return tokens, labels
 
 
 def is_unicode(text: object) -> bool:
-    """Is it text that UTF-8 can hold? JSON and a terminal may give us half a pair of surrogates."""
+    """Is it text that UTF-8 can encode? JSON and terminals may pass on a lone surrogate."""
     if not isinstance(text, str):
         return False
     try:
@@ -216,7 +216,7 @@ def is_unicode(text: object) -> bool:
 
 
 def check_unicode(sample: Sample) -> None:
-    """LavinError for text that sentencepiece would choke on."""
+    """LavinError for text that sentencepiece cannot handle."""
     texts = [sample.prompt, sample.answer]
     for turn in sample.history:
         texts += turn
@@ -227,12 +227,12 @@ def check_unicode(sample: Sample) -> None:
 
 def encode(sample: Sample, tokenizer: Tokenizer, n_features: int, max_seq_len: int,
            prompt_only: bool = False) -> Encoded:
-    """A sample -> the sequence of the module's docstring.
+    """A sample -> the sequence that the module's docstring shows.
 
-    For training, the sequence is cut at its end to max_seq_len - 1 tokens: the modality token takes
-    one position in the authors' code, although it is not in our sequence (router.py). A sample
-    that loses its whole answer is left out by runs.make_training_set. With prompt_only, for
-    generation, the sequence ends with the prompt; LavinError if that leaves no room for an answer.
+    For training, the sequence is truncated to max_seq_len - 1 tokens. In the authors' code the
+    modality token takes one position; our sequence does not contain it (router.py). If a sample
+    loses its whole answer, runs.make_training_set drops it. prompt_only is for generation: the
+    sequence ends with the prompt. LavinError if that leaves no room for an answer.
     """
     check_unicode(sample)
     if prompt_only:
@@ -248,14 +248,14 @@ def encode(sample: Sample, tokenizer: Tokenizer, n_features: int, max_seq_len: i
         n_features = 0
     else:
         prefix = picture_prefix(tokenizer)
-    first = 1 + len(prefix)                                         # behind BOS and prefix
+    first = 1 + len(prefix)                                         # after BOS and prefix
     is_feature = np.zeros(len(tokens) + len(prefix) + n_features, dtype=bool)
     is_feature[first:first + n_features] = True
-    prefix = prefix + [0] * n_features      # any token would do: the features replace its vector
+    prefix = prefix + [0] * n_features      # placeholders: the features replace them
     tokens = tokens[:1] + prefix + tokens[1:]
     labels = labels[:1] + [IGNORED] * len(prefix) + labels[1:]
 
-    room = max_seq_len - 2                                          # modality token, one new token
+    room = max_seq_len - 2                                  # for the modality and one new token
     if prompt_only and len(tokens) > room:
         raise LavinError(f"the prompt has {len(tokens)} tokens, picture included, but a context of "
                          f"{max_seq_len} has room for {room}; shorten it or raise --max-seq-len")
@@ -265,7 +265,7 @@ def encode(sample: Sample, tokenizer: Tokenizer, n_features: int, max_seq_len: i
 
 
 def append_tokens(encoded: Encoded, tokens: list[int]) -> Encoded:
-    """The sequence with further tokens behind it; these carry no loss."""
+    """The sequence with more tokens appended. They carry no loss."""
     n = len(tokens)
     return dataclasses.replace(
         encoded,
@@ -284,7 +284,7 @@ def cut(encoded: Encoded, n: int) -> Encoded:
 
 
 def with_pixels(encoded: Encoded, resolution: int) -> Encoded:
-    """The same sample, its picture decoded to (3, R, R). LavinError names the sample."""
+    """The same sample with its picture decoded to (3, R, R). A LavinError names the sample."""
     if encoded.image is None or isinstance(encoded.image, torch.Tensor):
         return encoded
     try:
@@ -326,19 +326,19 @@ def collate(encoded: list[Encoded], resolution: int) -> Batch:
 
 
 def mixed_seed(seed: int, n: int) -> int:
-    """The seed of a run's n-th draw of a kind: its n-th epoch's order, its n-th step's dropout.
+    """The seed for the order of epoch n, or for the dropout of step n.
 
-    32 bits, since the CPU's generator ignores all others. Two kinds may share a seed, which does
-    not matter: they draw different things.
+    It has 32 bits, because the CPU's generator ignores the rest. An epoch and a step may share a
+    seed. This is harmless: they draw different things.
     """
     return (seed * 1_000_003 + n) % 2**32
 
 
 def mixture(sizes: list[int], shares: list[float], generator: torch.Generator) -> list[int]:
-    """An epoch of several concatenated data sets that gives each of them its share.
+    """The sample indices of one epoch over several concatenated data sets, each with its share.
 
-    A data set that is too small for its share begins again. One that is too large goes on in
-    another epoch's draw.
+    If a data set is too small for its share, its samples are repeated. If it is too large, every
+    epoch draws other samples from it.
     """
     indices = []
     start = 0           # where a data set begins in the concatenation
@@ -361,8 +361,8 @@ def global_batch(step: int, lengths: list[int], batch_size: int, micro_batch: in
                  shares: list[float] | None = None) -> list[list[int]]:
     """Which samples `step` trains on: a list of micro-batches, each a list of indices.
 
-    Every epoch is a permutation of all samples or, with shares, a mixture. It is drawn from (seed,
-    epoch) alone, so neither the number of workers nor a resumed run changes it. The last batch of
+    Every epoch is a permutation of all samples or, with shares, a mixture. It depends only on seed
+    and epoch, so neither the number of workers nor resuming the run changes it. The last batch of
     an epoch may be smaller.
 
     The samples are dealt like cards, longest first, with every other round in reverse. So all
@@ -391,7 +391,7 @@ def global_batch(step: int, lengths: list[int], batch_size: int, micro_batch: in
 
 
 def in_order(n_samples: int, batch_size: int, n_ranks: int = 1) -> list[list[range]]:
-    """All samples once, for evaluation: item i is a batch of indices for each rank."""
+    """All samples once, for evaluation. Item i holds one batch of indices for each rank."""
     batches = []
     for start in range(0, n_samples, batch_size):
         batches.append(range(start, min(start + batch_size, n_samples)))
@@ -402,10 +402,10 @@ def in_order(n_samples: int, batch_size: int, n_ranks: int = 1) -> list[list[ran
 
 
 class Batches(Dataset):
-    """Item i: the micro-batches of step i. plan(i) says which: a list of lists of indices.
+    """Item i: the micro-batches of step i. plan(i) gives their samples, a list of index lists.
 
-    With several ranks each gets every n-th of them. All ranks must run equally many forward
-    passes, so a rank that would get one less gets an idle batch, without an answer.
+    With n ranks, each rank gets every n-th micro-batch. All ranks must run the same number of
+    forward passes. So a rank that would get one fewer gets an idle batch, without an answer.
     """
 
     def __init__(self, encoded: list[Encoded], plan: Callable, resolution: int, rank=0, n_ranks=1):
@@ -428,11 +428,11 @@ class Batches(Dataset):
             return [collate(encoded, self.resolution)
                     for encoded in chosen[self.rank::self.n_ranks]]
         except LavinError as error:
-            return error        # for `prefetch` to raise: a worker would add its traceback
+            return error        # `prefetch` raises it: a worker would add its traceback
 
 
 class Pictures(Dataset):
-    """Item i: (sample i with its picture decoded, None), or (with a blank one, why not)."""
+    """Item i: (sample i with its picture decoded, None), or (with a blank one, the error)."""
 
     def __init__(self, encoded: list[Encoded], resolution: int):
         self.encoded = encoded
@@ -447,16 +447,16 @@ class Pictures(Dataset):
 
 
 def _ignore_signals(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal, but the main process wants to end its step.
+    # Ctrl-C reaches the workers too, but the main process still needs them to finish its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def pack(item: object) -> bytes:
-    """What a worker prepared, as bytes for the main process.
+    """The item that a worker prepared, as bytes for the main process.
 
-    torch would send every tensor as an open file. Many micro-batches hold more tensors than a
-    process may have files open, and the main process would wait for ever.
+    torch would send every tensor as an open file. With many micro-batches there are more tensors
+    than a process may have open files, and the main process would hang.
     """
     file = io.BytesIO()
     pickler = pickle.Pickler(file, protocol=5)
@@ -466,24 +466,24 @@ def pack(item: object) -> bytes:
 
 
 def check_open_files(workers: int) -> None:
-    """LavinError if so few files may be open that torch would hang while it starts its workers."""
+    """LavinError if the limit on open files is so low that torch's workers would hang at start."""
     opened = []
     try:
-        for _ in range(4 * workers + 8):            # what each of them takes, and some more
+        for _ in range(4 * workers + 8):            # 4 for each worker, and 8 to spare
             opened.append(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:
         raise LavinError(f"--workers {workers}: the system allows too few open files for so many "
-                         "processes; --workers 0 needs none, ulimit -n allows more") from error
+                         "processes; use --workers 0, or raise ulimit -n") from error
     finally:
         for descriptor in opened:
             os.close(descriptor)
 
 
 def prefetch(dataset: Dataset, indices: Iterable[int], workers: int, each: int = 2) -> Iterator:
-    """Yield dataset[i] for i in indices, each worker process preparing `each` items in advance.
+    """Yield dataset[i] for i in indices. Each worker process prepares `each` items in advance.
 
-    workers 0: this process prepares them when they are asked for. Raises a LavinError that the
-    dataset returns.
+    With workers 0, this process prepares each item when it is needed. If the dataset returns a
+    LavinError, it is raised.
     """
     if workers:
         check_open_files(workers)
@@ -493,14 +493,14 @@ def prefetch(dataset: Dataset, indices: Iterable[int], workers: int, each: int =
         worker_init_fn=_ignore_signals)
     for item in loader:
         if workers:
-            item = pickle.loads(item)       # a worker of ours packed it
+            item = pickle.loads(item)       # see `pack`
         if isinstance(item, LavinError):
             raise item
         yield item
 
 
 def default_workers() -> int:
-    """Processes that decode pictures: half as many as there are cores, at most 8."""
+    """The number of processes that decode pictures: half the number of cores, at most 8."""
     n_cores = os.cpu_count() or 1
     return min(8, n_cores // 2)
 
@@ -509,7 +509,7 @@ def default_workers() -> int:
 
 
 # A format's letters: Question, Context (hint and caption), Multiple choices, Answer, Lecture,
-# Explanation (the solution). Before the dash stands what is asked, after it what is answered.
+# Explanation (the solution). The prompt has the letters before the dash, the answer those after it.
 ANSWERS = ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE")
 FORMATS = (*(f"CQM-{answer}" for answer in ANSWERS),
            *(f"QCM-{answer}" for answer in ANSWERS),
@@ -518,18 +518,18 @@ LETTERS = "ABCDE"
 
 
 def check_format(format: str) -> None:
-    """LavinError, with the valid ones, for a format that ScienceQA's prompts do not have."""
+    """LavinError, with a list of the valid formats, for an unknown one."""
     if format not in FORMATS:
         valid = ", ".join(FORMATS)
         raise LavinError(f"unknown prompt format {format!r}; valid ones: {valid}")
 
 
 def sqa_prompt(problem: dict, format: str = "QCM-ALE", caption: str = "") -> tuple[str, str]:
-    """A ScienceQA problem -> (prompt, answer), to the letter as the authors' code writes them.
+    """A ScienceQA problem -> (prompt, answer), exactly as the authors' code writes them.
 
-    Its quirks are kept, since the released adapters were trained on them: "AL" gives the solution
-    and "AE" the lecture, newlines in both become a literal backslash-n, and an answer with neither
-    ends in a bare "BECAUSE:".
+    The quirks of that code are kept, because the released adapters were trained on them. "AL" gives
+    the solution and "AE" the lecture. Newlines in both become a literal backslash-n. An answer with
+    neither ends in a bare "BECAUSE:".
     """
     check_format(format)
     asked, answered = format.split("-")
@@ -566,9 +566,9 @@ def sqa_prompt(problem: dict, format: str = "QCM-ALE", caption: str = "") -> tup
 
 
 def sqa_answer(text: str) -> int:
-    """The index of the choice that a generated text names, or -1 where it names none.
+    """The index of the choice that a generated text names, or -1 if it names none.
 
-    If it names several, the last one counts: where the reasoning comes first, the answer is last.
+    If it names several, the last one counts: in formats with the reasons first, the answer is last.
     """
     named = re.findall(rf"The answer is ([{LETTERS}])(?![A-Za-z])", text)
     if not named:
