@@ -1,11 +1,11 @@
 """LLaMA in Meta's layout, and LaVIN: LLaMA and CLIP's ViT joined by Mixture-of-Modality Adaptation.
 
 Read it from top to bottom: norm, RoPE, attention, feed-forward, block, LLaMA, LaVIN.
-Modules have the names of Meta's checkpoint, so a parameter's name is its name in the file.
+Modules are named as in Meta's checkpoints, so a parameter has the same name here and in the file.
 
-Shapes: B rows, T tokens, C width, H heads, K key/value heads, D their width, L layers; N pictures
-of R × R pixels, F features of V channels each. A batch to train on has no padding: its samples are
-concatenated into one row, so B is 1 in the layers and T counts the tokens of all samples.
+Shapes: B rows, T tokens, C width, H heads, K key/value heads, D width of a head, L layers;
+N pictures of R × R pixels, F features of V channels each. A training batch has no padding: its
+samples are concatenated into one row. So B is 1 in the layers, and T counts all samples' tokens.
 """
 
 import math
@@ -24,7 +24,7 @@ from vit import ViTConfig, VisionTransformer
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + ε) · weight, in fp32: half precision would overflow in the square."""
+    """x / sqrt(mean(x²) + ε) · weight, in fp32: in half precision the square would overflow."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -39,14 +39,14 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config: "LLaMAConfig", device: torch.device | None = None) -> torch.Tensor:
-    """RoPE: from one position to the next, pair i of a head's channels turns by 1 / θ^(2i/D).
+    """RoPE: per position, pair i of a head's channels is rotated by the angle 1 / θ^(2i/D).
 
-    -> these angles (D/2,), fp32.
+    -> these angles, the frequencies (D/2,), fp32.
 
-    LLaMA 3.1 was made to read further than it had been pre-trained for, by slowing down the slow
-    pairs. Within the context of the pre-training a pair makes a number of turns. From `rope_high`
-    turns on it keeps its speed, up to `rope_low` it gets slower by `rope_factor`, and between the
-    two its speed is a mean of both.
+    LLaMA 3.1 extends the context of the pre-training by lowering the low frequencies. Over that
+    context, a pair makes some number of turns. With `rope_high` turns or more, it keeps its
+    frequency. With `rope_low` turns or fewer, its frequency is divided by `rope_factor`. In
+    between, its frequency is a weighted mean of the two.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequencies = 1 / config.rope_theta ** exponents                # (D/2,)
@@ -54,18 +54,18 @@ def rope_frequencies(config: "LLaMAConfig", device: torch.device | None = None) 
         return frequencies
     turns = config.rope_context * frequencies / (2 * math.pi)
     kept = (turns - config.rope_low) / (config.rope_high - config.rope_low)
-    kept = kept.clamp(0, 1)                                         # 1: it keeps its speed
+    kept = kept.clamp(0, 1)                                         # 1: frequency kept
     return kept * frequencies + (1 - kept) * frequencies / config.rope_factor
 
 
 def rope_angles(positions: torch.Tensor,
                 frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """RoPE: at position p, pair i of a head's channels turns by the angle p · frequency i.
+    """RoPE: at position p, pair i of a head's channels is rotated by the angle p · frequency i.
 
     positions (..., T), frequencies (D/2,) -> cosines and sines (..., T, 1, D/2), fp32.
 
-    Queries and keys are turned alike (`rotate`), so their product depends only on how far apart
-    they stand. That is why a sequence may start at position 0 without its modality token.
+    `rotate` does this to queries and keys, so their dot product depends only on the distance
+    between them. Therefore a sequence without its modality token may still start at position 0.
     """
     angles = positions[..., None].float() * frequencies             # (..., T, D/2)
     angles = angles.unsqueeze(-2)                                   # one for all heads
@@ -76,15 +76,15 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
            lengths: torch.Tensor | None = None) -> torch.Tensor:
     """Causal attention: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D).
 
-    Without `lengths` every row is a sequence. With lengths (samples,), int64 on the CPU, the single
-    row holds samples one after the other, and each of them attends to itself alone.
+    Without `lengths` every row is a sequence. With lengths (samples,), int64 on the CPU, a single
+    row holds all samples, one after the other. Attention never crosses their boundaries.
     """
     grouped = q.shape[1] != k.shape[1]      # LLaMA-2 70B: several query heads share a key head
     if lengths is None:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=grouped)
     if torch.compiler.is_compiling():
-        # torch.compile would unroll the loop, and compile anew for every number of samples.
+        # torch.compile would unroll the loop and recompile for every number of samples.
         torch._dynamo.skip_frame("the loop over samples is not compiled")
     sizes = lengths.tolist()
     outputs = []
@@ -109,10 +109,10 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, rope: tuple, lengths: torch.Tensor | None = None,
                 cache: object | None = None) -> torch.Tensor:
-        """x (B, T, C) -> (B, T, C). A cache holds this layer's keys and values of earlier tokens.
+        """x (B, T, C) -> (B, T, C). A cache holds the keys and values of earlier tokens here.
 
-        Training has no cache. In generation there are two passes (fast/engine.py): one reads whole
-        prompts and stores their keys and values, the other adds one token to each of them.
+        Training has no cache. Generation has two kinds of pass (fast/engine.py): one reads whole
+        prompts and stores their keys and values, the other appends one token to each sequence.
         """
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))           # (B, T, H, D)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))           # (B, T, K, D)
@@ -142,9 +142,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """LLaMA's block, with the adapter in front of the attention.
+    """LLaMA's block, with the adapter before the attention.
 
-    Use a block only through its forward: --fsdp gathers its matrices and --compile begins there.
+    Run a block only through its forward: --fsdp and --compile take effect there.
     """
 
     def __init__(self, config, adapter_config):
@@ -158,8 +158,8 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, w: torch.Tensor | None, rope: tuple,
                 lengths: torch.Tensor | None = None,
                 cache: object | None = None) -> torch.Tensor:
-        """x (B, T, C); w (B, T or 1, 2), the experts' weights, None if folded -> (B, T, C)."""
-        # A folded model has in the adapter's place a module that does not look at w.
+        """x (B, T, C); w (B, T or 1, 2): the experts' weights, None if folded -> (B, T, C)."""
+        # In a folded model, `adapter` is another module, which ignores w.
         adapted = self.adapter(self.attention_norm(x), w)
         x = x + self.attention(adapted, rope, lengths, cache)
         x = x + self.feed_forward(self.ffn_norm(x))
@@ -168,7 +168,7 @@ class Block(nn.Module):
 
 @dataclass
 class LLaMAConfig:
-    """What params.json says. The defaults are 7B's."""
+    """The contents of params.json. The defaults are those of 7B."""
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
@@ -182,10 +182,10 @@ class LLaMAConfig:
     rope_low: float = 1.0
     rope_high: float = 4.0
     rope_context: int = 8192
-    hidden_dim: int | None = None               # Meta's files leave it to be computed
-    head_dim: int | None = None                 # C / H, but for a few models
-    attention_bias: bool = False                # in wq, wk and wv: Qwen2's, and a folded LLaMA's
-    tied_embeddings: bool = False               # small models have one matrix for both ends
+    hidden_dim: int | None = None               # None: computed below, as for Meta's files
+    head_dim: int | None = None                 # None: C / H, as in most models
+    attention_bias: bool = False                # in wq, wk and wv: in Qwen2 or a folded LLaMA
+    tied_embeddings: bool = False               # `output` shares its matrix with the embeddings
     folded: bool = False                        # adapters are merged into wq, wk and wv
 
     def __post_init__(self):
@@ -194,7 +194,7 @@ class LLaMAConfig:
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         if self.hidden_dim is None:
-            # Two thirds of 4 C, since SwiGLU has three matrices where others have two.
+            # Two thirds of 4 C, because SwiGLU has three matrices instead of two.
             hidden = int(2 * 4 * self.dim / 3)
             if self.ffn_dim_multiplier is not None:
                 hidden = int(self.ffn_dim_multiplier * hidden)
@@ -205,7 +205,7 @@ class LLaMA(nn.Module):
     def __init__(self, config: LLaMAConfig, adapter_config: AdapterConfig):
         super().__init__()
         self.config = config
-        # nn.Embedding(n, C) would draw random weights only for the checkpoint to overwrite them.
+        # nn.Embedding(n, C) would draw random weights, which the checkpoint then overwrites.
         embeddings = torch.empty(config.vocab_size, config.dim)
         self.tok_embeddings = nn.Embedding.from_pretrained(embeddings)
         self.layers = nn.ModuleList(
@@ -214,20 +214,20 @@ class LLaMA(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self.checkpointing = False      # recompute activations in backward, to save memory
+        self.checkpointing = False      # recompute activations in backward to save memory
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """rope_angles of positions (..., T), with this model's frequencies."""
+        """rope_angles for positions (..., T), with this model's frequencies."""
         return rope_angles(positions, rope_frequencies(self.config, positions.device))
 
     def forward(self, x: torch.Tensor, w: torch.Tensor | None,
                 positions: torch.Tensor | None = None, lengths: torch.Tensor | None = None,
                 caches: list | None = None) -> torch.Tensor:
-        """Embeddings x (B, T, C) -> the last hidden state, normed, (B, T, C). `output` comes next.
+        """Embeddings x (B, T, C) -> the last hidden state (B, T, C), normalized, for `output`.
 
         w (L, B, T or 1, 2): the experts' weights in every layer, or None if adapters are folded in.
-        positions (B, T): needed unless they are 0, 1, 2, …. lengths: as in `attend`.
-        caches: one for each layer, in generation.
+        positions (B, T): by default 0, 1, 2, …. lengths: as in `attend`.
+        caches: for generation, one for each layer.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
@@ -243,10 +243,10 @@ class LLaMA(nn.Module):
 
 
 def pick(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """logits (B, vocabulary) -> the next token of each, (B,).
+    """logits (B, vocabulary) -> the next token of each row, (B,).
 
-    Temperature 0 takes the likeliest token. Otherwise a token is drawn from the nucleus: the
-    smallest set of likeliest tokens that together have the probability top_p.
+    Temperature 0 takes the likeliest token. Otherwise the token is sampled from the nucleus: the
+    smallest set of likeliest tokens whose probabilities add up to top_p or more.
     """
     if temperature < 1e-4:                              # dividing by less could overflow
         return logits.argmax(-1)
@@ -254,23 +254,23 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor
     p, order = p.sort(descending=True)
     mass_before = p.cumsum(-1) - p
     p[mass_before >= top_p] = 0
-    p[:, 0] = p[:, 0].clamp(min=1e-30)                  # top_p = 0 still leaves the likeliest
+    p[:, 0] = p[:, 0].clamp(min=1e-30)                  # top_p = 0: keep the likeliest
     drawn = torch.multinomial(p, 1)                     # (B, 1), an index into the sorted tokens
     return order.gather(-1, drawn)[:, 0]
 
 
 class LaVIN(nn.Module):
-    """LLaMA and CLIP's ViT, both frozen, and what joins them: adapters with their routers, the
-    projector and the modality embedding. checkpoints.load() makes one from files.
+    """LLaMA and CLIP's ViT, both frozen, and the trained parts that join them: adapters with their
+    routers, the projector and the modality embedding. checkpoints.load() makes one from files.
 
-    Frozen weights are kept in one dtype, trained ones in fp32. Where they meet, autocast computes
-    in the dtype of the frozen ones. forward, logits, generate, route and image_features turn it on
-    by themselves; embed, expert_weights and last_hidden_state leave that to the caller.
+    All frozen weights have one dtype, and trained ones are fp32. Under autocast both compute in the
+    dtype of the frozen ones. forward, logits, generate, route and image_features turn autocast on;
+    callers of embed, expert_weights and last_hidden_state must turn it on themselves.
     """
 
     def __init__(self, llama_config: LLaMAConfig, vit_config: ViTConfig,
                  adapter_config: AdapterConfig, tokenizer: data.Tokenizer, max_seq_len: int):
-        """max_seq_len: the context in tokens, the modality token counted. Weights stay unset."""
+        """max_seq_len: context length, including the modality token. Weights stay uninitialized."""
         super().__init__()
         self.adapter_config = adapter_config
         self.tokenizer = tokenizer
@@ -281,10 +281,10 @@ class LaVIN(nn.Module):
         self.vit = VisionTransformer(vit_config, adapter_config)
         self.projector = Projector(
             vit_config.width, adapter_config.projector_dim, llama_config.dim)
-        # Row 0 stands for text only, row 1 for text and a picture.
+        # Row 0: text only. Row 1: text and a picture.
         self.modality_embedding = nn.Parameter(torch.empty(2, llama_config.dim))
-        self.folded_for = None          # a modality, once fast/fold.py has merged the adapters
-        self.logit_rows = None          # how many the loss makes at a time; None: suits the device
+        self.folded_for = None          # the modality that fast/fold.py merged the adapters for
+        self.logit_rows = None          # rows of logits at a time; None: chosen for the device
 
         self.requires_grad_(False)
         self.modality_embedding.requires_grad_(True)
@@ -296,42 +296,42 @@ class LaVIN(nn.Module):
         return [m for m in self.modules() if isinstance(m, (Adapter, Projector))]
 
     def init_trained(self) -> None:
-        """As the authors do: adapters are the identity, the modality tokens drawn from N(0, 1)."""
+        """As in the authors' code: identity adapters, modality tokens drawn from N(0, 1)."""
         for module in self.trained_modules():
             module.reset_parameters()
         nn.init.normal_(self.modality_embedding)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is: --fsdp may scatter the frozen weights, but not the trained ones."""
+        """The model's device. --fsdp may shard the frozen weights, but not the trained ones."""
         return self.modality_embedding.device
 
     def autocast(self) -> torch.autocast:
-        """A context in which products are computed in the dtype of the frozen weights."""
+        """A context that computes matrix products in the dtype of the frozen weights."""
         dtype = self.llama.norm.weight.dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def encode(self, sample: data.Sample, prompt_only: bool = False) -> data.Encoded:
-        """A sample's tokens, for this model's tokenizer, number of features and context."""
+        """A sample's tokens, with this model's tokenizer, number of features and context."""
         return data.encode(sample, self.tokenizer, self.n_features, self.max_seq_len, prompt_only)
 
     def batch(self, samples: list[data.Sample], prompt_only: bool = False) -> data.Batch:
-        """A batch on the model's device: to train on or, with prompt_only, to be continued."""
+        """A batch on the model's device, for training or, with prompt_only, for generation."""
         encoded = [self.encode(sample, prompt_only) for sample in samples]
         return data.collate(encoded, self.resolution).to(self.device)
 
     def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 3, R, R), normalised -> (N, F, V), before the projector."""
+        """(N, 3, R, R), normalized -> (N, F, V), before the projector."""
         with self.autocast():
             return self.vit(pixels.to(self.vit.conv1.weight.dtype))
 
     def route(self) -> torch.Tensor:
-        """(L, 2 modalities, 2 experts): the weights by which each layer mixes its experts."""
+        """(L, 2 modalities, 2 experts): the weights of each layer's experts, by modality."""
         with self.autocast():
             return route(self.llama, self.modality_embedding)
 
     def embed(self, batch: data.Batch) -> torch.Tensor:
-        """Tokens and pictures -> (1, T, C). Only here do pictures enter the text."""
+        """Tokens and pictures -> (1, T, C). Pictures enter the sequence here and nowhere else."""
         x = self.llama.tok_embeddings(batch.tokens)                 # (T, C)
         if len(batch.pixels) > 0:
             features = self.projector(self.image_features(batch.pixels))        # (N, F, C)
@@ -342,7 +342,7 @@ class LaVIN(nn.Module):
                        routed: torch.Tensor | None = None) -> torch.Tensor | None:
         """The experts' weights for every token, (L, 1, T, 2), or None if adapters are folded in.
 
-        routed: what route() returned, where the caller has asked it already.
+        routed: the result of route(), if the caller has it already.
         """
         if self.folded_for is not None:
             n_pictures = len(batch.pixels)
@@ -354,13 +354,13 @@ class LaVIN(nn.Module):
         if routed is None:
             routed = self.route()
         text, picture = routed.split(1, dim=1)                      # (L, 1, 2) each
-        # routed[:, batch.modality] would say the same, but backward through an index is slow.
+        # Like routed[:, batch.modality], but backward through that indexing is slow.
         w = torch.where(batch.modality[:, None] == 0, text, picture)        # (L, T, 2)
         return w[:, None]
 
     def last_hidden_state(self, batch: data.Batch,
                           routed: torch.Tensor | None = None) -> torch.Tensor:
-        """What LLaMA makes of every token, (T, C), before `output`."""
+        """LLaMA's last hidden state of every token, (T, C), ready for `output`."""
         x = self.embed(batch)
         w = self.expert_weights(batch, routed)
         x = self.llama(x, w, positions=batch.positions[None], lengths=batch.lengths)
@@ -370,19 +370,19 @@ class LaVIN(nn.Module):
         """The mean cross-entropy over the batch's answer tokens, fp32."""
         with self.autocast():
             x = self.last_hidden_state(batch, routed)
-            # A token is predicted from the one before it. Logits are made for answers alone:
-            # for every token of every prompt they would be most of the work of a short batch.
-            # (A sample's first token is BOS, never an answer, so index - 1 is in the same sample.)
+            # The token before an answer token predicts it, so we shift by 1. (A sample begins with
+            # BOS, never an answer, so index - 1 is in the same sample.) Only answers get logits:
+            # with logits for all prompts too, they would be most of the work of a short batch.
             x = x.index_select(0, batch.answer_indices - 1)         # (n_answer, C)
             labels = batch.labels[batch.answer_indices]             # (n_answer,)
-            # The sum over the tokens, as F.cross_entropy(…, reduction="sum"), in less memory.
+            # Same as F.cross_entropy(logits, labels, reduction="sum"), but with less memory.
             loss = cross_entropy(x, self.llama.output.weight, labels, self.logit_rows)
         return loss / max(batch.n_answer, 1)
 
     def logits(self, batch: data.Batch) -> torch.Tensor:
-        """(samples, longest, vocabulary), fp32, padded with 0 behind a sample's end.
+        """(samples, longest, vocabulary), fp32, padded with 0 after each sample's end.
 
-        The sequence is that of data.py, so the modality token is not in it.
+        The sequence is that of data.py, without the modality token.
         """
         with self.autocast():
             logits = self.llama.output(self.last_hidden_state(batch)).float()
@@ -392,11 +392,11 @@ class LaVIN(nn.Module):
     @torch.no_grad()
     def generate(self, samples: list[data.Sample], max_new_tokens: int = 64,
                  temperature: float = 0.0, top_p: float = 1.0) -> list[str]:
-        """Continue the prompt of each sample -> the new text of each. Answers are ignored.
+        """Continue the prompt of each sample -> the new texts. The samples' answers are ignored.
 
-        This is the plain way: for every new token the whole sequence is computed again, its
-        picture too. fast/engine.py says the same tokens and computes each of them once. The model
-        should be in eval mode, as checkpoints.load returns it, or dropout joins in.
+        This is the plain way: every new token recomputes the whole sequence, including the
+        picture. fast/engine.py generates the same tokens, but computes each of them only once.
+        Dropout is active unless the model is in eval mode, as checkpoints.load returns it.
         """
         texts = []
         for sample in samples:
