@@ -3,13 +3,13 @@
     python train.py --data sqa
     python train.py --data alpaca:alpaca.json llava:llava.json:coco/train2014 --weights 1 2
 
-Read down to the end of `train`: the settings, one optimizer step, the loop. Below it stand the
-model's building, the dry run and the command line.
+Read down to the end of `train`: the settings, one optimizer step, the loop. The rest of the file
+builds the model, does the dry run and reads the command line.
 
-Mixed precision is done by hand. Frozen weights are kept in bf16 or fp16 and trained ones in fp32;
-LaVIN's methods autocast where the two meet, and fp16 scales its loss. A run depends on its settings
-and the step number alone: what a step trains on is drawn from (seed, epoch) and its dropout from
-(seed, step). So a resumed run does what the unbroken one would have done.
+Mixed precision: frozen weights are in bf16 or fp16, trained ones in fp32. LaVIN's methods turn on
+autocast, and with fp16 a GradScaler scales the loss. A step depends only on the settings and its
+number: its samples are drawn from (seed, epoch), its dropout from (seed, step). So a resumed run
+computes what an uninterrupted run would have computed.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until `run`: the imports take a second
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until `run` takes over: imports take a second
 
 import torch
 from torch.amp import GradScaler
@@ -44,33 +44,33 @@ from model import LaVIN
 from tiny import world
 
 
-# A new setting is described in extras/values.py and has its flag in extras/flags.py. In
-# extras/resume.py it stands in FIXED, ONCE or neither.
+# To add a setting, also add its range in extras/values.py and its flag in extras/flags.py.
+# extras/resume.py lists settings that a resumed run must keep (FIXED) or drops (ONCE).
 @dataclass
 class Settings:
-    """Every setting of a run, with the paper's defaults for ScienceQA. Flags write into it.
+    """Every setting of a run, with the paper's defaults for ScienceQA. Flags overwrite them.
 
-    What is None here is settled when the flags are read (`parse_args`). The small world has values
-    of its own for a few of them (tiny/world.py: DEFAULTS).
+    `parse_args` resolves the epochs, warmup, lr and workers that are None here. For the small world
+    a few settings have other defaults (tiny/world.py: DEFAULTS).
     """
-    # What a run trains on
+    # The training data
     data: list[str] = field(default_factory=lambda: ["sqa"])
-    weights: list[float] | None = None  # shares of several sources in every epoch
+    weights: list[float] | None = None  # each source's share of an epoch
     format: str = "QCM-ALE"             # of ScienceQA's prompts
     captions: bool = False
-    images: bool = True                 # False: without pictures, an ablation
-    multi_turn: bool = False            # a conversation is one sample; else each answer is one
+    images: bool = True                 # False: no pictures, an ablation
+    multi_turn: bool = False            # one sample per conversation, not per answer
     skip_bad: bool = False
-    val_fraction: float = 0.0           # held out of every source
+    val_fraction: float = 0.0           # held out from each source
     max_seq_len: int = 512
-    # How it trains
+    # The training
     epochs: int | None = None           # None: 20, or 15 without ScienceQA
     warmup: float | None = None         # in epochs; None: 2, or 0.2 without ScienceQA
-    batch_size: int = 32                # samples of one optimizer step, however they are split
-    micro_batch: int = 4                # samples of one forward pass, at most
-    lr: float | None = None             # at its peak; None: 9e-3 · batch_size / 256
-    weight_decay: float = 0.02          # on matrices; none on biases
-    clip: float | None = None           # the gradient's largest norm; None: it is not clipped
+    batch_size: int = 32                # samples per step, over all micro-batches and ranks
+    micro_batch: int = 4                # samples per forward pass, at most
+    lr: float | None = None             # the peak; None: 9e-3 · batch_size / 256
+    weight_decay: float = 0.02          # none on biases
+    clip: float | None = None           # maximum norm of the gradient; None: no clipping
     betas: tuple[float, float] = (0.9, 0.95)
     tau: float = 10.0                   # of the routers: 10 for 7B, 5 for 13B
     dropout: float = 0.1                # in the adapters
@@ -79,31 +79,31 @@ class Settings:
     hidden: int = 128                   # size of the projector's hidden layer
     experts: int = 2                    # of an adapter; 1: no router, an ablation
     adapters: str = "all"               # or "llama", "none": ablations
-    routing: bool = True                # False: both experts count one half, an ablation
+    routing: bool = True                # False: each expert has weight one half, an ablation
     seed: int = 0
-    # Where things are
+    # Paths
     llama: str | None = None
     vit: str | None = None
     delta: str | None = None
     data_root: str | None = None
-    adapter: str | None = None          # a checkpoint to begin with
+    adapter: str | None = None          # a checkpoint to start from
     out: str = "out"
-    # Speed, memory, and what else to do
+    # Speed, memory and other modes
     device: str = "auto"
     dtype: str = "auto"
-    bits: int = 16                      # per number in LLaMA's matrices: 16, 8 or 4
+    bits: int = 16                      # per weight of LLaMA's matrices: 16, 8 or 4
     compile: bool | None = None         # None: on a GPU
     checkpointing: bool = False
     fsdp: bool = False
-    workers: int | None = None          # decode pictures; None: half as many as cores
+    workers: int | None = None          # processes that decode pictures; None: half the cores
     resume: bool = False
     check: bool = False
     dry_run: bool = False
-    tflops: float | None = None         # a GPU's rate, for the hours that a dry run estimates
+    tflops: float | None = None         # a GPU's speed, to estimate hours in a dry run
     max_steps: int | None = None
-    save_every: int | None = None       # steps; None: once an epoch
-    eval_limit: int | None = None       # problems scored at the end; None: all
-    # Not given, but found: what the data amounted to, and which data and models they were
+    save_every: int | None = None       # steps; None: once per epoch
+    eval_limit: int | None = None       # number of problems scored at the end; None: all
+    # Not set by flags: filled in from the data and models that the run finds
     n_samples: int | None = None
     data_hash: str | None = None
     llama_hash: str | None = None
@@ -111,9 +111,9 @@ class Settings:
 
 
 def learning_rate(step: int, steps_per_epoch: int, settings: Settings) -> float:
-    """Linear from 0 over the first epochs (at most a tenth of the run), then half a cosine to 0.
+    """Linear warm-up from 0 (at most a tenth of the run), then half a cosine down to 0.
 
-    `step` counts the steps that are done, so with a warm-up the first step changes no weight yet.
+    `step` is the number of steps done so far. So with warm-up, the first step changes no weight.
     """
     epoch = step / steps_per_epoch
     warmup = min(settings.warmup, settings.epochs / 10)
@@ -124,7 +124,7 @@ def learning_rate(step: int, steps_per_epoch: int, settings: Settings) -> float:
 
 
 def make_optimizer(lavin: LaVIN, settings: Settings) -> torch.optim.AdamW:
-    """AdamW over what is trained. Weight decay pulls matrices towards 0, but not biases."""
+    """AdamW over the trained parameters, with weight decay on all of them except biases."""
     decay = []
     no_decay = []
     for name, p in lavin.named_parameters():
@@ -144,31 +144,31 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
 
     The loss is the sum over all answer tokens of the global batch, divided by their number. So the
     split into micro-batches and ranks changes nothing. (A mean of micro-batch means, as in the
-    authors' code, gives the tokens of a short answer more weight.) `gradients` is one buffer: the
-    p.grad of every trained parameter is a view of its part (ranks.gradient_buffer). A gradient
-    longer than `clip` is cut to that norm. With several ranks, micro_batches and the loss returned
-    are this rank's share. LavinError where loss or gradient is not finite.
+    authors' code, gives the tokens of a short answer more weight.) `gradients` is one buffer, and
+    each trained parameter's p.grad is a view into it (ranks.gradient_buffer). A gradient with a
+    larger norm than `clip` is scaled down to it. With several ranks, micro_batches and the returned
+    loss are this rank's share. LavinError if the loss or the gradient is not finite.
     """
     n_answer = float(sum(batch.n_answer for batch in micro_batches))
     n_answer = ranks.total(torch.tensor(n_answer, device=lavin.device))
     gradients.zero_()
 
-    # Backward goes in two stages. The routing weights are the same for all micro-batches, since
-    # they depend on nothing but the modality. So the two modality tokens go through the layers
-    # once, and the micro-batches get the result as a leaf, in which their gradients add up. Then
-    # one backward pass takes that sum on through the stream: the chain rule, term by term.
+    # Backward has two stages. The routing weights depend only on the modality, so they are the
+    # same for all micro-batches. We compute them once and detach them. The micro-batches add up
+    # their gradients in leaf.grad. One backward pass then continues from there, through the layers
+    # that the two modality tokens went through. This is just the chain rule.
     routed = lavin.route()                                          # (L, 2 modalities, 2 experts)
     leaf = routed.detach().requires_grad_()
     losses = []
     for batch in micro_batches:
-        share = batch.n_answer / n_answer       # the batch's mean · share = its sum / n_answer
+        share = batch.n_answer / n_answer       # mean of the batch · share = sum / n_answer
         loss = lavin(batch.to(lavin.device), leaf) * share
         scaler.scale(loss).backward()
         losses.append(loss.detach())
     if routed.requires_grad:                                        # not with --adapters none
         routed.backward(leaf.grad)
 
-    losses = torch.stack(losses).tolist()                           # waits for a GPU
+    losses = torch.stack(losses).tolist()                           # waits for the GPU
     for loss, batch in zip(losses, micro_batches):
         check_finite("loss", loss, [batch])
     ranks.total(gradients)
@@ -186,7 +186,7 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
 
 
 def check_finite(what: str, value: float, batches: list[data.Batch]) -> None:
-    """LavinError that names the batches' samples, if a loss or a gradient's norm is not finite."""
+    """LavinError with the names of the samples, if a loss or a gradient's norm is not finite."""
     if not math.isfinite(value):
         ids = ", ".join(", ".join(batch.ids) for batch in batches)
         raise LavinError(f"the {what} is {value} on the samples {ids}; try a lower --lr")
@@ -194,9 +194,9 @@ def check_finite(what: str, value: float, batches: list[data.Batch]) -> None:
 
 def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler: GradScaler,
           first_step: int, settings: Settings) -> None:
-    """The loop, from first_step on, until all steps are done or a signal asks to stop.
+    """The loop, from first_step until all steps are done or a signal asks to stop.
 
-    It leaves metrics.jsonl, loss.png and checkpoint.pth (see `save`) in settings.out.
+    It writes metrics.jsonl, loss.png and checkpoint.pth (see `save`) to settings.out.
     """
     steps_per_epoch, n_steps = count_steps(settings)
     loader = load_batches(lavin, samples, range(first_step, n_steps), settings)
@@ -205,11 +205,11 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
     lavin.train()
     stopped = False
     with runs.StopSignals() as signals, runs.Log(settings, first_step, n_steps) as log:
-        for step, micro_batches in enumerate(loader, first_step + 1):      # from 1 on
+        for step, micro_batches in enumerate(loader, first_step + 1):      # numbered from 1
             lr = learning_rate(step - 1, steps_per_epoch, settings)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            rank_seed = settings.seed + 7919 * rank     # each rank draws dropout of its own
+            rank_seed = settings.seed + 7919 * rank     # each rank has its own dropout
             torch.manual_seed(data.mixed_seed(rank_seed, step))
             try:
                 loss, norm = train_step(
@@ -240,7 +240,7 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
 
 def load_batches(lavin: LaVIN, samples: runs.TrainingSet, steps: range,
                  settings: Settings) -> Iterator[list[data.Batch]]:
-    """Yield for each step this rank's micro-batches of its global batch."""
+    """For each step, yield this rank's micro-batches of the global batch."""
     plan = functools.partial(
         data.global_batch,
         lengths=samples.lengths,
@@ -253,7 +253,7 @@ def load_batches(lavin: LaVIN, samples: runs.TrainingSet, steps: range,
 
 
 def count_steps(settings: Settings) -> tuple[int, int]:
-    """-> (steps of an epoch, steps of the run). The last step of an epoch may be smaller."""
+    """-> (steps per epoch, steps of the run). An epoch's last step may have fewer samples."""
     steps_per_epoch = math.ceil(settings.n_samples / settings.batch_size)
     n_steps = settings.epochs * steps_per_epoch
     if settings.max_steps:
@@ -263,7 +263,7 @@ def count_steps(settings: Settings) -> tuple[int, int]:
 
 def save(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, step: int,
          steps_per_epoch: int, settings: Settings) -> None:
-    """OUT/checkpoint.pth: the official layout, and beside it what --resume and generate.py need."""
+    """Write OUT/checkpoint.pth: the official layout, plus what --resume and generate.py need."""
     checkpoint = checkpoints.official_checkpoint(lavin, settings.format, settings.bits)
     checkpoint |= {
         "optimizer": optimizer.state_dict(),
@@ -279,14 +279,14 @@ def save(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, step: int,
 
 
 def compile_blocks(lavin: LaVIN) -> None:
-    """torch.compile, block by block and for any length: a few graphs serve all of them."""
+    """torch.compile each block, for any length. A few graphs serve all blocks."""
     for block in [*lavin.llama.layers, *lavin.vit.resblocks]:
         block.compile(dynamic=True)
 
 
 def build(settings: Settings, resumed: dict | None,
           device: torch.device) -> tuple[LaVIN, Optimizer, GradScaler]:
-    """-> LaVIN, its optimizer and its scaler, at the step at which they are to go on."""
+    """-> LaVIN, its optimizer and its scaler, new or with the state that `resumed` holds."""
     torch.manual_seed(data.mixed_seed(settings.seed, 0))
     path = Path(settings.out, "checkpoint.pth")
     fresh = AdapterConfig(
@@ -310,7 +310,7 @@ def build(settings: Settings, resumed: dict | None,
     resume.check_sizes(lavin.adapter_config, settings)
     if lavin.llama.config.folded:
         raise LavinError(f"{settings.llama}: adapters are folded into it; "
-                         "train on the LLaMA that it was made from")
+                         "train on the original LLaMA instead")
     runs.freeze(lavin, settings)
     optimizer = make_optimizer(lavin, settings)
     scaler = GradScaler(device.type, enabled=settings.dtype == "fp16")
@@ -335,7 +335,7 @@ def longest_samples(samples: runs.TrainingSet, n: int) -> list[int]:
 
 def dry_run(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer,
             scaler: GradScaler, settings: Settings) -> None:
-    """Print what a run would take, from a step on the longest samples and a few usual ones."""
+    """Print a run's memory and time, from one step on the longest samples and a few normal ones."""
     steps_per_epoch, n_steps = count_steps(settings)
     everything = range(len(samples.encoded))
     longest = longest_samples(samples, settings.batch_size)
@@ -370,10 +370,10 @@ def dry_run(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer,
 
 
 def stand_in(settings: Settings) -> torch.device:
-    """-> the CPU, in a dry run for a GPU that is not here. LavinError for several GPUs."""
+    """-> the CPU, to compute a dry run for a GPU that is missing. LavinError for several GPUs."""
     if settings.fsdp or ranks.count() > 1:
-        raise LavinError("--dry-run: there is no GPU here, and what a run takes is computed "
-                         "for one alone; leave torchrun and --fsdp out")
+        raise LavinError("--dry-run: there is no GPU here, so the memory is computed, but only "
+                         "for a single GPU; leave out torchrun and --fsdp")
     settings.compile = False
     if settings.dtype == "auto":
         settings.dtype = "bf16"
@@ -381,7 +381,7 @@ def stand_in(settings: Settings) -> torch.device:
 
 
 def computed_dry_run(sources: dict, settings: Settings) -> None:
-    """Print what a run would take of a GPU that is not here. No weights are read."""
+    """Print the memory and work of a run on a GPU that is not here. No weights are read."""
     shape = estimate.read_shape(settings)
     lavin = shape.on_meta()
     runs.freeze(lavin, settings)
@@ -403,10 +403,10 @@ def computed_dry_run(sources: dict, settings: Settings) -> None:
 
 
 def parse_args() -> tuple[Settings, dict | None]:
-    """The settings, and the checkpoint to resume from or None.
+    """-> the settings, and the checkpoint to resume from or None.
 
-    argparse writes into a Settings only what a flag says. So what was remembered, or suits the
-    small world, holds until a flag says otherwise.
+    argparse sets only the fields whose flags were given. So a flag overrides the settings of the
+    resumed run, or the defaults of the small world, and the others stay.
     """
     parser = flags.train_parser(__doc__.split("\n\n")[0])
     settings = parser.parse_args(namespace=Settings())
@@ -431,7 +431,7 @@ def parse_args() -> tuple[Settings, dict | None]:
         settings.workers = data.default_workers()
     flags.check_settings(settings)
     if resumed:
-        # Older checkpoints do not name the warm-up.
+        # Older checkpoints do not store the warm-up.
         defaults = Settings(warmup=settings.warmup)
         resume.check_unchanged(settings, resumed["config"], defaults)
     return settings, resumed
@@ -439,7 +439,7 @@ def parse_args() -> tuple[Settings, dict | None]:
 
 def score_val(lavin: LaVIN, problems: dict, samples: list, step: int,
               settings: Settings) -> None:
-    """Answer val's problems, print the table, and write it to metrics.jsonl."""
+    """Answer the problems of the val split, print the table, and write it to metrics.jsonl."""
     print(f"scoring  {len(samples)} problems of the val split")
     with torch.compiler.set_stance("force_eager"):
         predictions, _ = evaluate.score(
@@ -453,7 +453,7 @@ def score_val(lavin: LaVIN, problems: dict, samples: list, step: int,
 
 def load_and_train(settings: Settings, resumed: dict | None, device: torch.device,
                    sources: dict, val: tuple) -> None:
-    """Build the model, train it, score it on val: (problems, samples) of ScienceQA's split."""
+    """Build the model, train it, score it. val: (problems, samples) of ScienceQA's val split."""
     lavin, optimizer, scaler = build(settings, resumed, device)
     samples = runs.make_training_set(lavin, sources, settings)
     settings.n_samples = len(samples.encoded)
@@ -477,14 +477,14 @@ def load_and_train(settings: Settings, resumed: dict | None, device: torch.devic
     if not val_samples or ranks.rank() > 0:
         return
     if settings.fsdp:
-        print("scoring  needs the model in one piece: "
+        print("scoring  does not work with --fsdp; run "
               "python generate.py --data sqa --split val")
         return
     score_val(lavin, problems, val_samples, n_steps, settings)
 
 
 def main() -> None:
-    """Read the flags and all of the data before anything large is loaded; then train."""
+    """Read the flags and all data before loading anything large; then train."""
     settings, resumed = parse_args()
     remembered = resumed["config"] if resumed else {}
     is_computed = settings.dry_run and estimate.is_missing(settings.device)
@@ -523,7 +523,7 @@ def main() -> None:
     except torch.OutOfMemoryError as error:
         ways = runs.ways_to_save_memory(settings)
         raise LavinError(f"{device} has too little memory for this; "
-                         f"what would help: {ways}") from error
+                         f"try {ways}") from error
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def test_too_little_memory_names_what_would_help(call, sqa, tmp_path, monkeypatc
     out = tmp_path / "out"
     code, _, stderr = call(train, *flags(sqa, out, *more))
     assert code == 2
-    assert stderr == f"error: cpu has too little memory for this; what would help: {helps}\n"
+    assert stderr == f"error: cpu has too little memory for this; try {helps}\n"
     assert not (out / "checkpoint.pth").exists()
 
 
