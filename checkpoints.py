@@ -3,14 +3,14 @@
     python checkpoints.py FILE                  what is in a LaVIN checkpoint, released or ours
     python checkpoints.py FILE --fold DIR       its adapters merged into LLaMA, for text only
 
-    LLaMA    DIR/params.json, DIR/consolidated.00.pth, .01.pth, …: Meta's layout, or a folder of
-             Hugging Face's (extras/hf.py), with tokenizer.model or tokenizer.json; or a GGUF
-             file (extras/gguf.py)
-    CLIP     ViT-L-14.pt: OpenAI's TorchScript archive, or a plain state dict of the same names
+    LLaMA    Meta's layout (DIR/params.json, DIR/consolidated.00.pth, .01.pth, …) or a Hugging
+             Face folder (extras/hf.py), with tokenizer.model or tokenizer.json; or a GGUF file
+             (extras/gguf.py)
+    CLIP     ViT-L-14.pt: OpenAI's TorchScript archive, or a plain state dict with the same names
     LaVIN    checkpoint-19.pth: {"model": {name: tensor}, "args": argparse.Namespace}
 
-Everything is read strictly. A name that is missing or unknown, or a shape that does not fit, is a
-LavinError that names the file and the tensor.
+Everything is read strictly. A missing or unknown name or a wrong shape raises a LavinError, which
+names the file and the tensor.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from files import (LavinError, check_names, check_tensor, check_writable, fill, 
 from model import LaVIN, LLaMA, LLaMAConfig
 from vit import ViTConfig
 
-# What the sizes of CLIP and of the adapters may be, which are read off their tensors.
+# The allowed sizes of CLIP and of the adapters. The sizes are read from tensor shapes.
 VIT_SIZES = {
     "width": Kind(int, low=64, high=2**14),
     "layers": Kind(int, low=4, high=1000),      # the features are taken after every fourth
@@ -55,7 +55,7 @@ ADAPTER_SIZES = {
 
 
 def open_llama(llama: str | Path) -> str | Path | gguf.File:
-    """A GGUF file, what it says of the model read once for all; a folder's path as it is."""
+    """A GGUF file is opened, and its header read only once. A folder's path is returned as is."""
     if is_gguf(llama):
         return gguf.File(llama)
     return llama
@@ -69,8 +69,8 @@ def load_tokenizer(llama: str | Path | gguf.File) -> data.Tokenizer:
     if path.name == "tokenizer.model" and tokenizers.is_tiktoken(path):
         path = Path(llama, "tokenizer.json")
         if not os.path.exists(path):
-            raise LavinError(f"{tokenizer_path(llama)}: LLaMA 3's, which is not read; take "
-                             "tokenizer.json and tokenizer_config.json of Hugging Face's folder")
+            raise LavinError(f"{tokenizer_path(llama)}: LLaMA 3's, not supported; take "
+                             "tokenizer.json and tokenizer_config.json of its Hugging Face folder")
     if path.name == "tokenizer.json":
         return tokenizers.load_json(path)
     return data.load_tokenizer(llama)
@@ -79,8 +79,8 @@ def load_tokenizer(llama: str | Path | gguf.File) -> data.Tokenizer:
 def read_params(directory: str | Path | gguf.File, vocab_size: int) -> LLaMAConfig:
     """params.json, Hugging Face's config.json or a GGUF file -> LLaMAConfig. Raises LavinError.
 
-    vocab_size is the tokenizer's. Meta's models have just as many tokens, and their file may say -1
-    instead. The others may have more.
+    vocab_size is the tokenizer's. Meta's models have exactly that many tokens, and params.json may
+    say -1 instead. The other models may have more.
     """
     if isinstance(directory, gguf.File):
         path = directory.path
@@ -107,12 +107,12 @@ def read_params(directory: str | Path | gguf.File, vocab_size: int) -> LLaMAConf
         raise LavinError(f"{path}: a head is {config.head_dim} wide, which RoPE cannot halve")
     if config.rope_low >= config.rope_high:
         raise LavinError(f"{path}: scaled RoPE goes from {config.rope_low:g} to "
-                         f"{config.rope_high:g} turns; the second must be the greater one")
+                         f"{config.rope_high:g} turns; the second must be greater")
     return config
 
 
 def read_meta_params(path: Path, vocab_size: int) -> dict:
-    """params.json -> {field of LLaMAConfig: value}, of the right kinds."""
+    """params.json -> {field of LLaMAConfig: value}. Types and ranges are checked."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise LavinError(f"{path}: not LLaMA's parameters, which are a JSON object")
@@ -124,18 +124,18 @@ def read_meta_params(path: Path, vocab_size: int) -> dict:
             params[name] = content[name]
     if params.get("vocab_size", -1) == -1:
         params["vocab_size"] = vocab_size
-    if params.get("attention_bias"):        # nothing else than --fold puts biases into this layout
+    if params.get("attention_bias"):        # in this layout, only --fold writes biases
         params["folded"] = True
     check_values(path, params, LLAMA_PARAMS, needed=("dim", "n_layers", "n_heads"))
     return params
 
 
 def allocate(modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
-    """Give modules on the meta device memory, still unset: frozen in dtype, trained in fp32.
+    """Allocate modules that are on the meta device, uninitialized: trained fp32, frozen dtype.
 
-    What two of the modules share, they share afterwards.
+    Parameters that modules share stay shared.
     """
-    allocated = {}                          # {parameter on the meta device: the one with memory}
+    allocated = {}                          # {parameter on the meta device: the allocated one}
     for module in modules:
         for name, p in list(module.named_parameters(recurse=False)):
             if p not in allocated:
@@ -146,16 +146,16 @@ def allocate(modules: Iterable[nn.Module], device: torch.device, dtype: torch.dt
 
 
 def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """What the official files hold of a module: all but its adapters."""
+    """The parameters that the official files hold: all but the adapters."""
     return {name: p for name, p in module.named_parameters() if not p.requires_grad}
 
 
 def slots(whole: torch.Tensor,
           slices: list[torch.Tensor]) -> list[torch.Tensor] | None:
-    """The parts of `whole` that model-parallel slices fill, in order; None if they do not fit it.
+    """The views of `whole` into which to copy model-parallel slices, or None if they do not fit.
 
-    Meta cuts wq, wk, wv, w1, w3 and output along dim 0, and wo, w2 and tok_embeddings along dim 1.
-    The norms are whole in every shard. The shapes alone tell which.
+    Meta splits wq, wk, wv, w1, w3 and output along dim 0, and wo, w2 and tok_embeddings along dim
+    1. The norms are whole in every shard. The shapes show which case it is.
     """
     if all(s.shape == whole.shape for s in slices):
         return [whole]
@@ -168,14 +168,14 @@ def slots(whole: torch.Tensor,
 
 
 def differ_only_in(dim: int, a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Have two tensors the same shape, that dimension left aside?"""
+    """Do two tensors have the same shape, apart from dimension `dim`?"""
     if a.dim() != b.dim():
         return False
     return a.shape[:dim] == b.shape[:dim] and a.shape[dim + 1:] == b.shape[dim + 1:]
 
 
 def shard_files(directory: str | Path) -> list[Path]:
-    """consolidated.00.pth, .01.pth, …. LavinError if one is missing, or another looks like one."""
+    """consolidated.00.pth, .01.pth, …. LavinError if one is missing or wrongly named."""
     files = sorted(Path(directory).glob("consolidated.*.pth"))
     if not files:
         raise LavinError(f"{directory}: holds no consolidated.00.pth")
@@ -183,19 +183,19 @@ def shard_files(directory: str | Path) -> list[Path]:
         expected = f"consolidated.{i:02}.pth"
         if file.name != expected:
             raise LavinError(f"{file}: there is no {expected} before it; fetch that, "
-                             "or move this file away if it is no part of the model")
+                             "or move this file away if it is not part of the model")
     return files
 
 
 class MappedShards:
-    """The files of a LLaMA, mapped and not read: a tensor stays on disk until it is touched.
+    """The files of a LLaMA, memory-mapped: a tensor stays on disk until it is read.
 
-    Touched pages count as memory until their map is dropped. So the maps are made anew before more
-    than the largest tensor of a shard, or 16 MB, has been touched.
+    Pages that were read count as memory until their map is dropped. So the files are mapped again
+    before more than the largest tensor of a shard, or 16 MB if that is more, has been read.
     """
 
     def __init__(self, directory: str | Path, names: list[str], is_hf: bool):
-        """LavinError unless every shard holds just the tensors of these names."""
+        """LavinError unless every shard holds exactly the tensors with these names."""
         self.directory = directory
         self.is_hf = is_hf
         self.files = [Path(directory)] if is_hf else shard_files(directory)
@@ -203,8 +203,8 @@ class MappedShards:
         for file, shard in zip(self.files, self.shards):
             found = []
             for name in shard:
-                is_copy = name == "output.weight" and name not in names     # of tied embeddings
-                if not name.endswith("rope.freqs") and not is_copy:         # those we compute
+                is_copy = name == "output.weight" and name not in names     # tied embeddings
+                if not name.endswith("rope.freqs") and not is_copy:         # we compute those
                     found.append(name)
             check_names(file, names, found)
         self.check_different()
@@ -212,8 +212,8 @@ class MappedShards:
         self.budget = max(2**24, largest)
 
     def open(self) -> None:
-        """Map the files anew; nothing of them is touched then."""
-        self.shards = []                # drops the old maps before there are new ones
+        """Map the files again, with no page read."""
+        self.shards = []                # drop the old maps before making new ones
         self.touched = 0
         if self.is_hf:
             self.shards = [hf.read_llama(self.directory)]
@@ -222,7 +222,7 @@ class MappedShards:
                            for file in self.files]
 
     def slices(self, name: str, target: torch.Tensor) -> list[torch.Tensor]:
-        """The slice of each shard that `target` is made of, sound, but maybe of a wrong shape.
+        """The slices of one tensor, one from each shard, checked. Their shapes may still be wrong.
 
         The caller must not keep them longer than needed.
         """
@@ -230,23 +230,23 @@ class MappedShards:
         if self.touched + size > self.budget:
             self.open()
         self.touched += size
-        shape = target.shape if self.is_hf else None        # Hugging Face's files cut no tensor
+        shape = target.shape if self.is_hf else None        # Hugging Face splits no tensor
         slices = [shard[name] for shard in self.shards]
         for file, piece in zip(self.files, slices):
             check_tensor(file, name, piece, shape, target.dtype)
         return slices
 
     def check_different(self) -> None:
-        """LavinError if two shards hold the same part of the embeddings: one is a copy."""
+        """LavinError if two shards hold the same part of the embeddings: one must be a copy."""
         pieces = [shard["tok_embeddings.weight"] for shard in self.shards]
         for i in range(len(pieces)):
             for j in range(i):
-                if pieces[j].equal(pieces[i]) and pieces[i].any():      # zeros say nothing
+                if pieces[j].equal(pieces[i]) and pieces[i].any():      # not if all are 0
                     raise LavinError(f"{self.files[i]}: a copy of {self.files[j]}; fetch it again")
 
 
 def open_weights(llama: str | Path | gguf.File, names: list[str]) -> MappedShards | gguf.File:
-    """The weights of a LLaMA (see open_llama), which must have just these names."""
+    """The weights of a LLaMA (see open_llama). They must have exactly these names."""
     if isinstance(llama, gguf.File):
         check_names(llama.path, names, llama.names())
         return llama
@@ -255,7 +255,7 @@ def open_weights(llama: str | Path | gguf.File, names: list[str]) -> MappedShard
 
 def copy_tensor(shards: MappedShards | gguf.File, name: str, target: torch.Tensor,
                 config: LLaMAConfig) -> None:
-    """Copy a tensor of the files into `target`, its slices joined."""
+    """Copy a tensor from the files into `target`, joining its slices."""
     slices = shards.slices(name, target)
     if shards.is_hf:
         slices = [hf.to_meta(name, slices[0], config)]
@@ -275,8 +275,8 @@ def load_llama(llama: LLaMA, source: str | Path | gguf.File, device: torch.devic
                dtype: torch.dtype, delta: str | Path | None = None) -> Iterator[nn.Module]:
     """Copy LLaMA's files (see open_llama) into the frozen weights of `llama`, tensor by tensor.
 
-    The blocks come on the meta device. Each is given memory when its turn comes, and yielded when
-    it is full, so that the caller can make it smaller before the next one comes.
+    The blocks must be on the meta device. Each is allocated, filled and then yielded. So the caller
+    can quantize or shard it before the next one is allocated.
     """
     names = list(frozen_parameters(llama))
     shards = open_weights(source, names)
@@ -307,21 +307,21 @@ def load_llama(llama: LLaMA, source: str | Path | gguf.File, device: torch.devic
 
 
 def save_folded(lavin: LaVIN, directory: str | Path) -> None:
-    """LLaMA of a LaVIN that is folded for text, in Meta's layout, fp16.
+    """Write the LLaMA of a LaVIN that is folded for text, in Meta's layout, fp16.
 
-    params.json says "attention_bias": true, so a reader that knows no biases refuses the files
-    instead of leaving the biases out. LavinError for what that layout cannot hold.
+    params.json says "attention_bias": true. So a reader without support for biases rejects the
+    files instead of ignoring the biases. LavinError for anything that the layout cannot hold.
     """
     if lavin.folded_for != 0:
-        raise ValueError("fold for modality 0 first: for pictures, Meta's layout has "
-                         "no place for the ViT and the projector")
+        raise ValueError("fold for modality 0 first: Meta's layout has no place for the "
+                         "ViT and the projector that pictures need")
     if n_quantized(lavin.llama):
         raise LavinError("--fold: quantized matrices have no place in Meta's layout; "
                          "leave --bits out")
     n_tokens = lavin.tokenizer.vocab_size()
     if lavin.llama.config.vocab_size != n_tokens:
         raise LavinError(f"--fold: this LLaMA has {lavin.llama.config.vocab_size} tokens, but its "
-                         f"tokenizer {n_tokens}; Meta's layout has no place for more")
+                         f"tokenizer has {n_tokens}; Meta's layout has no place for more")
     directory = Path(directory)
     if any(directory.glob("consolidated.*.pth")):
         raise LavinError(f"--fold {directory}: holds a model already; "
@@ -332,7 +332,7 @@ def save_folded(lavin: LaVIN, directory: str | Path) -> None:
         if value is not None:
             params[field.name] = value
     state = {}
-    for name, p in frozen_parameters(lavin.llama).items():      # a tied output is there once
+    for name, p in frozen_parameters(lavin.llama).items():      # tied output: only once
         p = p.detach()
         state[name] = p.to(torch.float16) if p.dtype == torch.float32 else p
         if not is_finite(state[name]):
@@ -348,17 +348,17 @@ def save_folded(lavin: LaVIN, directory: str | Path) -> None:
 
 
 def read_clip_state(path: str | Path) -> dict:
-    """{OpenAI's name: tensor} of an archive, a state dict, or a folder of Hugging Face's."""
+    """{OpenAI's name: tensor} from an archive, a state dict or a Hugging Face folder."""
     if os.path.isdir(path):
         return hf.read_clip(path)
     state = torchscript.read_tensors(path, "visual.")
-    if state is None:                   # no archive
+    if state is None:                   # not an archive
         state = tensors_of(read_checkpoint(path), path)
     return state
 
 
 def read_clip(path: str | Path) -> tuple[dict, ViTConfig]:
-    """CLIP's image encoder -> ({our name: tensor}, ViTConfig). Every size is read off the tensors.
+    """CLIP's image encoder -> ({our name: tensor}, ViTConfig). Sizes come from the tensor shapes.
 
     Raises LavinError if it is not a CLIP ViT.
     """
@@ -373,15 +373,15 @@ def read_clip(path: str | Path) -> tuple[dict, ViTConfig]:
         n_positions, _ = state["positional_embedding"].shape
     except (KeyError, ValueError) as error:
         raise LavinError(f"{path}: not a CLIP ViT: conv1.weight or positional_embedding is "
-                         "missing, or of another shape; take ViT-L-14.pt") from error
+                         "missing or has a wrong shape; take ViT-L-14.pt") from error
     side = math.isqrt(max(n_positions - 1, 0))          # in patches; the class token comes first
     blocks = {name.split(".")[1] for name in state if name.startswith("resblocks.")}
     sizes = {"width": width, "layers": len(blocks), "patch": patch, "resolution": side * patch}
     check_values(path, sizes, VIT_SIZES)
     if width % 64 or n_positions != 1 + side ** 2:
         raise LavinError(f"{path}: {n_positions} positions of width {width}; the width must be "
-                         "a multiple of 64, and the patches a square, with one position more")
-    quick_gelu = True               # in files of OpenAI's names nothing tells
+                         "a multiple of 64, the number of positions a square plus one")
+    quick_gelu = True               # files with OpenAI's names do not say
     if os.path.isdir(path):
         quick_gelu = hf.has_quick_gelu(path)
     return state, ViTConfig(**sizes, quick_gelu=quick_gelu)
@@ -391,11 +391,11 @@ def read_clip(path: str | Path) -> tuple[dict, ViTConfig]:
 
 
 def official_table(lavin: LaVIN) -> dict[str, tuple]:
-    """{official name: (our parameter, an expert's number or None, is it a convolution there?)}.
+    """{official name: (our parameter, an expert's number or None, a convolution in their code?)}.
 
-    This is the one place that knows both. The authors call the down-projection conv_A, the experts'
-    up-projections conv_B and conv_D, and the router expert_weights. (In the projector conv_A and
-    conv_B are its two layers.)
+    Only this function knows both names. The authors call the down-projection conv_A, the experts'
+    up-projections conv_B and conv_D, and the router expert_weights. (The projector's two layers are
+    conv_A and conv_B as well.)
     """
     table = {"adapter_modality_embedding.weight": (lavin.modality_embedding, None, False)}
     for name, p in lavin.projector.named_parameters():
@@ -412,15 +412,15 @@ def official_table(lavin: LaVIN) -> dict[str, tuple]:
             name = ("conv_B", "conv_D")[e]
             table[f"{prefix}.{name}.weight"] = (adapter.up, e, True)
             table[f"{prefix}.{name}.bias"] = (adapter.up_bias, e, False)
-        for kind, p in adapter.router.named_parameters():       # none where there is one expert
+        for kind, p in adapter.router.named_parameters():       # none with one expert
             table[f"{prefix}.expert_weights.{kind}"] = (p, None, False)
     return table
 
 
 def to_official(lavin: LaVIN, grad: bool = False) -> dict[str, torch.Tensor]:
-    """{official name: what is trained, in the official shape}; it shares memory with the model.
+    """{official name: trained tensor in the official shape}. They share memory with the model.
 
-    grad: the gradients instead, 0 where there is none.
+    grad: gradients instead of values; zeros where a parameter has none.
     """
     official = {}
     for name, (p, expert, is_convolution) in official_table(lavin).items():
@@ -430,13 +430,13 @@ def to_official(lavin: LaVIN, grad: bool = False) -> dict[str, torch.Tensor]:
         if expert is not None:
             tensor = tensor[expert]
         if is_convolution:
-            tensor = tensor[..., None]      # its kernel has length 1
+            tensor = tensor[..., None]      # a kernel of length 1
         official[name] = tensor
     return official
 
 
 def official_checkpoint(lavin: LaVIN, format: str, bits: int = 16) -> dict:
-    """{"model", "args"} as the authors' code writes and reads it, tensors on the CPU."""
+    """{"model", "args"} as in the authors' checkpoints, with the tensors on the CPU."""
     config = lavin.adapter_config
     args = Namespace(
         adapter_type="attn",
@@ -459,10 +459,10 @@ def official_checkpoint(lavin: LaVIN, format: str, bits: int = 16) -> dict:
 def read_adapter(path: str | Path) -> tuple[dict, AdapterConfig, dict]:
     """A LaVIN checkpoint, released or ours -> ({official name: tensor}, AdapterConfig, settings).
 
-    Rank and the projector's size come from the shapes; τ, scale and dropout from the file's `args`,
-    or the defaults where it has none. The settings are those of the training run: all of them in
-    our files ("config"), the context and the prompt format in the authors'.
-    Raises LavinError if it is not such a file.
+    Rank and the projector's size come from the shapes. τ, scale and dropout come from `args` in the
+    file, or are the defaults. The settings are those of the training run: all of them in our files
+    ("config"), only the context and the prompt format in the authors'.
+    LavinError if the file is not a LaVIN checkpoint.
     """
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, dict) or "model" not in checkpoint:
@@ -470,17 +470,17 @@ def read_adapter(path: str | Path) -> tuple[dict, AdapterConfig, dict]:
     state = {}
     for name, tensor in tensors_of(checkpoint["model"], path).items():
         check_tensor(path, name, tensor)
-        state[name.removeprefix("module.")] = tensor        # "module." is DistributedDataParallel's
+        state[name.removeprefix("module.")] = tensor        # DistributedDataParallel adds it
     args, remembered = read_settings(path, checkpoint)
     try:
         rank = len(state["layers.0.adapter_attn.conv_A.weight"])
         projector_dim = len(state["adapter_proj.conv_A.weight"])
-    except (KeyError, TypeError) as error:                  # TypeError: of a single number
+    except (KeyError, TypeError) as error:                  # TypeError: len of a 0-d tensor
         raise LavinError(f"{path}: not a LaVIN checkpoint: the first conv_A.weight of its adapters "
                          "or its projector is missing, or has no rows") from error
     check_values(path, {"rank": rank, "projector_dim": projector_dim}, ADAPTER_SIZES)
     if rank % 2:
-        raise LavinError(f"{path}: rank {rank} is odd, but an expert has two groups")
+        raise LavinError(f"{path}: rank {rank} is odd, but an expert splits it into two groups")
     config = AdapterConfig(
         rank=rank,
         projector_dim=projector_dim,
@@ -497,7 +497,7 @@ def read_adapter(path: str | Path) -> tuple[dict, AdapterConfig, dict]:
 
 
 def read_settings(path: str | Path, checkpoint: dict) -> tuple[dict, dict]:
-    """A checkpoint's (args, config), their values checked; the released files have no config."""
+    """A checkpoint's (args, config), with checked values. The released files have no config."""
     args = checkpoint.get("args")
     if args is None:
         args = Namespace()
@@ -506,7 +506,7 @@ def read_settings(path: str | Path, checkpoint: dict) -> tuple[dict, dict]:
         raise LavinError(f"{path}: not a LaVIN checkpoint: its args must be a Namespace, "
                          "its config a dictionary")
     config = dict(config)
-    if isinstance(config.get("data"), str):         # older checkpoints knew a single source
+    if isinstance(config.get("data"), str):         # older checkpoints have one source
         config["data"] = [config["data"]]
     check_values(path, vars(args), ADAPTER_ARGS)
     check_values(path, checkpoint, PROGRESS)
@@ -514,25 +514,25 @@ def read_settings(path: str | Path, checkpoint: dict) -> tuple[dict, dict]:
     return vars(args), config
 
 
-# All of it together
+# The whole model
 
 
 def check_not_folded(llama: str | Path, config: LLaMAConfig) -> None:
-    """LavinError if adapters are folded into this LLaMA already."""
+    """LavinError if this LLaMA already has adapters folded into it."""
     if config.folded:
         raise LavinError(f"{llama}: adapters are folded into it already; take the LLaMA "
                          "that they were trained with, or --adapter none")
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of a GPU's memory, or of this machine's."""
+    """The bytes of memory of a GPU, or of this machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def weights_size(lavin: LaVIN, dtype: torch.dtype, bits: int, n_parts: int) -> int:
-    """Bytes of all weights, LLaMA's matrices in `bits` or cut into n_parts. No tensor is needed."""
+    """Bytes of all weights, from shapes: LLaMA's matrices in `bits` bits, or cut into n_parts."""
     size = 0
     for name, p in lavin.named_parameters():
         n_bytes = p.numel() * (4 if p.requires_grad else dtype.itemsize)
@@ -547,17 +547,17 @@ def weights_size(lavin: LaVIN, dtype: torch.dtype, bits: int, n_parts: int) -> i
 def check_fits(lavin: LaVIN, device: torch.device, dtype: torch.dtype, bits: int,
                n_parts: int) -> None:
     """LavinError if the weights alone are larger than the device's memory."""
-    there = memory(device)
+    available = memory(device)
     needed = weights_size(lavin, dtype, bits, n_parts)
-    if needed <= there:
+    if needed <= available:
         return
     advice = ""
     for fewer in (4, 8):
         smaller = weights_size(lavin, dtype, fewer, n_parts)
-        if fewer < bits and smaller <= there and n_parts == 1:      # --fsdp takes no --bits
+        if fewer < bits and smaller <= available and n_parts == 1:  # --fsdp takes no --bits
             advice = f"; with --bits {fewer} they take {smaller / 1e9:.3g} GB"
     raise LavinError(f"the weights of this model take {needed / 1e9:.3g} GB, but {device} "
-                     f"has {there / 1e9:.3g} GB{advice}")
+                     f"has {available / 1e9:.3g} GB{advice}")
 
 
 def check_context(max_seq_len: int, tokenizer: data.Tokenizer,
@@ -567,12 +567,12 @@ def check_context(max_seq_len: int, tokenizer: data.Tokenizer,
     n_picture = n_prefix + vit_config.n_features
     if max_seq_len <= n_picture:
         raise LavinError(f"--max-seq-len {max_seq_len} has no room for text: "
-                         f"a picture takes {n_picture}")
+                         f"a picture takes {n_picture} tokens")
 
 
 def begin_with(adapter: str | Path | None, fresh: AdapterConfig | None, tau: float | None,
                dropout: float | None) -> tuple[dict, AdapterConfig, dict]:
-    """What `read_adapter` returns, or fresh adapters' settings; tau and dropout as given."""
+    """The result of `read_adapter`, or the same for fresh adapters. tau and dropout override it."""
     state = {}
     config = fresh or AdapterConfig()
     settings = {}
@@ -592,11 +592,11 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
          fsdp: bool = False, delta: str | Path | None = None) -> LaVIN:
     """LLaMA's folder or GGUF file, CLIP's file and a LaVIN checkpoint or None -> LaVIN.
 
-    It is in eval mode, its frozen weights in dtype, the trained ones in fp32. max_seq_len, tau and
-    dropout are as given, else as in the checkpoint, else 512, 10 and 0.1. fresh: what the adapters
-    are like that begin afresh. bits 8 or 4 quantizes LLaMA, and fsdp cuts it into a part for each
-    rank, block by block as it is read. delta: a folder of Hugging Face's that is added to LLaMA.
-    LavinError for files that are damaged or do not fit.
+    The model is in eval mode. Frozen weights have `dtype`, trained ones fp32. A max_seq_len, tau or
+    dropout of None becomes the checkpoint's value, or else 512, 10 or 0.1. fresh configures the
+    adapters if there is no checkpoint. bits 8 or 4 quantizes LLaMA, and fsdp shards it over the
+    ranks, block by block while it is read. delta: a Hugging Face folder whose weights are added to
+    LLaMA's. LavinError for files that are damaged or do not fit.
     """
     state, config, settings = begin_with(adapter, fresh, tau, dropout)
     max_seq_len = max_seq_len or settings.get("max_seq_len") or 512
@@ -609,14 +609,14 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
         check_not_folded(llama, llama_config)
 
     device = torch.device(device)
-    with torch.device("meta"):                      # no memory yet: dtype and device come first
+    with torch.device("meta"):                      # no memory yet: `allocate` gives it
         lavin = LaVIN(llama_config, vit_config, config, tokenizer, max_seq_len)
     check_fits(lavin, device, dtype, bits, ranks.count() if fsdp else 1)
     outside = [module for name, module in lavin.named_modules()
                if not name.startswith("llama.layers.")]
     allocate(outside, device, dtype)
     fill(frozen_parameters(lavin.vit), vit_state, vit)
-    del vit_state                                   # 0.6 GB less while LLaMA is read
+    del vit_state                                   # saves 0.6 GB while LLaMA is read
     for block in load_llama(lavin.llama, source, device, dtype, delta):
         if bits < 16:
             quantize(block, bits)
@@ -638,7 +638,7 @@ SHOWN = ("step", "epoch", "data", "format", "epochs", "batch_size", "lr", "max_s
 
 
 def describe(path: str | Path) -> dict:
-    """Print what a checkpoint is -> its settings."""
+    """Print what is in a checkpoint -> its settings."""
     state, config, settings = read_adapter(path)
     counts = Counter()
     widths = {}
@@ -667,7 +667,7 @@ def describe(path: str | Path) -> dict:
 
 
 def print_routing(lavin: LaVIN) -> None:
-    """Print how each layer mixes its experts."""
+    """Print the weights of each layer's experts."""
     if lavin.adapter_config.experts == 1:
         print("routing  none: the adapters have a single expert")
         return
@@ -677,11 +677,11 @@ def print_routing(lavin: LaVIN) -> None:
 
 
 def main() -> None:
-    """Describe a checkpoint; with its LLaMA at hand show the routing, and fold if asked to."""
-    parser = Parser(description="Say what is in a LaVIN checkpoint.")
+    """Describe a checkpoint. If its LLaMA is found, also print the routing, and fold if asked."""
+    parser = Parser(description="Describe a LaVIN checkpoint.")
     parser.add_argument("file")
-    parser.add_argument("--llama", help="the LLaMA that it belongs to, to show the "
-                        "routing weights (default: the one it was trained with)")
+    parser.add_argument("--llama", help="its LLaMA, needed to print the routing "
+                        "weights (default: the one it was trained with)")
     parser.add_argument("--vit", help="its CLIP (default: the one it was trained with)")
     parser.add_argument("--fold", metavar="DIR", help="write LLaMA with the adapters "
                         "merged into it, for text only: Meta's layout, fp16, biases for "
@@ -698,7 +698,7 @@ def main() -> None:
         raise LavinError("--fold needs the LLaMA that the adapters belong to: "
                          "--llama DIR --vit FILE")
     if not known:
-        print("routing  depends on LLaMA too; --llama DIR --vit FILE shows it")
+        print("routing  depends on LLaMA too; to print it, add --llama DIR --vit FILE")
         return
 
     if args.fold:

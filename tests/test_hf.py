@@ -501,7 +501,7 @@ def test_more_tokens_than_the_tokenizer_has(fails, golden_folder, tmp_path):
     change_config(folder, vocab_size=576)
     assert checkpoints.load(folder, VIT).llama.output.weight.shape == (576, 64)
     fails(checkpoints, ADAPTER, "--llama", folder, "--vit", VIT, "--fold", tmp_path / "folded",
-          says=["--fold: this LLaMA has 576 tokens, but its tokenizer 512"])
+          says=["--fold: this LLaMA has 576 tokens, but its tokenizer has 512"])
 
 
 def test_a_name_in_two_files(golden_folder):
