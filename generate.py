@@ -1,16 +1,16 @@
-"""Ask LaVIN a question about a picture, talk with it, or let it answer and score a data set.
+"""Ask LaVIN a question about a picture, chat with it, or answer and score a data set.
 
     python generate.py --image x.png --prompt "What is in the picture?"
     python generate.py --chat --image x.png                     a conversation in the terminal
-    python generate.py --serve 8000                             the same as a page
+    python generate.py --serve 8000                             the same as a web page
     python generate.py --data sqa --split test --predictions out/predictions.json
     python generate.py --data jsonl:mine.jsonl --by kind
     python generate.py --data mme:MME_Benchmark
     python generate.py --data caption:captions_val2014.json:val2014 --prompt "Describe it." \\
                        --predictions captions.json
 
-A checkpoint remembers what its training run was told (prompt format, context, paths), so nothing of
-that needs to be said again.
+A checkpoint stores the settings of its training run (prompt format, context, paths), so you need
+not repeat them.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from tiny import shelf, world
 
 
 def find_model(args: argparse.Namespace) -> tuple[str | None, dict]:
-    """Settle the paths in args -> (the checkpoint's path or None, what it remembers)."""
+    """Fill in the paths in args -> (the checkpoint's path or None, the settings it stores)."""
     adapter = args.adapter or "out/checkpoint.pth"
     if adapter == "none":
         adapter = None
@@ -50,7 +50,7 @@ def find_model(args: argparse.Namespace) -> tuple[str | None, dict]:
 
 
 def load_model(args: argparse.Namespace, adapter: str | None, remembered: dict) -> LaVIN:
-    """The model that the flags name, in eval mode. What they leave open is as it was trained."""
+    """The model that the flags name, in eval mode. Other settings are as in its training run."""
     device, dtype = pick_device(args.device, args.dtype)
     check_compiler(args.compile, device)
     print(f"adapter {adapter or 'none'} · {device} · {dtype}")
@@ -67,10 +67,10 @@ def load_model(args: argparse.Namespace, adapter: str | None, remembered: dict) 
 
 def load_data(args: argparse.Namespace, remembered: dict,
               format: str) -> tuple[dict | None, list[data.Sample]]:
-    """What --data names -> (what its samples are scored by, samples).
+    """Read --data -> (the ground truth, samples).
 
-    ScienceQA is scored by its problems, MME by what is true and rows of one's own by their answers.
-    Captions are not scored here: COCO's own evaluation reads --predictions.
+    The ground truth is a problem in ScienceQA, yes or no in MME, and a row in a file of rows.
+    Captions have none here: COCO's own evaluation scores the file of --predictions.
     """
     kind, _, rest = args.data.partition(":")
     images = remembered.get("images", True)
@@ -97,10 +97,10 @@ def load_data(args: argparse.Namespace, remembered: dict,
 
 def answer_data(lavin: LaVIN, truths: dict | None, samples: list[data.Sample], format: str,
                 args: argparse.Namespace) -> None:
-    """Answer what --data names, print its table, write --predictions.
+    """Answer the samples of --data, print the table of scores, write --predictions.
 
-    Whatever ends this early, the answers so far are written. LavinError if there was a picture that
-    could not be decoded.
+    If this ends early, the answers so far are written. LavinError if a picture could not be
+    decoded.
     """
     answers = evaluate.Answers(samples)
     try:
@@ -113,7 +113,7 @@ def answer_data(lavin: LaVIN, truths: dict | None, samples: list[data.Sample], f
 
 def answer_and_score(lavin: LaVIN, truths: dict | None, samples: list[data.Sample],
                      answers: evaluate.Answers, format: str, args: argparse.Namespace) -> None:
-    """Fill `answers`, and print the table that belongs to --data."""
+    """Fill `answers` and print the table of scores for this kind of --data."""
     kind = args.data.partition(":")[0]
     how = {
         "temperature": args.temperature,
@@ -146,7 +146,7 @@ def answer_and_score(lavin: LaVIN, truths: dict | None, samples: list[data.Sampl
 
 def write_predictions(args: argparse.Namespace, truths: dict | None,
                       answers: evaluate.Answers) -> None:
-    """Write --predictions, in the form of --data. What has no answer is named with the reason."""
+    """Write --predictions, in a format for this kind of --data. Missing answers get a reason."""
     kind = args.data.partition(":")[0]
     outputs = answers.outputs()
     missing = answers.missing()
@@ -169,7 +169,7 @@ def write_predictions(args: argparse.Namespace, truths: dict | None,
     text = json.dumps(written, indent=1, ensure_ascii=False)
 
     def write(path):
-        # A name that is not UTF-8 is read as surrogates. As \udc.., JSON can hold them.
+        # Python reads a name that is not UTF-8 as surrogates. JSON can store these as \udc...
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     write_atomically(args.predictions, write)
@@ -177,7 +177,7 @@ def write_predictions(args: argparse.Namespace, truths: dict | None,
 
 
 def answer_prompt(lavin: LaVIN, args: argparse.Namespace, how: dict) -> None:
-    """Print the answer to --prompt, word by word as it comes."""
+    """Print the answer to --prompt while it is generated."""
     conversation = chat.Conversation(lavin, args.image, args.compile)
     for text in conversation.say(args.prompt, **how):
         print(text, end="", flush=True)
@@ -185,7 +185,7 @@ def answer_prompt(lavin: LaVIN, args: argparse.Namespace, how: dict) -> None:
 
 
 def listen(args: argparse.Namespace, adapter: str | None, remembered: dict) -> serve.Server:
-    """The page's server. Where the model is the small world's, it offers to draw, and examples."""
+    """The page's server. With the small world's model, the page has examples and a drawing pad."""
     adapter_name = Path(adapter).name if adapter else "no adapter"
     model_name = f"{Path(args.llama).name} · {adapter_name}"
     colours = {}
@@ -197,13 +197,13 @@ def listen(args: argparse.Namespace, adapter: str | None, remembered: dict) -> s
 
 
 def main() -> None:
-    """Settle what is asked and of which model, then do it."""
+    """Read the flags, check everything, load the model, then do what was asked."""
     parser = flags.generate_parser(__doc__.split("\n\n")[0])
     args = parser.parse_args()
     flags.check_args(args)
     adapter, remembered = find_model(args)
 
-    # What can go wrong should go wrong before 13 GB are loaded.
+    # Find errors here, before 13 GB are loaded.
     format = args.format or remembered.get("format") or "QCM-ALE"
     if args.data:
         truths, samples = load_data(args, remembered, format)
