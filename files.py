@@ -1,8 +1,8 @@
-"""Files that people hand us: found, opened safely, checked, written atomically.
+"""Files: find them, open them safely, check them, write them atomically.
 
-All scripts and loaders read and write through this file. So a wrong, truncated or hostile input
-ends in one sentence on stderr and exit code 2, never in a traceback, an executed pickle or a
-half-written result.
+All scripts and loaders read and write through this module. So a wrong, truncated or malicious input
+ends in one sentence on stderr and exit code 2. It never ends in a traceback, an executed pickle or
+a half-written result.
 """
 
 import argparse
@@ -27,12 +27,12 @@ class LavinError(Exception):
     """One line for the person at the terminal: what is wrong with which file, and what to do."""
 
 
-# What both scripts take when no path is given, and where a person gets it.
+# The default paths of train.py and generate.py, and where to get these files.
 DEFAULTS = {"llama": "weights/7B", "vit": "weights/ViT-L-14.pt", "data_root": "data/scienceqa"}
 ORIGINS = {
     "adapter": "LaVIN's adapters; python train.py --data sqa makes them, or --adapter FILE",
-    "llama": "LLaMA in Meta's layout, from https://llama.meta.com, or in Hugging Face's with "
-             "config.json (--llama DIR), or a file of llama.cpp's (--llama FILE.gguf)",
+    "llama": "LLaMA in Meta's layout, from https://llama.meta.com, or Hugging Face's with "
+             "config.json (--llama DIR), or a llama.cpp file (--llama FILE.gguf)",
     "tokenizer": "comes with LLaMA; in the folder of --llama or the one above it",
     "vit": "CLIP's image encoder ViT-L-14.pt, linked from https://github.com/openai/CLIP; "
            "--vit FILE",
@@ -45,8 +45,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def tokenizer_path(llama: str | Path) -> Path:
     """LLaMA's tokenizer.model or tokenizer.json, or the GGUF file that holds its tokenizer.
 
-    In Meta's download tokenizer.model is in the folder above. Where there is none of them, it is
-    the path of tokenizer.model.
+    In Meta's download, tokenizer.model is in the folder above. If none of these exists, the result
+    is the path of tokenizer.model in the folder itself.
     """
     folder = Path(llama)
     if is_gguf(llama):
@@ -59,7 +59,7 @@ def tokenizer_path(llama: str | Path) -> Path:
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Is this a LLaMA in a single file, as llama.cpp has it?"""
+    """Is this a LLaMA in a single file, in llama.cpp's format?"""
     return str(path).endswith(".gguf")
 
 
@@ -70,7 +70,7 @@ def is_hf_folder(path: str | Path) -> bool:
 
 
 def asks_sqa(args: object) -> bool:
-    """Is ScienceQA among --data? train.py has a list there, generate.py one source or None."""
+    """Is ScienceQA in --data? In train.py that is a list, in generate.py one source or None."""
     if isinstance(args.data, list):
         return "sqa" in args.data
     return args.data == "sqa"
@@ -78,11 +78,11 @@ def asks_sqa(args: object) -> bool:
 
 def choose_paths(args: object, remembered: dict, adapter: str | None = None,
                  weights: bool = True) -> None:
-    """Set args.llama, .vit and .data_root: as given, else as the checkpoint remembers, else the
-    default.
+    """Set args.llama, .vit and .data_root, and print them.
 
-    Says what it took. Raises one LavinError that lists all that is missing and where to get it.
-    weights False: the models' shapes suffice, so their tensors may be missing.
+    Each is taken from the flags, else from the checkpoint, else from DEFAULTS.
+    A LavinError lists all missing files and where to get them. With weights False only the models'
+    shapes are needed, so the files with their weights may be missing.
     """
     for name, default in DEFAULTS.items():
         path = getattr(args, name) or remembered.get(name) or default
@@ -108,7 +108,7 @@ def choose_paths(args: object, remembered: dict, adapter: str | None = None,
     if asks_sqa(args):
         wanted["data_root"] = [f"{args.data_root}/{name}" for name in SCIENCEQA]
     missing = []
-    for origin in ORIGINS:              # in this order
+    for origin in ORIGINS:              # fixes the order
         paths = [str(path) for path in wanted.get(origin, []) if not os.path.exists(path)]
         if paths:
             missing.append(f"{', '.join(paths)} ({ORIGINS[origin]})")
@@ -119,7 +119,7 @@ def choose_paths(args: object, remembered: dict, adapter: str | None = None,
 def pick_device(device: str, dtype: str) -> tuple[torch.device, str]:
     """--device and --dtype -> (torch.device, key of DTYPES).
 
-    "auto" takes a GPU if there is one, in bf16, or in fp16 if the GPU is too old for that.
+    "auto" takes a GPU if there is one, with bf16, or fp16 if the GPU does not support bf16.
     """
     try:
         if device == "auto":
@@ -128,9 +128,9 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, str]:
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"      # torchrun's number
         device = torch.device(device)
         torch.empty(1, device=device)
-        torch.autocast(device.type)     # refuses a device that cannot compute, like "meta"
+        torch.autocast(device.type)     # rejects devices without data, like "meta"
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise LavinError(f"--device {device}: not available here; cpu always is") from error
+        raise LavinError(f"--device {device}: not available here; use --device cpu") from error
     if dtype != "auto":
         return device, dtype
     if device.type == "cpu":
@@ -140,18 +140,18 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, str]:
 
 
 def check_compiler(wanted: bool, device: torch.device) -> None:
-    """LavinError if --compile is wanted on a CPU that has no C++ compiler."""
+    """LavinError if --compile is wanted on a CPU, but there is no C++ compiler."""
     compiler = os.environ.get("CXX", "g++")
     if wanted and device.type == "cpu" and not shutil.which(compiler):
         raise LavinError(f"--compile: on a CPU it needs {compiler}, which is not installed; "
-                         "apt install g++, or leave --compile out")
+                         "apt install g++, or leave out --compile")
 
 
 # Reading
 
 
 def check_regular(path: str | Path) -> None:
-    """LavinError unless it is a file. Reading a pipe or a device could wait or go on for ever."""
+    """LavinError unless it is a file. Reading a pipe or a device might never end."""
     if os.path.isdir(path):
         raise LavinError(f"{path}: a folder, where a file is needed")
     try:
@@ -166,9 +166,9 @@ def check_regular(path: str | Path) -> None:
 
 
 def inside(folder: str | Path, name: str) -> Path:
-    """folder/name, for a name out of somebody's data. ValueError if it leads out of the folder.
+    """folder/name, for a name that comes from a data set. ValueError if it leaves the folder.
 
-    A link inside the folder may lead anywhere: whoever made the folder made the link.
+    A symbolic link in the folder may point anywhere: we trust whoever made the folder.
     """
     path = os.path.normpath(name)
     if os.path.isabs(path) or path.split(os.sep)[0] == ".." or "\0" in path:
@@ -188,45 +188,45 @@ def read_json(path: str | Path) -> object:
 
 
 def is_zip(path: str | Path) -> bool:
-    """Does a file begin as a zip file does, so that torch would read it as one?"""
+    """Does the file begin like a zip file, so that torch would read it as one?"""
     with open(path, "rb") as opened:
         return opened.read(4) == b"PK\x03\x04"
 
 
 def check_not_packed(path: str | Path, entries: list[zipfile.ZipInfo]) -> None:
-    """LavinError for entries of a zip file that are compressed, or lie over each other.
+    """LavinError for entries of a zip file that are compressed or overlap.
 
-    torch writes no such tensors. A small file could unpack to more than the machine's memory.
+    torch never writes such entries. Unpacked, a small file could exceed the machine's memory.
     """
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED:
             raise LavinError(f"{path}: its entry {entry.filename} is compressed, "
-                             "as in no torch file; not loaded")
+                             "unlike those of torch files; not loaded")
     if sum(entry.file_size for entry in entries) > os.path.getsize(path):
         raise LavinError(f"{path}: its entries have more bytes than the file; not loaded")
 
 
 def check_archive(path: str | Path) -> None:
-    """LavinError for a zip file that torch.save did not write."""
+    """LavinError for a zip file that was not written by torch.save."""
     with zipfile.ZipFile(path) as archive:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            raise LavinError(f"{path}: a TorchScript archive, as CLIP's are; "
+            raise LavinError(f"{path}: a TorchScript archive, like CLIP's; "
                              "a file that torch.save wrote is needed here")
         check_not_packed(path, archive.infolist())
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
-    """A torch file on the CPU. No code is unpickled: only tensors, containers, argparse.Namespace.
+    """Load a torch file to the CPU: only tensors, containers and argparse.Namespace, no code.
 
-    mmap=True leaves the tensors on disk until they are touched. Raises LavinError if the file is
-    missing, truncated, or holds anything else than data.
+    mmap=True leaves the tensors on disk until they are read. LavinError if the file is missing,
+    truncated, or holds anything except data.
     """
     check_regular(path)
     try:
         if is_zip(path):
             check_archive(path)
         elif mmap:
-            raise LavinError(f"{path}: not a file as torch writes them since 1.6; truncated? "
+            raise LavinError(f"{path}: not in the format of torch 1.6 and later; truncated? "
                              "fetch it again, or load and save it with torch")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -235,17 +235,17 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
     except OSError as error:
         raise LavinError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnicodeEncodeError as error:
-        raise LavinError(f"{path}: torch cannot map a file of this name; rename it") from error
+        raise LavinError(f"{path}: torch cannot map a file with this name; rename it") from error
     except pickle.UnpicklingError as error:
         raise LavinError(f"{path}: not a checkpoint of tensors, or one that would run code; "
                          "not loaded") from error
-    except Exception as error:      # damaged bytes make the reader raise anything
+    except Exception as error:      # damaged bytes can raise any exception
         raise LavinError(f"{path}: not a readable torch file; truncated? fetch it again"
                          ) from error
 
 
 def tensors_of(state: object, path: str | Path) -> dict[str, torch.Tensor]:
-    """`state` itself if it is {name: plain tensor}, else a LavinError about `path`."""
+    """`state`, if it is {name: plain tensor}; otherwise a LavinError about `path`."""
     if not isinstance(state, dict):
         raise LavinError(f"{path}: not a checkpoint of the expected kind: "
                          "it does not hold named tensors")
@@ -255,7 +255,7 @@ def tensors_of(state: object, path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def check_names(path: str | Path, expected: Iterable[str], found: Iterable[str]) -> None:
-    """LavinError that names the first name that only one of the two holds."""
+    """LavinError with the first name that is in only one of `expected` and `found`."""
     different = sorted(set(expected) ^ set(found))
     if different:
         name = different[0]
@@ -264,10 +264,10 @@ def check_names(path: str | Path, expected: Iterable[str], found: Iterable[str])
 
 
 def check_plain(path: str | Path, name: object, tensor: object) -> None:
-    """LavinError unless it is a tensor with a place in memory for each of its numbers.
+    """LavinError unless it is a strided tensor whose storage holds all of its elements.
 
-    A file may also hold sparse, quantized and nested tensors, tensors without numbers, and a
-    single number that claims to be a million of them.
+    A file may also contain sparse, quantized, nested and meta tensors, or a single element that is
+    expanded to a million.
     """
     fault = None
     if not isinstance(tensor, torch.Tensor):
@@ -277,16 +277,16 @@ def check_plain(path: str | Path, name: object, tensor: object) -> None:
     elif tensor.is_quantized:
         fault = "is quantized"
     elif tensor.nbytes > tensor.untyped_storage().nbytes():
-        fault = "has more numbers than the file holds of it"
+        fault = "has more elements than its storage"
     if fault:
         raise LavinError(f"{path}: {name} {fault}")
 
 
 def check_tensor(path: str | Path, name: str, tensor: object, shape: torch.Size | None = None,
                  dtype: torch.dtype | None = None) -> None:
-    """LavinError unless it is a plain tensor of floating-point numbers, of this shape.
+    """LavinError unless it is a plain floating-point tensor of this shape.
 
-    The numbers must be finite, in `dtype` too if it is given.
+    Its values must be finite, also after a cast to `dtype` if that is given.
     """
     check_plain(path, name, tensor)
     fault = None
@@ -302,13 +302,13 @@ def check_tensor(path: str | Path, name: str, tensor: object, shape: torch.Size 
 
 
 def is_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
-    """No NaN and no infinity, once the numbers are of `dtype`? (Default: their own.)
+    """Is the tensor free of NaN and infinity after a cast to `dtype`? (Default: its own.)
 
-    The smallest and the largest number tell, faster than isfinite.
+    Checking only the minimum and the maximum is faster than isfinite.
     """
     if tensor.numel() == 0:
         return True
-    if tensor.dtype.itemsize == 1:      # aminmax knows no 8-bit floats
+    if tensor.dtype.itemsize == 1:      # aminmax does not support 8-bit floats
         tensor = tensor.float()
     smallest, largest = tensor.detach().aminmax()
     dtype = dtype or tensor.dtype
@@ -317,7 +317,7 @@ def is_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
 
 @torch.no_grad()
 def fill(parameters: dict, state: dict, path: str | Path) -> None:
-    """Copy `state` into `parameters`, both {name: tensor}: the same names, the same shapes."""
+    """Copy `state` into `parameters`, both {name: tensor}. Names and shapes must be equal."""
     check_names(path, parameters, state)
     for name, parameter in parameters.items():
         check_tensor(path, name, state[name], parameter.shape, parameter.dtype)
@@ -325,10 +325,10 @@ def fill(parameters: dict, state: dict, path: str | Path) -> None:
 
 
 def fingerprint(path: str | Path) -> str:
-    """A hash that tells one model from another: of a file, or of all the weights in a folder.
+    """A hash of a file, or of all weights in a folder, to tell models apart.
 
-    The sizes count, and 64 KB at each of 16 places of every file. So it takes milliseconds, where
-    hashing 13 GB takes a minute, and two trainings of one architecture still differ.
+    It covers the size of every file and 64 KB at each of 16 places in it. So it takes milliseconds,
+    while hashing 13 GB takes a minute. Two trainings of one architecture still differ.
     """
     n_places = 16
     n_bytes = 2**16
@@ -352,21 +352,21 @@ def fingerprint(path: str | Path) -> str:
 
 
 def check_is_file(path: str | Path) -> None:
-    """OSError for what is there and no file: a folder, or a device that renaming would replace."""
+    """OSError for a folder or a device: renaming a file to this path would replace the device."""
     if os.path.isdir(path):
         raise OSError(errno.EINVAL, "it is a directory")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(errno.EINVAL, "it is no regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary path)`, then rename. Readers see the old file or the new one whole.
+    """Call `write(temporary path)`, then rename. Readers never see a half-written file.
 
-    The temporary name is the process's own, so that two of them do not write into one file.
+    The temporary name contains the process id, so that two processes do not write to one file.
     """
     temporary = None
     try:
-        target = Path(os.path.realpath(path))       # a link stays, and what it names is written
+        target = Path(os.path.realpath(path))       # keep a link, write its target
         check_is_file(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
@@ -381,8 +381,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def why_not(error: Exception) -> str:
-    """The reason for a failed writing, in the system's words where it has any."""
-    cause = error.__context__               # of torch.save, which itself says "unexpected pos"
+    """Why writing failed, in the system's words if it has any."""
+    cause = error.__context__               # torch.save itself only says "unexpected pos"
     if isinstance(error, RuntimeError) and isinstance(cause, OSError):
         error = cause
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -391,14 +391,14 @@ def why_not(error: Exception) -> str:
 def save_tensors(path: str | Path, content: object) -> None:
     """torch.save, atomically. LavinError if the file cannot be written."""
     def write(temporary):
-        with open(temporary, "wb") as file:     # given a path, torch.save hides that a disk is full
+        with open(temporary, "wb") as file:     # with a path, torch.save hides a full disk
             torch.save(content, file)
 
     write_atomically(path, write)
 
 
 def check_writable(path: str | Path, flag: str) -> None:
-    """Make the directory of `path`. LavinError if nothing can be written there: better now than
+    """Make the directory of `path`. LavinError if nothing can be written there, now instead of
     after hours of work.
     """
     path = Path(path)
@@ -413,17 +413,17 @@ def check_writable(path: str | Path, flag: str) -> None:
 
 
 def remove_temporaries(folder: str | Path) -> None:
-    """Remove what a process that was killed has left of `write_atomically` in a folder."""
+    """Remove the temporary files that a killed process's `write_atomically` left in a folder."""
     for temporary in Path(folder).glob("*.tmp"):
         temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def locked(folder: str | Path, otherwise: str | None) -> Iterator[None]:
-    """In a `with`, no other process is in such a `with` of the same folder.
+    """A context manager: only one process at a time can hold the lock of a folder.
 
-    If one is: LavinError(otherwise), or with None wait for its end. The system releases the lock
-    when the process ends, however that happens. A file system without locks has none.
+    If another one holds it: LavinError(otherwise), or wait if that is None. The system releases the
+    lock when the process ends in any way. On a file system without locks, nothing is locked.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     how = fcntl.LOCK_EX | fcntl.LOCK_NB if otherwise else fcntl.LOCK_EX

@@ -641,7 +641,7 @@ FAULTS = {
     "nested": (nested, "is not a plain tensor"),
     "meta": (lambda tensor: tensor.to("meta"), "is not a plain tensor"),
     "quantized": (quantized, "is quantized"),
-    "expanded": (lambda tensor: torch.zeros(1).expand(2**40), "has more numbers than the file"),
+    "expanded": (lambda tensor: torch.zeros(1).expand(2**40), "has more elements than its storage"),
     "0-d": (lambda tensor: tensor.flatten()[0].clone(), r"is \(\)"),
     "another shape": (lambda tensor: tensor[1:].clone(), "ask for|this model's is"),
     "one dimension more": (lambda tensor: tensor[None].clone(), "ask for|this model's is"),

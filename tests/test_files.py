@@ -152,9 +152,9 @@ def write_after(path):
 def test_what_is_no_file_is_not_replaced(tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    with pytest.raises(files.LavinError, match="no regular file"):
+    with pytest.raises(files.LavinError, match="not a regular file"):
         files.write_atomically(fifo, write_after)
-    with pytest.raises(files.LavinError, match="no regular file"):
+    with pytest.raises(files.LavinError, match="not a regular file"):
         files.check_writable(fifo, "--x")
     assert fifo.is_fifo()
 

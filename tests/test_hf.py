@@ -519,7 +519,7 @@ def test_files_that_are_none(fails, golden_folder):
     fails(generate, *ask(llama=folder), says=[f"{weights}: a pipe or a device"])
     weights.unlink()
     weights.write_bytes(b"nonsense")
-    fails(generate, *ask(llama=folder), says=[f"{weights}: not a file as torch writes them"])
+    fails(generate, *ask(llama=folder), says=[f"{weights}: not in the format of torch"])
     safetensors = folder / "model.safetensors"
     safetensors.mkdir()
     fails(generate, *ask(llama=folder), says=[f"{safetensors}: a folder, where a file is needed"])
