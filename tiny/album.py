@@ -141,7 +141,7 @@ def paint(canvas: ImageDraw.ImageDraw, rng: Random, thing: Thing, x, y, r, behin
         canvas.text((x, y), thing.shape, fill, font, anchor="mm")
         return
     angle = rng.gauss(0, 0.15)
-    if rng.random() < 0.3:
+    if rng.random() < 0.15:
         angle = rng.uniform(-math.pi, math.pi)
     if thing.shape in ("square", "diamond"):        # turned far, one looks like the other
         angle = rng.uniform(-0.2, 0.2)
@@ -268,19 +268,26 @@ def pair(rng: Random, one: Thing, other: Thing) -> tuple[Image.Image, str]:
 
 
 def group(n: int, rng: Random) -> list[tuple[Image.Image, str]]:
-    """n pictures with their captions, (picture, caption), all but two of whose properties agree."""
+    """n pictures with their captions, (picture, caption), all but two of whose properties agree.
+
+    Shape is nearly always one of the two: it is what is hardest to see.
+    """
     pools = {
-        "shape": LETTERS if rng.random() < 0.25 else SHAPES,
+        "shape": LETTERS if rng.random() < 0.1 else SHAPES,
         "colour": tuple(COLOURS),
         "size": tuple(SIZES),
         "n": (1, 2, 3, 4),
         "place": tuple(PLACES),
     }
-    varied = rng.sample(["shape", "shape", "colour", "size", "n", "place"], 2)
+    varied = rng.sample(["colour", "size", "n", "place"], 2)
+    if rng.random() < 0.85:
+        varied[0] = "shape"
     for name, pool in pools.items():
         if name not in varied:
             pools[name] = rng.sample(pool, rng.choice([1, 1, 2]))
-    draw = rng.choices([draw_several, draw_pair], [3, 1])[0]
+    draw = draw_several
+    if "shape" in varied and rng.random() < 0.2:
+        draw = draw_pair                            # a caption of two colours and two shapes
     return [draw(rng, pools) for _ in range(n)]
 
 

@@ -2,6 +2,7 @@
 
     python -m tiny.pretrain              make them anew, one after the other
     python -m tiny.pretrain clip         make one of them: llama or clip
+    python -m tiny.pretrain --compile    CLIP with torch.compile, which is faster
 
 LLaMA is trained on text of the world (tiny/corpus.py): facts, and questions about scenes that are
 described in words. It never sees a picture. CLIP is trained contrastively on pictures and their
@@ -42,7 +43,7 @@ from vit import LayerNorm, ViTConfig, VisionTransformer
 
 MODELS = ("llama", "clip")
 LLAMA_STEPS = 5000
-CLIP_STEPS = 5000
+CLIP_STEPS = 10000
 
 
 # What both models share
@@ -312,17 +313,34 @@ def scene(skill: Callable[[Random], Item], rng: Random) -> tuple[np.ndarray, str
     return shrink(render(item, rng)), item.caption
 
 
-def draw_batch(n: int, rng: Random) -> list[tuple[np.ndarray, str]]:
-    """n pictures with their captions, in five groups that are hard to tell apart within.
+def similar_things(n: int, rng: Random) -> list[Item]:
+    """n Items of things that differ in shape and in one more property: colour, number or place.
 
-    One is of things, which stand for four skills, two are of other skills of the world, and two are
+    None is of the pairs that are kept for the test split.
+    """
+    first = old_things(rng)
+    same = rng.sample([1, 2, 3], 2)         # of a scene: shape, colour, number, position
+    items = [first]
+    while len(items) < n:
+        item = old_things(rng)
+        if all(item.scene[i] == first.scene[i] for i in same):
+            items.append(item)
+    return items
+
+
+def draw_batch(n: int, rng: Random) -> list[tuple[np.ndarray, str]]:
+    """n pictures with their captions, in four groups that are hard to tell apart within.
+
+    One is of things, which stand for four skills, one is of another skill of the world, and two are
     from the album.
     """
-    size = n // 5
+    size = n // 4
     batch = []
-    for skill in (old_things, *rng.sample(OTHER_SKILLS, 2)):
-        for _ in range(size):
-            batch.append(scene(skill, rng))
+    for item in similar_things(size, rng):
+        batch.append((shrink(render(item, rng)), item.caption))
+    skill = rng.choice(OTHER_SKILLS)
+    for _ in range(size):
+        batch.append(scene(skill, rng))
     for picture, caption in album.group(size, rng) + album.group(size, rng):
         batch.append((shrink(picture), caption))
     return batch
@@ -404,13 +422,16 @@ def official_clip(towers: Towers) -> dict[str, torch.Tensor]:
 
 
 def pretrain_clip(path: Path, steps: int, seed: int = 0,
-                  batch_size: int = 65, lr: float = 1e-3, n_scored: int = 200) -> dict[str, float]:
+                  batch_size: int = 96, lr: float = 1e-3, n_scored: int = 200,
+                  compiled: bool = False) -> dict[str, float]:
     """Write CLIP's image encoder to the path -> its caption_scores, "new combinations" included."""
     ops.keep_freed_memory()
     torch.manual_seed(seed)
     rng = Random(f"{seed} album")
     tokenizer = SentencePieceProcessor(model_proto=train_tokenizer(seed))
     towers = Towers(CLIP_CONFIG, tokenizer.vocab_size())
+    if compiled:
+        towers.visual.compile()
     optimizer = make_optimizer(towers, beta2=0.98)
     right = 0.0                 # a moving average over about fifty steps
     bar = tqdm(range(steps), desc="CLIP", file=sys.stdout)
@@ -430,6 +451,7 @@ def pretrain_clip(path: Path, steps: int, seed: int = 0,
 def main() -> None:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(MODELS)}")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for CLIP")
     args = parser.parse_args()
     models = args.models or MODELS
     for model in models:
@@ -444,7 +466,7 @@ def main() -> None:
     if "llama" in models:
         make_folder(PATHS["llama"], write_llama)
     if "clip" in models:
-        scores["clip"] = pretrain_clip(PATHS["vit"], CLIP_STEPS)
+        scores["clip"] = pretrain_clip(PATHS["vit"], CLIP_STEPS, compiled=args.compile)
     text = json.dumps(scores, indent=1)
     write_atomically(path, lambda temporary: temporary.write_text(text))
     print(text)
