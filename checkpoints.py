@@ -676,17 +676,21 @@ def print_routing(lavin: LaVIN) -> None:
               f"   picture {picture[0]:.3f} {picture[1]:.3f}")
 
 
-def main() -> None:
-    """Describe a checkpoint. If its LLaMA is found, also print the routing, and fold if asked."""
+def flag_parser() -> Parser:
     parser = Parser(description="Describe a LaVIN checkpoint.")
-    parser.add_argument("file")
+    parser.add_argument("file", help="the checkpoint, ours or released")
     parser.add_argument("--llama", help="its LLaMA, needed to print the routing "
                         "weights (default: the one it was trained with)")
     parser.add_argument("--vit", help="its CLIP (default: the one it was trained with)")
     parser.add_argument("--fold", metavar="DIR", help="write LLaMA with the adapters "
                         "merged into it, for text only: Meta's layout, fp16, biases for "
                         "wq, wk and wv")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Describe a checkpoint; with its LLaMA at hand show the routing, and fold if asked to."""
+    args = flag_parser().parse_args()
     settings = describe(args.file)
     llama = args.llama or settings.get("llama")
     vit = args.vit or settings.get("vit")

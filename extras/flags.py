@@ -13,6 +13,10 @@ from extras.terminal import Parser
 from extras.values import HELD_OUT_ROWS, QUESTION, SETTINGS, SQA_FIELDS
 from files import LavinError
 
+DTYPE_HELP = ("of the frozen weights (default: auto, which is bf16 on a GPU, fp16 on one too old "
+              "for it, and fp32 on a CPU)")
+WORKERS_HELP = "processes that decode pictures (default: half as many as cores, at most 8)"
+
 
 def adder(group, kinds: dict) -> Callable:
     """A group's add_argument for flags whose values extras/values.py describes."""
@@ -44,7 +48,8 @@ def add_source_flags(group) -> None:
     switch = group.add_argument
     add("--data", nargs="+", metavar="SOURCE",
         help=f"sqa: ScienceQA (default); {kinds}, where FILE:IMAGES says where the pictures are")
-    add("--weights", nargs="+", metavar="W", help="shares of several sources in every epoch")
+    add("--weights", nargs="+", metavar="W", help="shares of several sources in every epoch "
+        "(default: all samples of each)")
     switch("--multi-turn", action="store_true", help="make a conversation one sample")
     switch("--skip-bad", action="store_true", help="leave out rows that cannot be used")
     add("--val-fraction", help="of every source, held out: after each epoch its loss and, of "
@@ -66,7 +71,7 @@ def add_source_flags(group) -> None:
 def add_training_flags(group) -> None:
     add = adder(group, SETTINGS)
     switch = group.add_argument
-    add("--epochs", help="default: 20, without ScienceQA 15")
+    add("--epochs", help="passes over the data (default: 20, without ScienceQA 15)")
     add("--warmup", help="epochs, at most a tenth of all (default: 2, without ScienceQA 0.2)")
     add("--batch-size", help="samples of one optimizer step (default: 32)")
     add("--micro-batch", help="samples of one forward pass (default: 4)")
@@ -79,9 +84,10 @@ def add_training_flags(group) -> None:
     add("--scale", help="of the adapters (default: 1)")
     add("--hidden", help="size of the projector's hidden layer (default: 128)")
     add("--experts", help="of an adapter; 1 is a plain adapter without a router (default: 2)")
-    add("--seed", help="default: 0")
+    add("--seed", help="of everything that is drawn (default: 0)")
     add("--adapters",
-        help="leave them out of the ViT, or everywhere, so that only the projector learns")
+        help="llama: leave them out of the ViT; none: out of LLaMA too, so that only the "
+        "projector learns (default: all)")
     switch("--no-routing", dest="routing", action="store_false",
            help="mix both experts half and half")
     switch("--resume", action="store_true", help="go on from OUT/checkpoint.pth")
@@ -100,14 +106,14 @@ def add_speed_flags(group) -> None:
     add = adder(group, SETTINGS)
     switch = group.add_argument
     add("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    add("--dtype", help="of the frozen weights")
+    add("--dtype", help=DTYPE_HELP)
     switch("--compile", action=argparse.BooleanOptionalAction,
-           help="the blocks (default: on a GPU)")
+           help="compile the blocks (default: on a GPU)")
     switch("--checkpointing", action="store_true", help="recompute activations, to save memory")
     add("--bits", help="per number in LLaMA's matrices (default: 16)")
     switch("--fsdp", action="store_true", help="under torchrun: cut LLaMA's matrices into a part "
            "for each GPU")
-    add("--workers", help="processes that decode pictures")
+    add("--workers", help=WORKERS_HELP)
 
 
 def check_settings(settings) -> None:
@@ -171,7 +177,7 @@ def add_data_flags(group) -> None:
         "{id: text}}, and {missing: {id: why}} where there is no answer; for rows a list of {id, "
         "output, answer, right}")
     add("--batch-size", default=32, help="problems answered at a time (default: 32)")
-    add("--workers", default=default_workers(), help="processes that decode pictures")
+    add("--workers", default=default_workers(), help=WORKERS_HELP)
 
 
 def add_model_flags(group) -> None:
@@ -183,21 +189,22 @@ def add_model_flags(group) -> None:
     add("--delta", help="folder of Hugging Face's that is added to LLaMA (default: as trained)")
     add("--vit", help="CLIP's image encoder (default: as trained, or weights/ViT-L-14.pt)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    add("--dtype", default="auto")
+    add("--dtype", default="auto", help=DTYPE_HELP)
     add("--bits", help="per number in LLaMA's matrices (default: as trained, or 16)")
     add("--max-seq-len", help="context in tokens (default: as trained)")
     switch("--compile", action="store_true",
-           help="the steps of decoding; takes half a minute, and pays off in long answers")
+           help="compile the steps of decoding; takes half a minute, and pays off in long answers")
 
 
 def add_sampling_flags(group) -> None:
     add = adder(group, QUESTION)
     add("--max-new-tokens",
-        help="default: 256; for a data set 64, but 16 for mme and 256 for sqa with reasons first")
+        help="of an answer, at most (default: 256; for a data set 64, but 16 for mme and 256 for "
+        "sqa with reasons first)")
     add("--temperature", default=0.0, help="0 takes the likeliest token (default)")
     add("--top-p", default=1.0,
         help="draw from the likeliest tokens that hold this much probability (default: 1)")
-    add("--seed", default=0, help="of the drawing")
+    add("--seed", default=0, help="of the drawing (default: 0)")
 
 
 def check_source(source: str) -> None:

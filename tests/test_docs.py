@@ -1,13 +1,18 @@
-"""README and docs/: every command line parses, and what docs/paper.md prints is what it says."""
+"""README and docs/: every command line parses, docs/paper.md shows what its code prints, and
+docs/flags.md lists the flags as they are.
+"""
 
+import argparse
 import contextlib
 import io
 import re
 import shlex
+import sys
 
 import pytest
 
 from conftest import ROOT
+from examples import flags as flags_page
 from extras import flags
 from files import LavinError
 from train import Settings
@@ -75,7 +80,41 @@ def test_the_counts_of_the_paper_page():
         assert f"| {millions:.2f} |" in page, f"{count} is in no table"
 
 
+def test_the_page_of_flags_is_up_to_date(tmp_path, monkeypatch):
+    file = tmp_path / "flags.md"
+    monkeypatch.setenv("COLUMNS", "20")         # a narrow terminal changes nothing
+    monkeypatch.setattr(sys, "argv", ["flags.py", str(file)])
+    flags_page.main()
+    committed = ROOT / "docs" / "flags.md"
+    assert file.read_text(encoding="utf-8") == committed.read_text(encoding="utf-8"), (
+        "run python -m examples.flags docs/flags.md")
+
+
+def test_every_flag_is_on_its_page_and_says_what_it_is_for():
+    page = flags_page.page()
+    for parser in (flags.train_parser(""), flags.generate_parser("")):
+        for line in parser.format_help().splitlines():
+            for name in re.findall(r"^  (--[a-z-]+)", line):
+                assert re.search(rf"^\| `{name}\b.*` \| \w", page, re.MULTILINE), name
+
+
 # The checks themselves can fail
+
+
+def test_a_flag_is_shown_with_its_values():
+    parser = argparse.ArgumentParser()
+    group = parser.add_argument_group("all kinds")
+    group.add_argument("file", help="a place")
+    group.add_argument("--many", nargs="+", help="100 %% of them")
+    group.add_argument("--perhaps", nargs="?", metavar="P", help="one | none")
+    group.add_argument("--yes", action=argparse.BooleanOptionalAction, help="a switch")
+    assert flags_page.section("x.py", parser) == [
+        "## x.py", "",
+        "| all kinds | |", "|---|---|",
+        "| `file` | a place |",
+        "| `--many MANY [MANY ...]` | 100 % of them |",
+        r"| `--perhaps [P]` | one \| none |",
+        "| `--yes, --no-yes` | a switch |", ""]
 
 
 def test_commands_are_found():

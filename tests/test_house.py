@@ -25,7 +25,8 @@ FLOORS = {
     8: ["extras/serve", "extras/choices", "extras/rows", "extras/estimate", "tiny/album",
         "tiny/corpus", "tiny/shelf"],
     9: ["train", "generate", "tiny/pretrain"],
-    10: ["bench/*", "examples/architecture", "examples/tour", "examples/easy_vqa"],
+    10: ["bench/*", "examples/architecture", "examples/flags", "examples/tour",
+         "examples/easy_vqa"],
 }
 TOP_LEVEL = {"model", "adapters", "router", "vit", "data", "checkpoints", "files", "train",
              "generate"}

@@ -1,0 +1,80 @@
+"""Every flag of the three scripts as a page of Markdown, from what their --help is made of.
+
+    python -m examples.flags docs/flags.md
+"""
+
+import argparse
+from pathlib import Path
+
+import checkpoints
+from extras import flags
+from extras.terminal import Parser, run
+from files import write_atomically
+from tiny import world
+
+BEGINNING = """# Every flag
+
+`python -m examples.flags docs/flags.md` writes this page. `--help` says the same.
+"""
+
+
+def shown(action: argparse.Action) -> str:
+    """A flag and what follows it, as --help writes it: "--weights W [W ...]"."""
+    names = ", ".join(action.option_strings)
+    value = action.metavar or action.dest.upper()
+    if not names:                           # no flag: its place says what it is
+        return action.metavar or action.dest
+    if action.nargs == 0:                   # a switch
+        return names
+    if action.nargs == "?":
+        return f"{names} [{value}]"
+    if action.nargs == "+":
+        return f"{names} {value} [{value} ...]"
+    return f"{names} {value}"
+
+
+def section(script: str, parser: argparse.ArgumentParser) -> list[str]:
+    """The lines of a script's section: a table for each group of flags."""
+    lines = [f"## {script}", ""]
+    # Only argparse's private attributes list the groups. Its own text of them would depend on the
+    # terminal's width and on Python's version.
+    for group in parser._action_groups:
+        actions = [action for action in group._group_actions if action.dest != "help"]
+        if not actions:
+            continue
+        lines += [f"| {group.title} | |", "|---|---|"]
+        for action in actions:
+            meaning = action.help.replace("%%", "%").replace("|", "\\|")
+            lines.append(f"| `{shown(action)}` | {meaning} |")
+        lines.append("")
+    return lines
+
+
+def small_world() -> list[str]:
+    """The lines about the defaults that train.py has for its small world."""
+    told = []
+    for name, value in world.DEFAULTS.items():
+        told.append(f"`--{name.replace('_', '-')} {value}`")
+    return [f"For the small world the defaults are {', '.join(told[:-1])} and {told[-1]}.", ""]
+
+
+def page() -> str:
+    lines = [BEGINNING]
+    lines += section("train.py", flags.train_parser(""))
+    lines += small_world()
+    lines += section("generate.py", flags.generate_parser(""))
+    lines += section("checkpoints.py", checkpoints.flag_parser())
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, metavar="FILE")
+    file = parser.parse_args().file
+    write_atomically(file, lambda temporary: temporary.write_text(page(), encoding="utf-8"))
+    print(f"written: {file}")
+
+
+if __name__ == "__main__":
+    run(main)
