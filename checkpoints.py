@@ -254,10 +254,13 @@ def open_weights(llama: str | Path | gguf.File, names: list[str]) -> MappedShard
 
 
 def copy_tensor(shards: MappedShards | gguf.File, name: str, target: torch.Tensor,
-                config: LLaMAConfig) -> None:
-    """Copy a tensor from the files into `target`, joining its slices."""
+                config: LLaMAConfig, permute: bool = True) -> None:
+    """Copy a tensor from the files into `target`, joining its slices, rows in Meta's order.
+
+    permute False: the rows of Hugging Face's files keep their own order.
+    """
     slices = shards.slices(name, target)
-    if shards.is_hf:
+    if shards.is_hf and permute:
         slices = [hf.to_meta(name, slices[0], config)]
     parts = slots(target, slices)
     if parts is None:
@@ -272,7 +275,8 @@ def copy_tensor(shards: MappedShards | gguf.File, name: str, target: torch.Tenso
 
 @torch.no_grad()
 def load_llama(llama: LLaMA, source: str | Path | gguf.File, device: torch.device,
-               dtype: torch.dtype, delta: str | Path | None = None) -> Iterator[nn.Module]:
+               dtype: torch.dtype, delta: str | Path | None = None,
+               delta_unpermuted: bool = False) -> Iterator[nn.Module]:
     """Copy LLaMA's files (see open_llama) into the frozen weights of `llama`, tensor by tensor.
 
     The blocks must be on the meta device. Each is allocated, filled and then yielded. So the caller
@@ -290,7 +294,9 @@ def load_llama(llama: LLaMA, source: str | Path | gguf.File, device: torch.devic
         total = torch.empty_like(parameter, dtype=torch.float32)
         copy_tensor(shards, name, total, llama.config)
         added = torch.empty_like(total)
-        copy_tensor(deltas, name, added, llama.config)
+        # The authors add a delta without permuting it, so q and k get rows that belong to other
+        # channels. What they trained on such a base needs the same base again.
+        copy_tensor(deltas, name, added, llama.config, permute=not delta_unpermuted)
         total += added
         check_tensor(delta, name, total, dtype=parameter.dtype)
         parameter.copy_(total)
@@ -589,14 +595,16 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
          device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
          max_seq_len: int | None = None, fresh: AdapterConfig | None = None,
          tau: float | None = None, dropout: float | None = None, bits: int = 16,
-         fsdp: bool = False, delta: str | Path | None = None) -> LaVIN:
+         fsdp: bool = False, delta: str | Path | None = None,
+         delta_unpermuted: bool = False) -> LaVIN:
     """LLaMA's folder or GGUF file, CLIP's file and a LaVIN checkpoint or None -> LaVIN.
 
     The model is in eval mode. Frozen weights have `dtype`, trained ones fp32. A max_seq_len, tau or
     dropout of None becomes the checkpoint's value, or else 512, 10 or 0.1. fresh configures the
     adapters if there is no checkpoint. bits 8 or 4 quantizes LLaMA, and fsdp shards it over the
     ranks, block by block while it is read. delta: a Hugging Face folder whose weights are added to
-    LLaMA's. LavinError for files that are damaged or do not fit.
+    LLaMA's; with delta_unpermuted, the rows of wq and wk are not brought to Meta's order first, as
+    in the authors' code. LavinError for files that are damaged or do not fit.
     """
     state, config, settings = begin_with(adapter, fresh, tau, dropout)
     max_seq_len = max_seq_len or settings.get("max_seq_len") or 512
@@ -617,7 +625,7 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
     allocate(outside, device, dtype)
     fill(frozen_parameters(lavin.vit), vit_state, vit)
     del vit_state                                   # saves 0.6 GB while LLaMA is read
-    for block in load_llama(lavin.llama, source, device, dtype, delta):
+    for block in load_llama(lavin.llama, source, device, dtype, delta, delta_unpermuted):
         if bits < 16:
             quantize(block, bits)
         if fsdp:
@@ -689,7 +697,7 @@ def flag_parser() -> Parser:
 
 
 def main() -> None:
-    """Describe a checkpoint; with its LLaMA at hand show the routing, and fold if asked to."""
+    """Describe a checkpoint. If its LLaMA is found, also print the routing, and fold if asked."""
     args = flag_parser().parse_args()
     settings = describe(args.file)
     llama = args.llama or settings.get("llama")
@@ -707,7 +715,8 @@ def main() -> None:
 
     if args.fold:
         check_writable(Path(args.fold, "params.json"), "--fold")
-    lavin = load(llama, vit, args.file, delta=settings.get("delta"))
+    lavin = load(llama, vit, args.file, delta=settings.get("delta"),
+                 delta_unpermuted=settings.get("delta_unpermuted", False))
     print_routing(lavin)
     if args.fold:
         save_folded(fold(lavin, 0), args.fold)

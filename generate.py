@@ -53,6 +53,9 @@ def load_model(args: argparse.Namespace, adapter: str | None, remembered: dict) 
     """The model that the flags name, in eval mode. Other settings are as in its training run."""
     device, dtype = pick_device(args.device, args.dtype)
     check_compiler(args.compile, device)
+    delta = args.delta or remembered.get("delta")
+    unpermuted = args.delta_unpermuted or remembered.get("delta_unpermuted", False)
+    flags.check_delta(delta, unpermuted)
     print(f"adapter {adapter or 'none'} · {device} · {dtype}")
     return checkpoints.load(
         args.llama,
@@ -62,7 +65,8 @@ def load_model(args: argparse.Namespace, adapter: str | None, remembered: dict) 
         dtype=DTYPES[dtype],
         max_seq_len=args.max_seq_len,
         bits=args.bits or remembered.get("bits") or 16,
-        delta=args.delta or remembered.get("delta"))
+        delta=delta,
+        delta_unpermuted=unpermuted)
 
 
 def load_data(args: argparse.Namespace, remembered: dict,

@@ -85,6 +85,7 @@ class Settings:
     llama: str | None = None
     vit: str | None = None
     delta: str | None = None
+    delta_unpermuted: bool = False      # added as the authors' code does
     data_root: str | None = None
     adapter: str | None = None          # a checkpoint to start from
     out: str = "out"
@@ -306,7 +307,8 @@ def build(settings: Settings, resumed: dict | None,
         dropout=settings.dropout,
         bits=settings.bits,
         fsdp=settings.fsdp,
-        delta=settings.delta)
+        delta=settings.delta,
+        delta_unpermuted=settings.delta_unpermuted)
     resume.check_sizes(lavin.adapter_config, settings)
     if lavin.llama.config.folded:
         raise LavinError(f"{settings.llama}: adapters are folded into it; "

@@ -64,6 +64,8 @@ def add_source_flags(group) -> None:
     add("--llama", help="LLaMA's directory, or a .gguf file (default: weights/7B)")
     add("--vit", help="CLIP's image encoder (default: weights/ViT-L-14.pt)")
     add("--delta", help="folder of Hugging Face's that is added to LLaMA, as Vicuna's are")
+    switch("--delta-unpermuted", action="store_true", help="add it with its rows in another order "
+           "than LLaMA's, as the authors' code did for their Vicuna adapters")
     add("--adapter", help="LaVIN checkpoint to begin with (default: adapters that do nothing)")
     add("--out", help="directory of checkpoint.pth and metrics.jsonl (default: out)")
 
@@ -126,9 +128,16 @@ def check_settings(settings) -> None:
         raise LavinError("--tflops goes with --dry-run")
     if settings.rank % 2:
         raise LavinError("--rank is even: an expert has two groups")
+    check_delta(settings.delta, settings.delta_unpermuted)
     if settings.fsdp and (settings.bits < 16 or "RANK" not in os.environ):
         raise LavinError("--fsdp goes with torchrun (torchrun --nproc-per-node 8 train.py …) "
                          "and with --bits 16")
+
+
+def check_delta(delta: str | None, unpermuted: bool) -> None:
+    """LavinError for --delta-unpermuted without a --delta, given or remembered."""
+    if unpermuted and not delta:
+        raise LavinError("--delta-unpermuted goes with --delta DIR, which names the deltas")
 
 
 # generate.py
@@ -187,6 +196,8 @@ def add_model_flags(group) -> None:
         "(default: out/checkpoint.pth)")
     add("--llama", help="LLaMA's directory, or a .gguf file (default: as trained, or weights/7B)")
     add("--delta", help="folder of Hugging Face's that is added to LLaMA (default: as trained)")
+    switch("--delta-unpermuted", action="store_true", help="add it with its rows in another order "
+           "than LLaMA's: for the authors' Vicuna adapters, trained so (default: as trained)")
     add("--vit", help="CLIP's image encoder (default: as trained, or weights/ViT-L-14.pt)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     add("--dtype", default="auto", help=DTYPE_HELP)

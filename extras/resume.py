@@ -19,7 +19,7 @@ from files import LavinError, check_tensor, fingerprint, is_finite, read_checkpo
 FIXED = ("data", "weights", "multi_turn", "val_fraction", "format", "captions", "images",
          "max_seq_len", "epochs", "warmup", "batch_size", "lr", "weight_decay", "clip", "tau",
          "dropout", "rank", "scale", "hidden", "experts", "adapters", "routing", "seed", "dtype",
-         "bits")
+         "bits", "delta_unpermuted")
 # What a resumed run does not take over from the one before.
 ONCE = ("out", "adapter", "resume", "max_steps", "device", "compile", "fsdp", "dry_run",
         "tflops", "check")

@@ -191,6 +191,7 @@ SETTINGS = {
     "llama": PATH,
     "vit": PATH,
     "delta": PATH,
+    "delta_unpermuted": Kind(bool),
     "data_root": PATH,
     "adapter": PATH,
     "out": Kind(str),

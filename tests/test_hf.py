@@ -15,14 +15,17 @@ import torch
 
 import checkpoints
 import generate
+import train
 from adapters import AdapterConfig
 from conftest import ADAPTER, LLAMA, VIT, difference
 from extras import hf
+from extras.flags import generate_parser
 from fast.fold import fold
 from files import LavinError, tokenizer_path
 from model import rope_frequencies
 from test_checkpoints import FAULTS
 from test_errors import ask
+from test_train import flags
 from vit import VisionTransformer
 
 
@@ -207,6 +210,43 @@ def test_a_delta_is_added_in_the_right_order_of_rows(llama_folder, tmp_path, tra
     expected = frozen_parameters(checkpoints.load(folder, VIT).llama)
     for name, p in frozen_parameters(summed).items():
         assert difference(p, expected[name]) < 1e-6, name
+
+
+def test_an_unpermuted_delta_is_added_as_it_stands(golden_folder):
+    folder, raw = golden_folder
+    base = frozen_parameters(checkpoints.load(LLAMA, VIT).llama)
+    permuted = frozen_parameters(checkpoints.load(LLAMA, VIT, delta=folder).llama)
+    lavin = checkpoints.load(LLAMA, VIT, delta=folder, delta_unpermuted=True)
+    for name, p in frozen_parameters(lavin.llama).items():
+        hf_name, _ = to_hf(name, base[name])
+        assert torch.equal(p, base[name] + raw[hf_name]), name
+        is_equal = torch.equal(p, permuted[name])
+        assert is_equal == (not name.endswith(("wq.weight", "wk.weight"))), name
+
+
+def test_a_checkpoint_remembers_that_its_delta_was_unpermuted(call, golden_folder, sqa, tmp_path):
+    """So that generate.py and --fold build the base that the adapters were trained on."""
+    folder, _ = golden_folder
+    out = tmp_path / "out"
+    run = flags(sqa, out, "--delta", folder, "--delta-unpermuted", "--max-steps", 1)
+    assert call(train, *run)[0] == 0                # the first step of a warm-up changes nothing
+    checkpoint = out / "checkpoint.pth"
+    expected = checkpoints.load(LLAMA, VIT, delta=folder, delta_unpermuted=True)
+    name = "layers.0.attention.wq.weight"
+    wq = expected.llama.get_parameter(name)
+
+    assert call(checkpoints, checkpoint, "--fold", tmp_path / "folded")[0] == 0
+    folded = torch.load(tmp_path / "folded/consolidated.00.pth", weights_only=True)
+    assert torch.equal(folded[name], wq.half())
+    args = generate_parser("").parse_args(["--adapter", str(checkpoint), "--dtype", "fp32"])
+    asked = generate.load_model(args, *generate.find_model(args))
+    assert torch.equal(asked.llama.get_parameter(name), wq)
+
+
+def test_an_unpermuted_delta_needs_a_delta(fails, sqa, tmp_path):
+    says = ["--delta-unpermuted goes with --delta DIR"]
+    fails(generate, *ask("--delta-unpermuted"), says=says)
+    fails(train, *flags(sqa, tmp_path / "out", "--delta-unpermuted"), says=says)
 
 
 # CLIP
