@@ -103,6 +103,7 @@ class Settings:
     tflops: float | None = None         # a GPU's speed, to estimate hours in a dry run
     max_steps: int | None = None
     save_every: int | None = None       # steps; None: once per epoch
+    keep_epochs: bool = False           # keep a checkpoint of every epoch
     eval_limit: int | None = None       # number of problems scored at the end; None: all
     # Not set by flags: filled in from the data and models that the run finds
     n_samples: int | None = None
@@ -264,15 +265,22 @@ def count_steps(settings: Settings) -> tuple[int, int]:
 
 def save(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, step: int,
          steps_per_epoch: int, settings: Settings) -> None:
-    """Write OUT/checkpoint.pth: the official layout, plus what --resume and generate.py need."""
+    """Write OUT/checkpoint.pth: the official layout, plus what --resume and generate.py need.
+
+    With --keep-epochs, after a whole epoch, also write OUT/checkpoint-N.pth (runs.kept_path).
+    """
+    epoch = (step - 1) // steps_per_epoch
     checkpoint = checkpoints.official_checkpoint(lavin, settings.format, settings.bits)
     checkpoint |= {
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
-        "epoch": (step - 1) // steps_per_epoch,
+        "epoch": epoch,
         "step": step,
         "config": dataclasses.asdict(settings)}
     resume.check_sound(checkpoint)
+    # The kept one comes first: a run that is killed between the two writes both of them again.
+    if settings.keep_epochs and step % steps_per_epoch == 0:
+        save_tensors(runs.kept_path(settings.out, epoch), checkpoint)
     save_tensors(Path(settings.out, "checkpoint.pth"), checkpoint)
 
 

@@ -95,6 +95,8 @@ def add_training_flags(group) -> None:
     switch("--resume", action="store_true", help="go on from OUT/checkpoint.pth")
     add("--max-steps", help="stop early; --epochs still sets the schedule")
     add("--save-every", help="steps between checkpoints (default: an epoch)")
+    switch("--keep-epochs", action="store_true", help="after every epoch keep its checkpoint as "
+           "OUT/checkpoint-N.pth; N counts epochs from 0, as the authors' files do")
     add("--eval-limit", help="problems of val scored at the end (default: all), and rows of every "
         f"held-out part answered after each epoch (default: {HELD_OUT_ROWS}; none with --fsdp)")
     switch("--check", action="store_true", help="read all of the data, say what is wrong and how "

@@ -310,6 +310,27 @@ def alone_in(settings) -> Iterator[None]:
         yield
 
 
+def kept_path(out: str, epoch: int) -> Path:
+    """Where --keep-epochs keeps the checkpoint of an epoch. The first is 0, as in the authors'
+    checkpoint-19.pth, that of the last of 20.
+    """
+    return Path(out, f"checkpoint-{epoch}.pth")
+
+
+def set_aside(settings) -> None:
+    """Rename what an earlier run has left in OUT to *.old, before a new one begins there."""
+    earlier = [Path(settings.out, "checkpoint.pth"), Path(settings.out, "metrics.jsonl")]
+    for path in earlier:
+        if path.exists():
+            print(f"note     {path} of an earlier run is now {path}.old; "
+                  "--resume would have gone on with it")
+            path.replace(f"{path}.old")
+    if settings.keep_epochs:            # else nobody would know which of them are this run's
+        for path in sorted(Path(settings.out).glob("checkpoint-*.pth")):
+            print(f"note     {path} is now {path}.old")
+            path.replace(f"{path}.old")
+
+
 # Its log
 
 
@@ -324,8 +345,7 @@ def is_done(line: str, last_step: int) -> bool:
 def open_metrics(out: str, first_step: int):
     """OUT/metrics.jsonl, for further lines.
 
-    A resumed run drops the lines of steps that it will do again. A new run in the place of an older
-    one renames what that left to *.old.
+    A resumed run drops the lines of steps that it will do again.
     """
     path = Path(out, "metrics.jsonl")
     lines = []
@@ -333,12 +353,6 @@ def open_metrics(out: str, first_step: int):
         for line in path.read_text(errors="replace").splitlines():
             if is_done(line, first_step):
                 lines.append(line + "\n")
-    if first_step == 0:
-        for old in (Path(out, "checkpoint.pth"), path):
-            if old.exists():
-                print(f"note     {old} of an earlier run is now {old}.old; "
-                      "--resume would have gone on with it")
-                old.replace(f"{old}.old")
     write_atomically(path, lambda temporary: temporary.write_text("".join(lines)))
     return open(path, "a", buffering=1)
 
@@ -403,6 +417,8 @@ class Log:
         self.out = settings.out
         self.epochs = settings.epochs
         if ranks.rank() == 0:
+            if first_step == 0:
+                set_aside(settings)
             self.metrics = open_metrics(self.out, first_step)
         else:
             self.metrics = open(os.devnull, "w")

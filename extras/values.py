@@ -208,6 +208,7 @@ SETTINGS = {
     "tflops": Kind(float, above=0, high=1e9, optional=True),
     "max_steps": COUNT,
     "save_every": COUNT,
+    "keep_epochs": Kind(bool),
     "eval_limit": Kind(int, low=0, high=10_000_000, optional=True),
     "n_samples": Kind(int, low=1, high=10**12, optional=True),
     "data_hash": Kind(str, optional=True),

@@ -166,6 +166,40 @@ def test_a_new_run_keeps_what_an_older_one_left(call, sqa, tmp_path):
         "checkpoint.pth", "checkpoint.pth.old", "loss.png", "metrics.jsonl", "metrics.jsonl.old"]
 
 
+def kept_epochs(out):
+    """The numbers of the epochs whose checkpoints are kept."""
+    return sorted(int(path.stem.split("-")[1]) for path in out.glob("checkpoint-*.pth"))
+
+
+def test_every_whole_epoch_is_kept(call, sqa, tmp_path):
+    """A run of 3 steps an epoch, in two parts. The first of them ends inside an epoch."""
+    out = tmp_path / "out"
+    assert call(train, *flags(sqa, out, "--keep-epochs", "--max-steps", 7))[0] == 0
+    assert kept_epochs(out) == [0, 1]
+    second = out / "checkpoint-1.pth"
+    assert torch.load(second, weights_only=False)["step"] == 6
+    assert torch.load(second, weights_only=False)["epoch"] == 1
+    before = second.stat()
+
+    assert call(train, "--resume", "--out", out, "--max-steps", 9)[0] == 0
+    assert kept_epochs(out) == [0, 1, 2]
+    assert second.stat().st_ino == before.st_ino            # a file written anew would be another
+    assert second.stat().st_mtime_ns == before.st_mtime_ns
+    assert (out / "checkpoint-2.pth").read_bytes() == (out / "checkpoint.pth").read_bytes()
+
+    code, stdout, _ = call(train, *flags(sqa, out, "--keep-epochs", "--max-steps", 3))
+    assert code == 0
+    assert "checkpoint-2.pth is now" in stdout              # of the earlier run
+    assert kept_epochs(out) == [0]
+    assert (out / "checkpoint-2.pth.old").exists()
+
+
+def test_without_the_flag_no_epoch_is_kept(call, sqa, tmp_path):
+    out = tmp_path / "out"
+    assert call(train, *flags(sqa, out, "--max-steps", 3))[0] == 0
+    assert kept_epochs(out) == []
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(call, sqa, tmp_path):
     out = tmp_path / "out"
     code, _, stderr = call(train, *flags(sqa, out, "--lr", 1e30, "--micro-batch", 8))
@@ -352,8 +386,8 @@ def test_an_earlier_version_is_held_to_its_settings_as_well(call, sqa, tmp_path)
 def test_every_setting_is_fixed_or_taken_anew_or_free_at_resume():
     """A new setting needs this decision. Those that are free may change, and nothing asks why."""
     free = {"skip_bad", "micro_batch", "weight_decay", "betas", "llama", "vit", "delta",
-            "data_root", "checkpointing", "workers", "save_every", "eval_limit", "n_samples",
-            "data_hash", "llama_hash", "vit_hash"}
+            "data_root", "checkpointing", "workers", "save_every", "keep_epochs", "eval_limit",
+            "n_samples", "data_hash", "llama_hash", "vit_hash"}
     names = {setting.name for setting in dataclasses.fields(train.Settings)}
     assert set(FIXED) | set(ONCE) | free == names
     assert not set(FIXED) & set(ONCE)
