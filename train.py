@@ -14,7 +14,6 @@ computes what an uninterrupted run would have computed.
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import resource
@@ -35,7 +34,7 @@ from torch.optim import Optimizer
 import checkpoints
 import data
 from adapters import AdapterConfig
-from extras import estimate, evaluate, flags, resume, rows, runs, scienceqa
+from extras import board, estimate, evaluate, flags, resume, rows, runs, scienceqa
 from extras.terminal import run
 from fast import ops, ranks
 from files import (DTYPES, LavinError, check_compiler, check_writable, choose_paths,
@@ -104,6 +103,7 @@ class Settings:
     max_steps: int | None = None
     save_every: int | None = None       # steps; None: once per epoch
     keep_epochs: bool = False           # keep a checkpoint of every epoch
+    tensorboard: bool = False
     eval_limit: int | None = None       # number of problems scored at the end; None: all
     # Not set by flags: filled in from the data and models that the run finds
     n_samples: int | None = None
@@ -457,8 +457,7 @@ def score_val(lavin: LaVIN, problems: dict, samples: list, step: int,
     line = {"step": step, "split": "val"}
     for column, score in evaluate.sqa_scores(problems, predictions).items():
         line[column] = None if math.isnan(score) else score
-    with open(Path(settings.out, "metrics.jsonl"), "a") as metrics:
-        metrics.write(json.dumps(line) + "\n")
+    runs.log_scores(line, settings)
 
 
 def load_and_train(settings: Settings, resumed: dict | None, device: torch.device,
@@ -505,6 +504,8 @@ def main() -> None:
     if settings.compile is None:
         settings.compile = device.type == "cuda"
     check_compiler(settings.compile, device)
+    if settings.tensorboard:
+        board.check_installed()
     ranks.join(device)
     with ranks.first():
         world.prepare(settings, remembered)

@@ -97,6 +97,8 @@ def add_training_flags(group) -> None:
     add("--save-every", help="steps between checkpoints (default: an epoch)")
     switch("--keep-epochs", action="store_true", help="after every epoch keep its checkpoint as "
            "OUT/checkpoint-N.pth; N counts epochs from 0, as the authors' files do")
+    switch("--tensorboard", action="store_true", help="write the numbers of metrics.jsonl to "
+           "OUT/tensorboard as well; needs pip install tensorboard")
     add("--eval-limit", help="problems of val scored at the end (default: all), and rows of every "
         f"held-out part answered after each epoch (default: {HELD_OUT_ROWS}; none with --fsdp)")
     switch("--check", action="store_true", help="read all of the data, say what is wrong and how "

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 from adapters import Adapter
 from checkpoints import load_tokenizer, open_llama, read_clip
-from extras import instructions, plot
+from extras import board, instructions, plot
 from extras.scienceqa import load_sqa
 from fast import ranks
 from fast.quantize import n_quantized
@@ -422,6 +422,9 @@ class Log:
             self.metrics = open_metrics(self.out, first_step)
         else:
             self.metrics = open(os.devnull, "w")
+        self.board = None               # --tensorboard's
+        if settings.tensorboard and ranks.rank() == 0:
+            self.board = board.open_board(self.out, first_step)
         self.failure = None
         self.bar = tqdm(total=n_steps, initial=first_step, unit="step", file=sys.stdout)
         self.began = time.perf_counter()
@@ -434,16 +437,19 @@ class Log:
             self.bar.close()
         with self.attempt():
             self.metrics.close()
+        if self.board:
+            with self.attempt("tensorboard"):
+                self.board.close()
         if error is None and ranks.rank() == 0 and not self.failure:
             draw_losses(self.out)
 
     @contextlib.contextmanager
-    def attempt(self):
+    def attempt(self, name="metrics.jsonl"):
         """In a `with`: note as `failure` that something cannot be written, and go on."""
         try:
             yield
-        except OSError as error:                        # of metrics.jsonl
-            self.failure = f"{self.out}/metrics.jsonl cannot be written ({error.strerror})"
+        except OSError as error:                        # of the file `name`
+            self.failure = f"{self.out}/{name} cannot be written ({error.strerror})"
         except LavinError as error:                     # of the terminal
             self.failure = str(error)
 
@@ -452,6 +458,9 @@ class Log:
             self.metrics.write(json.dumps(line) + "\n")
             if ranks.rank() == 0 and os.fstat(self.metrics.fileno()).st_nlink == 0:
                 self.failure = f"{self.out}/metrics.jsonl was deleted"
+        if self.board:
+            with self.attempt("tensorboard"):
+                board.add_line(self.board, line)
 
     def step(self, step, epoch, loss, lr, n_samples, norm):
         """Log one step; the time since the last one gives the speed."""
@@ -484,6 +493,16 @@ class Log:
         shown = " · ".join(shown)
         with self.attempt():
             self.bar.write(f"held out {shown}", file=sys.stdout)
+
+
+def log_scores(line: dict, settings) -> None:
+    """Add a line with scores to OUT/metrics.jsonl, once the run's Log is closed."""
+    with open(Path(settings.out, "metrics.jsonl"), "a") as metrics:
+        metrics.write(json.dumps(line) + "\n")
+    if settings.tensorboard:
+        writer = board.open_board(settings.out)
+        board.add_line(writer, line)
+        writer.close()
 
 
 # Its signals

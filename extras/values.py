@@ -209,6 +209,7 @@ SETTINGS = {
     "max_steps": COUNT,
     "save_every": COUNT,
     "keep_epochs": Kind(bool),
+    "tensorboard": Kind(bool),
     "eval_limit": Kind(int, low=0, high=10_000_000, optional=True),
     "n_samples": Kind(int, low=1, high=10**12, optional=True),
     "data_hash": Kind(str, optional=True),

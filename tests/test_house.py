@@ -18,7 +18,7 @@ FLOORS = {
     3: ["vit", "extras/values"],
     4: ["model", "extras/tokenizers"],
     5: ["fast/fold", "fast/quantize", "fast/ranks",
-        "extras/gguf", "extras/hf", "extras/instructions", "extras/plot", "extras/scienceqa"],
+        "extras/board", "extras/gguf", "extras/hf", "extras/instructions", "extras/plot", "extras/scienceqa"],
     6: ["checkpoints", "fast/engine", "extras/flags", "tiny/drawing"],
     7: ["extras/evaluate", "extras/benchmarks", "extras/chat", "extras/resume",
         "extras/runs", "tiny/world"],

@@ -386,8 +386,8 @@ def test_an_earlier_version_is_held_to_its_settings_as_well(call, sqa, tmp_path)
 def test_every_setting_is_fixed_or_taken_anew_or_free_at_resume():
     """A new setting needs this decision. Those that are free may change, and nothing asks why."""
     free = {"skip_bad", "micro_batch", "weight_decay", "betas", "llama", "vit", "delta",
-            "data_root", "checkpointing", "workers", "save_every", "keep_epochs", "eval_limit",
-            "n_samples", "data_hash", "llama_hash", "vit_hash"}
+            "data_root", "checkpointing", "workers", "save_every", "keep_epochs", "tensorboard",
+            "eval_limit", "n_samples", "data_hash", "llama_hash", "vit_hash"}
     names = {setting.name for setting in dataclasses.fields(train.Settings)}
     assert set(FIXED) | set(ONCE) | free == names
     assert not set(FIXED) & set(ONCE)
