@@ -119,11 +119,14 @@ def choose_paths(args: object, remembered: dict, adapter: str | None = None,
 def pick_device(device: str, dtype: str) -> tuple[torch.device, str]:
     """--device and --dtype -> (torch.device, key of DTYPES).
 
-    "auto" takes a GPU if there is one, with bf16, or fp16 if the GPU does not support bf16.
+    "auto" takes a GPU if there is one, with bf16, or fp16 if the GPU does not support bf16;
+    else Apple's GPU (mps) if there is one, else the CPU, both in fp32.
     """
     try:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "auto" and torch.cuda.is_available():
+            device = "cuda"
+        elif device == "auto":
+            device = "mps" if torch.backends.mps.is_available() else "cpu"
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"      # torchrun's number
         device = torch.device(device)
@@ -133,7 +136,7 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, str]:
         raise LavinError(f"--device {device}: not available here; use --device cpu") from error
     if dtype != "auto":
         return device, dtype
-    if device.type == "cpu":
+    if device.type in ("cpu", "mps"):
         return device, "fp32"
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return device, "bf16" if has_bf16 else "fp16"

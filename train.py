@@ -222,9 +222,8 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
             signals.listen()
             n_samples = sum(len(batch.ids) for batch in micro_batches if batch.n_answer)
             has_to_stop = signals.count > 0 or log.failure is not None
-            sums = torch.tensor([loss, n_samples, has_to_stop], dtype=torch.float64)
-            sums = ranks.total(sums.to(lavin.device))
-            loss, n_samples, n_to_stop = sums.tolist()
+            loss, n_samples, n_to_stop = ranks.sums(
+                [loss, n_samples, has_to_stop], lavin.device)
             stopped = n_to_stop > 0
             log.step(step, step / steps_per_epoch, loss, lr, n_samples, norm)
 
@@ -369,7 +368,8 @@ def dry_run(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer,
     if lavin.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(lavin.device)
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024      # bytes on macOS, KB on Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     hours = n_steps * min(seconds) / 3600
     epoch = estimate.flops_of(lavin, samples.encoded)
     estimate.print_work(epoch, n_steps / steps_per_epoch, settings)

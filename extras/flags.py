@@ -111,7 +111,7 @@ def add_training_flags(group) -> None:
 def add_speed_flags(group) -> None:
     add = adder(group, SETTINGS)
     switch = group.add_argument
-    add("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    add("--device", help="cpu, cuda, cuda:1, mps, … (default: a GPU if there is one)")
     add("--dtype", help=DTYPE_HELP)
     switch("--compile", action=argparse.BooleanOptionalAction,
            help="compile the blocks (default: on a GPU)")
@@ -203,7 +203,8 @@ def add_model_flags(group) -> None:
     switch("--delta-unpermuted", action="store_true", help="add it with its rows in another order "
            "than LLaMA's: for the authors' Vicuna adapters, trained so (default: as trained)")
     add("--vit", help="CLIP's image encoder (default: as trained, or weights/ViT-L-14.pt)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    add("--device", default="auto",
+        help="cpu, cuda, cuda:1, mps, … (default: a GPU if there is one)")
     add("--dtype", default="auto", help=DTYPE_HELP)
     add("--bits", help="per number in LLaMA's matrices (default: as trained, or 16)")
     add("--max-seq-len", help="context in tokens (default: as trained)")

@@ -153,13 +153,13 @@ def held_out_losses(lavin: nn.Module, held_out: dict, settings) -> dict[str, flo
         plan = data.in_order(len(encoded), settings.micro_batch, ranks.count())
         items = range(len(plan))
         loader = prefetch_batches(lavin, encoded, plan.__getitem__, items, settings.workers)
-        loss = torch.zeros((), dtype=torch.float64, device=lavin.device)
+        batch_losses = []
         n_answer = 0
         for (batch,) in loader:
-            loss += lavin(batch.to(lavin.device)) * batch.n_answer
+            batch_losses.append(lavin(batch.to(lavin.device)) * batch.n_answer)
             n_answer += batch.n_answer
-        sums = torch.stack([loss, torch.full_like(loss, n_answer)])
-        loss, n_answer = ranks.total(sums).tolist()
+        loss = sum(torch.stack(batch_losses).tolist())      # one wait for a GPU, not one a batch
+        loss, n_answer = ranks.sums([loss, n_answer], lavin.device)
         losses[source] = loss / n_answer
     lavin.train()
     return losses

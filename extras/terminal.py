@@ -101,8 +101,11 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, LavinError):
         return str(error)
     # What a CPU says when it has no memory left is a RuntimeError like any other.
+    # So is what Apple's GPU says.
     too_little = (MemoryError, torch.OutOfMemoryError)
-    if isinstance(error, too_little) or "can't allocate memory" in str(error):
+    words = str(error)
+    if (isinstance(error, too_little) or "can't allocate memory" in words
+            or "MPS backend out of memory" in words):
         return ("there is too little memory for this; --bits 8 or 4, or a lower --batch-size "
                 "or --max-seq-len, would help")
     if "probability tensor contains" in str(error):         # torch.multinomial's words
