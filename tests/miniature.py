@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-SPLITS = {"train": range(0, 24), "val": range(24, 32), "test": range(32, 44)}
+SPLITS = {"train": range(24), "val": range(24, 32), "test": range(32, 44)}
 COLOURS = ("red", "green", "blue", "yellow")
 ANIMALS = ("a crow", "a trout", "a fox", "a bee", "a frog")
 MOVES = {

@@ -1,5 +1,5 @@
-"""README and docs/: every command line parses, docs/paper.md shows what its code prints, and
-docs/flags.md lists the flags as they are.
+"""README, CONTRIBUTING and docs/: every command line parses, docs/paper.md shows what its code
+prints, and docs/flags.md lists the flags as they are.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from extras import flags
 from files import LavinError
 from train import Settings
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 SCRIPTS = ("train.py", "generate.py")
 
 

@@ -158,7 +158,7 @@ def write_metrics(out, n_steps, steps_per_epoch, sources=()):
         loss = (1 + 0.3 * math.sin(step ** 2)) / step
         lines.append({"step": step, "epoch": step / steps_per_epoch, "loss": loss})
         if step % steps_per_epoch == 0 and sources:
-            lines.append({"step": step, "held_out": {source: 1.5 / step for source in sources}})
+            lines.append({"step": step, "held_out": dict.fromkeys(sources, 1.5 / step)})
     lines.append({"step": n_steps, "split": "val", "AVG": 50.0})
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

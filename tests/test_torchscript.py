@@ -59,7 +59,7 @@ def test_the_golden_archive():
 
 class Tower(nn.Module):
     """Attributes of every kind that TorchScript stores, and tensors that are no plain blocks."""
-    none: Optional[int]                     # noqa: UP007 -- TorchScript reads it
+    none: Optional[int]                     # noqa: UP045 -- TorchScript reads it
     words: dict[str, int]
     numbers: dict[int, str]
     nested: list[list[int]]

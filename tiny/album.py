@@ -324,7 +324,7 @@ def main() -> None:
     rng = Random(0)
     sheet = Image.new("RGB", (8 * SIDE, 6 * SIDE))
     for row in range(6):
-        for column, (picture, caption) in enumerate(group(8, rng)):
+        for column, (picture, _) in enumerate(group(8, rng)):
             sheet.paste(picture, (column * SIDE, row * SIDE))
     write_atomically(args.path, lambda temporary: sheet.save(temporary, format="PNG"))
 
