@@ -1,30 +1,37 @@
-"""How long it takes to load a LLaMA of two shards, and how much memory at most.
+"""How long it takes to load a LLaMA of two shards or a GGUF file, and how much memory at most.
 
     python -m bench.peak_memory [DTYPE [DEVICE [BITS [DIM LAYERS]]]]
     python -m bench.peak_memory                             400 MB, in bf16 on the CPU
     python -m bench.peak_memory bf16 cuda 16 4096 32        7B
+    python -m bench.peak_memory --gguf                      the same 400 MB as a GGUF file
+    python -m bench.peak_memory bf16 --gguf FILE            a GGUF file of one's own
 
-Loading should hold the model in its target dtype and one tensor of each shard, and nothing else.
-The script writes a checkpoint into a temporary folder and loads it in a fresh process. It prints
-the most memory that this process ever held, as the operating system counts it, mapped pages of the
-files included; and for a GPU the most that was held there. All sizes are in MB.
+Loading should hold the model in its target dtype and one tensor of each shard, and nothing else. A
+GGUF file's tensor is held as it is stored and dequantized, in fp32. The script writes a checkpoint
+into a temporary folder and loads it in a fresh process. It prints the most memory that this process
+ever held, as the operating system counts it, mapped pages of the files included; and for a GPU the
+most that was held there. All sizes are in MB.
 """
 
 import argparse
 import json
+import math
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from adapters import AdapterConfig
-from checkpoints import allocate, load_llama, read_params
+from checkpoints import allocate, load_llama, open_llama, read_params
+from extras import gguf
 from extras.terminal import Parser, run
 from fast.quantize import quantize
-from files import DTYPES
+from files import DTYPES, is_gguf
 from model import LLaMA, LLaMAConfig
 
 ROOT = Path(__file__).absolute().parent.parent
@@ -44,21 +51,64 @@ def shard_shape(name: str, shape: torch.Size) -> list[int]:
     return halved
 
 
-def write_checkpoint(directory: Path, dim: int, layers: int) -> None:
-    """A LLaMA of zeros in Meta's layout, in two shards of fp16."""
-    params = {"dim": dim, "n_layers": layers, "n_heads": dim // 128, "multiple_of": 256,
-              "norm_eps": 1e-6, "vocab_size": -1}
-    (directory / "params.json").write_text(json.dumps(params))
+def shapes_of(params: dict) -> dict[str, torch.Size]:
+    """{Meta's name: shape} of the weights of a LLaMA. params: what its params.json says."""
     with torch.device("meta"):
         config = LLaMAConfig(**params | {"vocab_size": VOCAB_SIZE})
         llama = LLaMA(config, AdapterConfig())
+    shapes = {}
+    for name, p in llama.named_parameters():
+        if "adapter" not in name:
+            shapes[name] = p.shape
+    return shapes
+
+
+def params_of(dim: int, layers: int) -> dict:
+    """The params.json of a LLaMA with heads 128 wide."""
+    return {"dim": dim, "n_layers": layers, "n_heads": dim // 128, "multiple_of": 256,
+            "norm_eps": 1e-6, "vocab_size": -1}
+
+
+def write_checkpoint(directory: Path, dim: int, layers: int) -> None:
+    """A LLaMA of zeros in Meta's layout, in two shards of fp16."""
+    params = params_of(dim, layers)
+    (directory / "params.json").write_text(json.dumps(params))
     for i in range(2):
         shard = {}
-        for name, p in llama.named_parameters():
-            if "adapter" not in name:
-                shape = shard_shape(name, p.shape)
-                shard[name] = torch.zeros(shape, dtype=torch.float16)
+        for name, shape in shapes_of(params).items():
+            shard[name] = torch.zeros(shard_shape(name, shape), dtype=torch.float16)
         torch.save(shard, directory / f"consolidated.{i:02}.pth")
+
+
+def gguf_name(name: str) -> str:
+    """Meta's name of a tensor -> llama.cpp's."""
+    part, _, kind = name.rpartition(".")
+    prefix = ""
+    if part.startswith("layers."):
+        _, number, part = part.split(".", 2)
+        prefix = f"blk.{number}."
+    for theirs, ours in gguf.NAMES.items():
+        if ours == part:
+            return f"{prefix}{theirs}.{kind}"
+    raise ValueError(f"{name} has no name in GGUF")
+
+
+def write_gguf(path: Path, dim: int, layers: int) -> None:
+    """The same LLaMA as a GGUF file in fp16, without a vocabulary: nothing here reads one."""
+    writer = gguf.import_gguf(path).GGUFWriter(path, "llama")
+    params = params_of(dim, layers)
+    shapes = shapes_of(params)
+    writer.add_embedding_length(dim)
+    writer.add_block_count(layers)
+    writer.add_head_count(params["n_heads"])
+    writer.add_feed_forward_length(shapes["layers.0.feed_forward.w1.weight"][0])
+    writer.add_layer_norm_rms_eps(params["norm_eps"])
+    for name, shape in shapes.items():
+        writer.add_tensor(gguf_name(name), np.zeros(shape, np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def process_peak() -> float:
@@ -71,20 +121,34 @@ def process_peak() -> float:
     return int(kilobytes) / 1024
 
 
+def largest_tensor(source: str | gguf.File, llama: LLaMA) -> tuple[str, int]:
+    """What may be held of a checkpoint beside the model, in words -> and how many bytes that is."""
+    if not isinstance(source, gguf.File):
+        # Two halves of the largest tensor, in fp16.
+        return "one tensor of each shard", max(p.numel() * 2 for p in llama.parameters())
+    sizes = []
+    for name in source.names():
+        _, stored, _ = source.tensors[name]
+        sizes.append(math.prod(stored) + 4 * llama.get_parameter(name).numel())
+    return "one tensor, stored and fp32", max(sizes)
+
+
 def load(args) -> None:
     """Load the checkpoint in this process, and print what that took as JSON."""
     torch.empty(1, device=args.device)          # CUDA's own memory is not the loader's
+    if is_gguf(args.load):
+        gguf.import_gguf(args.load)             # nor is the library's
     before = process_peak()
     began = time.perf_counter()
+    source = open_llama(args.load)
     with torch.device("meta"):
-        llama = LLaMA(read_params(args.load, VOCAB_SIZE), AdapterConfig())
+        llama = LLaMA(read_params(source, VOCAB_SIZE), AdapterConfig())
     for name, p in llama.named_parameters():
         p.requires_grad_("adapter" in name)
-    # Two halves of the largest tensor, in fp16.
-    largest = max(p.numel() * 2 for p in llama.parameters())
+    what, largest = largest_tensor(source, llama)
     outside = [m for name, m in llama.named_modules() if not name.startswith("layers.")]
     allocate(outside, args.device, DTYPES[args.dtype])
-    for block in load_llama(llama, args.load, args.device, DTYPES[args.dtype]):
+    for block in load_llama(llama, source, args.device, DTYPES[args.dtype]):
         if args.bits < 16:
             quantize(block, args.bits)
     seconds = time.perf_counter() - began
@@ -97,7 +161,7 @@ def load(args) -> None:
         "before": before,
         "after": process_peak(),
         "model": size / MB,
-        "one tensor of each shard": largest / MB,
+        what: largest / MB,
         "seconds": seconds,
     }
     if args.device == "cuda":
@@ -106,14 +170,24 @@ def load(args) -> None:
 
 
 def measure(dtype: str = "bf16", device: str = "cpu", bits: int = 16, dim: int = 2048,
-            layers: int = 4) -> dict[str, float]:
-    """Write a checkpoint and load it in a fresh process -> what `load` prints there."""
+            layers: int = 4, gguf_file: str | None = None) -> dict[str, float]:
+    """Write a checkpoint and load it in a fresh process -> what `load` prints there.
+
+    gguf_file: a GGUF file to load instead; "" writes one.
+    """
     with tempfile.TemporaryDirectory() as directory:
-        write_checkpoint(Path(directory), dim, layers)
+        path = directory
+        if gguf_file is None:
+            write_checkpoint(Path(directory), dim, layers)
+        elif gguf_file:
+            path = os.path.abspath(gguf_file)
+            gguf.File(path)                     # whatever is wrong with it is said here
+        else:
+            path = f"{directory}/zeros.gguf"
+            write_gguf(Path(path), dim, layers)
         command = [
-            sys.executable, "-m", "bench.peak_memory", dtype, device, str(bits),
-            "--load", directory]
-        output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+            sys.executable, "-m", "bench.peak_memory", dtype, device, str(bits), "--load", path]
+        output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
     return json.loads(output.stdout)
 
 
@@ -125,14 +199,16 @@ def main() -> None:
     parser.add_argument("bits", nargs="?", type=int, choices=[16, 8, 4], default=16)
     parser.add_argument("dim", nargs="?", type=int, default=2048)
     parser.add_argument("layers", nargs="?", type=int, default=4)
-    parser.add_argument("--load", metavar="FOLDER", help="load this checkpoint in this process")
+    parser.add_argument("--gguf", metavar="FILE", nargs="?", const="", help="load this GGUF file, "
+                        "or, without FILE, one that is written for it")
+    parser.add_argument("--load", metavar="PATH", help="load this checkpoint in this process")
     args = parser.parse_args()
     if args.load:
         load(args)
         return
-    result = measure(args.dtype, args.device, args.bits, args.dim, args.layers)
+    result = measure(args.dtype, args.device, args.bits, args.dim, args.layers, args.gguf)
     for name, value in result.items():
-        print(f"{name:26} {value:10.1f}")
+        print(f"{name:28} {value:10.1f}")
 
 
 if __name__ == "__main__":

