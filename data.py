@@ -181,6 +181,11 @@ def load_tokenizer(llama: str | Path) -> SentencePieceProcessor:
     return tokenizer
 
 
+def answer_ends(tokenizer: Tokenizer) -> set[int]:
+    """The tokens that end an answer: EOS. Some models of the others' name several."""
+    return getattr(tokenizer, "ends", {tokenizer.eos_id()})
+
+
 def picture_prefix(tokenizer: Tokenizer) -> list[int]:
     """The tokens between BOS and a picture's features."""
     return tokenizer.encode("Image: ")

@@ -399,6 +399,7 @@ class LaVIN(nn.Module):
         Dropout is active unless the model is in eval mode, as checkpoints.load returns it.
         """
         texts = []
+        ends = data.answer_ends(self.tokenizer)
         for sample in samples:
             sequence = self.encode(sample, prompt_only=True)
             new_tokens = []
@@ -406,7 +407,7 @@ class LaVIN(nn.Module):
                 batch = data.collate([sequence], self.resolution).to(self.device)
                 last = self.logits(batch)[:, -1]                    # (1, vocabulary)
                 token = pick(last, temperature, top_p).item()
-                if token == self.tokenizer.eos_id():
+                if token in ends:
                     break
                 new_tokens.append(token)
                 sequence = data.append_tokens(sequence, [token])

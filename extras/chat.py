@@ -156,14 +156,14 @@ class Conversation:
         LavinError if the question alone does not fit.
         """
         context = self.lavin.max_seq_len - 1
-        eos = self.lavin.tokenizer.eos_id()
+        ends = data.answer_ends(self.lavin.tokenizer)
         self.dropped = self.open_turn(question, room=min(max_new_tokens, context // 4))
         turn = self.turns[-1]
         shown = 0                                           # characters of the answer
         logits = self.next_logits()
         while True:
             token = int(pick(logits, temperature, top_p))
-            if token == eos:
+            if token in ends:
                 break
             turn.answer.append(token)
             text = self.text(turn)

@@ -316,7 +316,11 @@ class File:
                 added[kind].append(tokenizers.AddedToken(token, normalized=False))
         model.add_special_tokens(added[CONTROL])
         model.add_tokens(added[USER_DEFINED])
-        return JsonTokenizer(model, bos, eos)
+        ends = []                   # of a turn: chat models may name another token than EOS
+        end = self.fields.get("tokenizer.ggml.eot_token_id")
+        if type(end) is int and 0 <= end < len(tokens):
+            ends.append(end)
+        return JsonTokenizer(model, bos, eos, ends)
 
     def sentencepiece(self, tokens: list[str], types: list[int], bos: int,
                       eos: int) -> SentencePieceProcessor:

@@ -2,12 +2,13 @@
 
 LLaMA 1 and 2 come with a sentencepiece model (data.load_tokenizer). LLaMA 3, SmolLM2 and Qwen2 come
 with tokenizer.json, which the library `tokenizers` reads: pip install tokenizers. Which of its
-tokens are BOS and EOS stands in the files beside it.
+tokens are BOS and EOS, and which others end an answer, stands in the files beside it.
 """
 
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data import Tokenizer
@@ -18,11 +19,15 @@ from files import LavinError, check_regular, read_json, write_atomically
 class JsonTokenizer:
     """A Tokenizer of the `tokenizers` library, with sentencepiece's methods."""
 
-    def __init__(self, model: object, bos: int, eos: int):
-        """model: a tokenizers.Tokenizer, which then belongs to this object."""
+    def __init__(self, model: object, bos: int, eos: int, ends: Iterable[int] = ()):
+        """model: a tokenizers.Tokenizer, which then belongs to this object.
+
+        ends: the tokens that end an answer as EOS does.
+        """
         self.model = model
         self.bos = bos
         self.eos = eos
+        self.ends = {eos, *ends}
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = True      # "<|endoftext|>" in a text is text and ends nothing
@@ -90,10 +95,29 @@ def load_json(path: str | Path) -> JsonTokenizer:
                          "fetch these files too")
     if bos is None:                             # then texts are parted by EOS alone
         bos = eos
-    return JsonTokenizer(model, bos, eos)
+    return JsonTokenizer(model, bos, eos, find_ends(folder, model))
 
 
 NAMED_IN = ("tokenizer_config.json", "config.json", "generation_config.json")
+
+
+def named_beside(folder: Path) -> Iterator[tuple[Path, dict]]:
+    """(path, content) of each file of NAMED_IN that the folder has. LavinError if it is none."""
+    for file in NAMED_IN:
+        path = folder / file
+        if os.path.exists(path):
+            content = read_json(path)
+            if not isinstance(content, dict):
+                raise LavinError(f"{path}: not a configuration, which is a JSON object")
+            yield path, content
+
+
+def check_special(path: Path, kind: str, number: object, model, named: object) -> int:
+    """The id of a BOS or EOS token. LavinError, with what the file names, if it is none."""
+    if type(number) is not int or not 0 <= number < 2**32 or model.id_to_token(number) is None:
+        raise LavinError(f"{path}: its {kind.upper()} token {short(named)} is not in the "
+                         "vocabulary")
+    return number
 
 
 def find_special(folder: Path, kind: str, model) -> int | None:
@@ -101,13 +125,7 @@ def find_special(folder: Path, kind: str, model) -> int | None:
 
     LavinError for one that is no token of the vocabulary.
     """
-    for file in NAMED_IN:
-        path = folder / file
-        if not os.path.exists(path):
-            continue
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise LavinError(f"{path}: not a configuration, which is a JSON object")
+    for path, content in named_beside(folder):
         token = content.get(f"{kind}_token")    # "</s>" or {"content": "</s>", …}
         if isinstance(token, dict):
             token = token.get("content")
@@ -118,11 +136,25 @@ def find_special(folder: Path, kind: str, model) -> int | None:
             number = model.token_to_id(token) if isinstance(token, str) else None
         elif number is None:
             continue
-        if type(number) is not int or not 0 <= number < 2**32 or model.id_to_token(number) is None:
-            named = short(number if token is None else token)
-            raise LavinError(f"{path}: its {kind.upper()} token {named} is not in the vocabulary")
-        return number
+        return check_special(path, kind, number, model, number if token is None else token)
     return None
+
+
+def find_ends(folder: Path, model) -> set[int]:
+    """The ids that the folder's files call EOS: one, or for many chat models several.
+
+    LavinError for one that is no token of the vocabulary.
+    """
+    ends = set()
+    for path, content in named_beside(folder):
+        numbers = content.get("eos_token_id")
+        if numbers is None:
+            continue
+        if not isinstance(numbers, list):
+            numbers = [numbers]
+        for number in numbers:
+            ends.add(check_special(path, "eos", number, model, number))
+    return ends
 
 
 def is_tiktoken(path: str | Path) -> bool:
@@ -146,5 +178,8 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         "bos_token": tokenizer.model.id_to_token(tokenizer.bos),
         "eos_token": tokenizer.model.id_to_token(tokenizer.eos)}
     write_atomically(folder / "tokenizer.json", lambda path: path.write_bytes(content))
-    write_atomically(folder / "tokenizer_config.json",
-                     lambda path: path.write_text(json.dumps(special), encoding="utf-8"))
+    ends = {"eos_token_id": sorted(tokenizer.ends)}
+    for name, named in [("tokenizer_config.json", special), ("generation_config.json", ends)]:
+        text = json.dumps(named)
+        write_atomically(folder / name,
+                         lambda path, text=text: path.write_text(text, encoding="utf-8"))

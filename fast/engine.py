@@ -323,7 +323,7 @@ def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], rows: int, m
     if longest is None:
         longest = max((len(encoded.tokens) for encoded in prompts), default=0)
     context = lavin.max_seq_len - 1             # the modality token counts, but is not in a row
-    eos = lavin.tokenizer.eos_id()
+    ends = data.answer_ends(lavin.tokenizer)
     engine = Engine(lavin, rows, min(longest + max_new_tokens, context), compiled)
     waiting = enumerate(prompts)
     active: list[Answer] = []                   # one for each row in use
@@ -342,7 +342,7 @@ def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], rows: int, m
         tokens = pick(torch.cat(logits), temperature, top_p).tolist()
         for row in reversed(range(len(active))):        # from behind: retiring moves the last row
             answer = active[row]
-            ended = tokens[row] == eos
+            ended = tokens[row] in ends
             if not ended:
                 answer.ids.append(tokens[row])
                 ended = (len(answer.ids) == max_new_tokens

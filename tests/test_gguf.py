@@ -16,6 +16,7 @@ import generate
 from bench import peak_memory
 from bench.peak_memory import gguf_name
 from conftest import LLAMA, VIT, difference
+from data import answer_ends
 from extras.gguf import File
 from files import LavinError
 from model import LLaMAConfig, rope_frequencies
@@ -236,6 +237,9 @@ def test_how_a_text_is_cut(byte_pairs, cut, digits):
             expected = text.replace("e\u0301", "\u00e9")
         assert tokenizer.decode(tokenizer.encode(text)) == expected
     assert 0 not in tokenizer.encode("<|endoftext|>")
+    assert answer_ends(tokenizer) == {0}
+    tokenizer = byte_pairs(cut, **{"tokenizer.ggml.eot_token_id": 5})
+    assert answer_ends(tokenizer) == {0, 5}
 
 
 # What is refused

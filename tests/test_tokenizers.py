@@ -15,8 +15,9 @@ import data
 import generate
 from conftest import GOLDEN, VIT, difference
 from data import Sample
-from extras import instructions
-from extras.tokenizers import JsonTokenizer, load_json
+from extras import chat, instructions
+from extras.tokenizers import JsonTokenizer, load_json, save
+from fast import engine
 from fast.fold import fold
 from files import LavinError
 from test_checkpoints import copy_llama
@@ -115,6 +116,22 @@ def test_bos_and_eos_are_found(tmp_path, small_model, files, bos, eos):
     assert tokenizer.id_to_piece(tokenizer.eos_id()) == eos
 
 
+def test_several_tokens_that_end_an_answer(folder, tmp_path):
+    """As chat models name them. The usual one is EOS, and --fold takes all of them along."""
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
+    tokenizer = load_json(folder / "tokenizer.json")
+    assert tokenizer.eos_id() == 0
+    assert data.answer_ends(tokenizer) == {0, 1, 7}
+    save(tokenizer, tmp_path)
+    again = load_json(tmp_path / "tokenizer.json")
+    assert again.eos_id() == 0 and data.answer_ends(again) == {0, 1, 7}
+    for wrong in ([0, 400], ["<|im_end|>"], "<|im_end|>", True):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(LavinError, match="generation_config.json: its EOS token .* is not in"):
+            load_json(folder / "tokenizer.json")
+
+
 @pytest.mark.parametrize("special, said", [
     ({}, "no EOS token is named"),
     ({"eos_token": "</s>"}, "its EOS token '</s>' is not in the vocabulary"),
@@ -180,6 +197,23 @@ def test_training_and_generation(folder, call):
     with torch.no_grad():                       # EOS becomes the likeliest token
         lavin.llama.output.weight.zero_()
     assert lavin.generate(SAMPLES, 4) == ["", ""]
+
+
+@torch.no_grad()
+def test_each_of_several_ends_an_answer(folder):
+    """What the model says first is named as another end, so nothing is left to be said."""
+    question = "Name a metal."
+    sample = Sample(instructions.instruction_prompt(question))
+    lavin = checkpoints.load(folder, VIT)
+    assert lavin.generate([sample], 1) != [""]
+    prompt = data.collate([lavin.encode(sample, prompt_only=True)], lavin.resolution)
+    first = lavin.logits(prompt)[0, -1].argmax().item()
+    assert first != lavin.tokenizer.eos_id()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, first]}))
+    lavin = checkpoints.load(folder, VIT)
+    assert lavin.generate([sample], 4) == [""]
+    assert engine.generate(lavin, [sample], 4) == [""]
+    assert "".join(chat.Conversation(lavin).say(question)) == ""
 
 
 def test_what_check_shows(folder):
