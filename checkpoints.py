@@ -80,7 +80,7 @@ def read_params(directory: str | Path | gguf.File, vocab_size: int) -> LLaMAConf
     """params.json, Hugging Face's config.json or a GGUF file -> LLaMAConfig. Raises LavinError.
 
     vocab_size is the tokenizer's. Meta's models have exactly that many tokens, and params.json may
-    say -1 instead. The other models may have more.
+    say -1 instead. The other models may have more, and --fold keeps them.
     """
     if isinstance(directory, gguf.File):
         path = directory.path
@@ -94,6 +94,8 @@ def read_params(directory: str | Path | gguf.File, vocab_size: int) -> LLaMAConf
         path = Path(directory, "params.json")
         params = read_meta_params(path, vocab_size)
         fits = params["vocab_size"] == vocab_size
+        if params.get("folded"):
+            fits = params["vocab_size"] >= vocab_size
     if not fits:
         raise LavinError(f"{path}: {params['vocab_size']} tokens, "
                          f"but its tokenizer has {vocab_size}")
@@ -316,7 +318,8 @@ def save_folded(lavin: LaVIN, directory: str | Path) -> None:
     """Write the LLaMA of a LaVIN that is folded for text, in Meta's layout, fp16.
 
     params.json says "attention_bias": true. So a reader without support for biases rejects the
-    files instead of ignoring the biases. LavinError for anything that the layout cannot hold.
+    files instead of ignoring the biases. Its vocab_size may be more than the tokenizer has.
+    LavinError for anything that the layout cannot hold.
     """
     if lavin.folded_for != 0:
         raise ValueError("fold for modality 0 first: Meta's layout has no place for the "
@@ -324,10 +327,6 @@ def save_folded(lavin: LaVIN, directory: str | Path) -> None:
     if n_quantized(lavin.llama):
         raise LavinError("--fold: quantized matrices have no place in Meta's layout; "
                          "leave --bits out")
-    n_tokens = lavin.tokenizer.vocab_size()
-    if lavin.llama.config.vocab_size != n_tokens:
-        raise LavinError(f"--fold: this LLaMA has {lavin.llama.config.vocab_size} tokens, but its "
-                         f"tokenizer has {n_tokens}; Meta's layout has no place for more")
     directory = Path(directory)
     if any(directory.glob("consolidated.*.pth")):
         raise LavinError(f"--fold {directory}: holds a model already; "

@@ -532,16 +532,23 @@ def test_an_unknown_name_is_refused(fails, golden_folder, name):
     fails(generate, *ask("--delta", folder), says=[f"{folder}: {name} is no name of a LLaMA"])
 
 
-def test_more_tokens_than_the_tokenizer_has(fails, golden_folder, tmp_path):
-    """Some models are padded. They run, but Meta's layout cannot hold them."""
+def test_more_tokens_than_the_tokenizer_has(call, fails, golden_folder, tmp_path):
+    """Some models are padded. They run, and --fold keeps the padding."""
     folder, tensors = golden_folder
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = torch.cat([tensors[name], torch.zeros(64, 64)])
     torch.save(tensors, folder / "pytorch_model.bin")
     change_config(folder, vocab_size=576)
     assert checkpoints.load(folder, VIT).llama.output.weight.shape == (576, 64)
-    fails(checkpoints, ADAPTER, "--llama", folder, "--vit", VIT, "--fold", tmp_path / "folded",
-          says=["--fold: this LLaMA has 576 tokens, but its tokenizer has 512"])
+    folded = tmp_path / "folded"
+    args = (ADAPTER, "--llama", folder, "--vit", VIT, "--fold", folded)
+    assert call(checkpoints, *args)[0] == 0
+    params = json.loads((folded / "params.json").read_text())
+    assert params["vocab_size"] == 576
+    assert checkpoints.load(folded, VIT).llama.output.weight.shape == (576, 64)
+    (folded / "params.json").write_text(json.dumps(params | {"vocab_size": 511}))
+    fails(generate, *ask(adapter="none", llama=folded), says=[
+        "511 tokens, but its tokenizer has 512"])
 
 
 def test_a_name_in_two_files(golden_folder):
