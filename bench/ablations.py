@@ -39,7 +39,7 @@ VARIANTS = {
     "MMA without routing": ["--no-routing"],
     "single adapters of rank 16": [*SINGLE, "--rank", "16"],
 }
-RATES = (3e-3, 6e-3, 12e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 RATE_SEED = 100             # of the runs that choose the learning rate
 RATE_EPOCHS = 1
 

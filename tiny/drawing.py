@@ -76,8 +76,8 @@ def corners(x: float, y: float, distances: list[float]) -> list[tuple[float, flo
 def draw_things(canvas, rng, shape, colour, n, position):
     """n equal shapes in a row, or in a column at the left or right side."""
     dx, dy = POSITIONS[position]
-    r = rng.uniform(11, 13.5)
-    gap = rng.uniform(28, 31)
+    r = rng.uniform(10.5, 12.5)
+    gap = rng.uniform(29, 31)
     for i in range(n):
         along = (i - (n - 1) / 2) * gap
         x = MIDDLE + dx
@@ -86,8 +86,8 @@ def draw_things(canvas, rng, shape, colour, n, position):
             y += along
         else:
             x += along
-        x += rng.uniform(-3, 3)
-        y += rng.uniform(-3, 3)
+        x += rng.uniform(-2, 2)
+        y += rng.uniform(-2, 2)
         draw_shape(canvas, shape, x, y, r, shade(colour, rng))
 
 

@@ -37,7 +37,7 @@ from files import LavinError, locked, read_json, write_atomically
 from tiny import drawing
 from tiny.drawing import COLOURS, DIRECTIONS, POSITIONS, SHAPES
 
-VERSION = 2
+VERSION = 3
 ROOT = Path(__file__).absolute().parent
 PATHS = {
     "llama": ROOT / "llama",
@@ -47,15 +47,15 @@ PATHS = {
 # train.py's flags for models of this size and a run of three minutes. No workers: to prepare a
 # picture of this size takes less time than to send it from one process to another.
 DEFAULTS = {
-    "epochs": 3,
-    "lr": 6e-3,
-    "dropout": 0.0,
-    "micro_batch": 32,
+    "epochs": 2,
+    "batch_size": 16,
+    "micro_batch": 16,
+    "lr": 4e-3,
     "max_seq_len": 128,
     "workers": 0,
 }
 SPLITS = ("train", "val", "test")
-SIZES = (6000, 300, 1200)       # problems of each split
+SIZES = (8500, 300, 1200)       # problems of each split
 
 NATURAL = "natural science"
 SOCIAL = "social science"
