@@ -6,6 +6,7 @@
     python generate.py --data sqa --split test --predictions out/predictions.json
     python generate.py --data jsonl:mine.jsonl --by kind
     python generate.py --data mme:MME_Benchmark
+    torchrun --nproc-per-node 8 generate.py --data sqa          a share of the problems on each GPU
     python generate.py --data caption:captions_val2014.json:val2014 --prompt "Describe it." \\
                        --predictions captions.json
 
@@ -30,6 +31,7 @@ import data
 from extras import benchmarks, chat, choices, evaluate, flags, rows, scienceqa, serve
 from extras.instructions import is_rows
 from extras.terminal import run
+from fast import ranks
 from files import (DTYPES, check_compiler, check_writable, choose_paths, pick_device,
                    write_atomically)
 from model import LaVIN
@@ -44,15 +46,15 @@ def find_model(args: argparse.Namespace) -> tuple[str | None, dict]:
     remembered = {}
     if adapter and os.path.isfile(adapter):
         _, _, remembered = checkpoints.read_adapter(adapter)
-    world.prepare(args, remembered)
+    with ranks.first():
+        world.prepare(args, remembered)
     choose_paths(args, remembered, adapter)
     return adapter, remembered
 
 
-def load_model(args: argparse.Namespace, adapter: str | None, remembered: dict) -> LaVIN:
+def load_model(args: argparse.Namespace, adapter: str | None, remembered: dict,
+               device: torch.device, dtype: str) -> LaVIN:
     """The model that the flags name, in eval mode. Other settings are as in its training run."""
-    device, dtype = pick_device(args.device, args.dtype)
-    check_compiler(args.compile, device)
     delta = args.delta or remembered.get("delta")
     unpermuted = args.delta_unpermuted or remembered.get("delta_unpermuted", False)
     flags.check_delta(delta, unpermuted)
@@ -103,16 +105,19 @@ def answer_data(lavin: LaVIN, truths: dict | None, samples: list[data.Sample], f
                 args: argparse.Namespace) -> None:
     """Answer the samples of --data, print the table of scores, write --predictions.
 
-    If this ends early, the answers so far are written. LavinError if a picture could not be
-    decoded.
+    If this ends early, the answers so far are written: with several ranks, those of rank 0.
+    LavinError if a picture could not be decoded.
     """
     answers = evaluate.Answers(samples)
     try:
         answer_and_score(lavin, truths, samples, answers, format, args)
     finally:
-        if args.predictions and (answers.given or answers.unread):
+        has_some = answers.given or answers.unread
+        if args.predictions and has_some and ranks.rank() == 0:
             write_predictions(args, truths, answers)
-    answers.check()
+    ranks.leave()
+    if ranks.rank() == 0:               # all ranks know of the pictures, and one line is enough
+        answers.check()
 
 
 def answer_and_score(lavin: LaVIN, truths: dict | None, samples: list[data.Sample],
@@ -205,6 +210,10 @@ def main() -> None:
     parser = flags.generate_parser(__doc__.split("\n\n")[0])
     args = parser.parse_args()
     flags.check_args(args)
+    device, dtype = pick_device(args.device, args.dtype)
+    check_compiler(args.compile, device)
+    if args.data:
+        ranks.join(device, for_answers=True)
     adapter, remembered = find_model(args)
 
     # Find errors here, before 13 GB are loaded.
@@ -220,8 +229,9 @@ def main() -> None:
     if args.serve is not None:
         server = listen(args, adapter, remembered)
 
-    torch.manual_seed(data.mixed_seed(args.seed, 0))
-    lavin = load_model(args, adapter, remembered)
+    rank_seed = args.seed + 7919 * ranks.rank()             # each rank draws tokens of its own
+    torch.manual_seed(data.mixed_seed(rank_seed, 0))
+    lavin = load_model(args, adapter, remembered, device, dtype)
     how = {
         "max_new_tokens": args.max_new_tokens or 256,
         "temperature": args.temperature,

@@ -284,6 +284,7 @@ class LaVIN(nn.Module):
         # Row 0: text only. Row 1: text and a picture.
         self.modality_embedding = nn.Parameter(torch.empty(2, llama_config.dim))
         self.folded_for = None          # the modality that fast/fold.py merged the adapters for
+        self.is_sharded = False         # by --fsdp: each rank holds a part (fast/ranks.py)
         self.logit_rows = None          # rows of logits at a time; None: chosen for the device
 
         self.requires_grad_(False)

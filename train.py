@@ -449,7 +449,7 @@ def parse_args() -> tuple[Settings, dict | None]:
 
 def score_val(lavin: LaVIN, problems: dict, samples: list, step: int,
               settings: Settings) -> None:
-    """Answer the problems of the val split, print the table, and write it to metrics.jsonl."""
+    """Answer val's problems on all ranks, print the table, and write it to metrics.jsonl."""
     print(f"scoring  {len(samples)} problems of the val split")
     with torch.compiler.set_stance("force_eager"):
         predictions, _ = evaluate.score(
@@ -457,7 +457,8 @@ def score_val(lavin: LaVIN, problems: dict, samples: list, step: int,
     line = {"step": step, "split": "val"}
     for column, score in evaluate.sqa_scores(problems, predictions).items():
         line[column] = None if math.isnan(score) else score
-    runs.log_scores(line, settings)
+    if ranks.rank() == 0:
+        runs.log_scores(line, settings)
 
 
 def load_and_train(settings: Settings, resumed: dict | None, device: torch.device,
@@ -481,15 +482,10 @@ def load_and_train(settings: Settings, resumed: dict | None, device: torch.devic
     if settings.compile:
         n_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         print(f"compile  {n_graphs} graphs in the whole run")
-    ranks.leave()
     problems, val_samples = val
-    if not val_samples or ranks.rank() > 0:
-        return
-    if settings.fsdp:
-        print("scoring  does not work with --fsdp; run "
-              "python generate.py --data sqa --split val")
-        return
-    score_val(lavin, problems, val_samples, n_steps, settings)
+    if val_samples:
+        score_val(lavin, problems, val_samples, n_steps, settings)
+    ranks.leave()
 
 
 def main() -> None:

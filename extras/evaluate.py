@@ -4,6 +4,8 @@
     choose_all      picks the likeliest letter instead, in one pass and without generating
     score           answers ScienceQA's problems by one of the two and prints the table
 
+Under torchrun every rank answers its share, and then gets the answers of all others.
+
 A column of the table averages the problems of one kind:
     NAT, SOC, LAN     by subject: natural, social and language science
     TXT, IMG, NO      with a hint; with an image; with neither. A problem may count in TXT and IMG
@@ -25,6 +27,7 @@ from data import Encoded, Sample
 from extras import plot
 from extras.scienceqa import SUBJECTS
 from extras.values import short
+from fast import ranks
 from fast.engine import Engine, continue_prompts
 from fast.fold import fold
 from files import LavinError
@@ -122,6 +125,12 @@ class Answers:
         if identity not in self.unread:
             self.given[identity] = text
 
+    def gather(self) -> None:
+        """Add what the other ranks have, so that every rank has all of it."""
+        for given, unread in ranks.gather((self.given, self.unread)):
+            self.given |= given
+            self.unread |= unread
+
     def outputs(self) -> dict:
         """{id: text} of all samples, "" for those without an answer."""
         return {identity: self.given.get(identity, "") for identity in self.ids}
@@ -134,32 +143,41 @@ class Answers:
                 reasons[identity] = self.unread.get(identity, "the run ended before its answer")
         return reasons
 
+    def first_unread(self) -> str:
+        """Why the first picture that could not be decoded could not."""
+        return next(self.unread[identity] for identity in self.ids if identity in self.unread)
+
     def print_unread(self) -> None:
         """Say how many pictures could not be decoded, if any."""
         if self.unread:
-            first = next(iter(self.unread.values()))
+            first = self.first_unread()
             print(f"{len(self.unread)} of {len(self.ids)} have a picture that cannot be decoded; "
                   f"they count as wrong. The first of them: {first}")
 
     def check(self) -> None:
         """LavinError if any picture could not be decoded."""
         if self.unread:
-            first = next(iter(self.unread.values()))
+            first = self.first_unread()
             raise LavinError(f"{first} ({len(self.unread)} of {len(self.ids)} have no answer "
                              "because of their picture; the others were answered)")
 
 
-def by_modality(encoded: list[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
+def by_modality(encoded: list[Encoded],
+                shared: bool = True) -> tuple[list[Encoded], list[Encoded]]:
     """-> (those without a picture, those with one), the longest first.
 
     Prompts of about the same length then run together, and too little memory shows at the start.
+    With several ranks, this rank's share of both; all of them if not shared.
     """
     groups = ([], [])
     for prompt in encoded:
         groups[prompt.image is not None].append(prompt)
     for group in groups:
         group.sort(key=lambda prompt: -len(prompt.tokens))
-    return groups
+    if not shared:
+        return groups
+    without, with_picture = groups
+    return ranks.share(without), ranks.share(with_picture)
 
 
 def encode_prompts(lavin, samples, answers, encode):
@@ -206,6 +224,11 @@ def letter_is_out(lavin: LaVIN, format: str) -> Callable[[list[int]], bool] | No
     return is_out
 
 
+def answering_model(lavin: LaVIN, modality: int) -> LaVIN:
+    """`lavin` folded for a modality, but for one that --fsdp has cut: its matrices stay cut."""
+    return lavin if lavin.is_cut else fold(lavin, modality)
+
+
 def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: str,
                max_new_tokens: int | None = None, temperature: float = 0.0, top_p: float = 1.0,
                batch_size: int = 32, workers: int = 0, compiled: bool = False) -> None:
@@ -214,6 +237,8 @@ def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: st
     format: that of ScienceQA's prompts, or "-" for samples of another kind. If the answer comes
     first, an output ends as soon as its letter is out, since the lecture and the solution behind it
     do not count for the score. max_new_tokens: by default 64 for such a format, else 256.
+
+    A model that --fsdp has cut needs all ranks for every pass. So they answer all samples together.
     """
     done = letter_is_out(lavin, format)
     if max_new_tokens is None:
@@ -223,19 +248,22 @@ def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: st
         return lavin.encode(sample, prompt_only=True)
 
     encoded = encode_prompts(lavin, samples, answers, encode)
-    with tqdm(total=len(encoded), desc="answering", unit=" problems", file=sys.stdout) as bar:
-        for modality, group in enumerate(by_modality(encoded)):
+    groups = by_modality(encoded, shared=not lavin.is_cut)
+    n_prompts = sum(len(group) for group in groups)
+    with tqdm(total=n_prompts, desc="answering", unit=" problems", file=sys.stdout) as bar:
+        for modality, group in enumerate(groups):
             if not group:
                 continue
             rows = min(batch_size, len(group))
             prompts = decode_pictures(lavin, group, answers, workers, each=rows)
             # Only the generator holds the folded LLaMA. It is freed before the next one is made.
             generator = continue_prompts(
-                fold(lavin, modality), prompts, rows, max_new_tokens, temperature, top_p,
-                done=done, compiled=compiled, longest=len(group[0].tokens))
+                answering_model(lavin, modality), prompts, rows, max_new_tokens, temperature,
+                top_p, done=done, compiled=compiled, longest=len(group[0].tokens))
             for number, ids in generator:
                 answers.add(group[number].id, lavin.tokenizer.decode(ids))
                 bar.update()
+    answers.gather()
 
 
 def letter_prompt(lavin, sample, n_choices):
@@ -273,13 +301,16 @@ def add_chosen(encoded: list[Encoded], answers: Answers,
 
     choose(prompts, modality) yields (id of a sample, its answer).
     """
-    with tqdm(total=len(encoded), desc="choosing", unit=" problems", file=sys.stdout) as bar:
-        for modality, group in enumerate(by_modality(encoded)):
+    groups = by_modality(encoded)
+    n_prompts = sum(len(group) for group in groups)
+    with tqdm(total=n_prompts, desc="choosing", unit=" problems", file=sys.stdout) as bar:
+        for modality, group in enumerate(groups):
             if not group:
                 continue
             for identity, answer in choose(group, modality):
                 answers.add(identity, answer)
                 bar.update()
+    answers.gather()
 
 
 def choose_all(lavin: LaVIN, samples: list[Sample], answers: Answers, problems: dict,

@@ -11,6 +11,7 @@ from data import default_workers
 from extras.instructions import KINDS, is_rows
 from extras.terminal import Parser
 from extras.values import HELD_OUT_ROWS, QUESTION, SETTINGS, SQA_FIELDS
+from fast import ranks
 from files import LavinError
 
 DTYPE_HELP = ("of the frozen weights (default: auto, which is bf16 on a GPU, fp16 on one too old "
@@ -262,6 +263,9 @@ def check_args(args: argparse.Namespace) -> None:
              args.prompt is not None and not captions]
     if sum(bool(mode) for mode in modes) != 1:
         raise LavinError("give one of --prompt, --chat, --serve, --data and --show-routing")
+    if ranks.count() > 1 and not args.data:
+        raise LavinError("torchrun deals the problems of --data out to several processes; "
+                         "start --prompt, --chat, --serve and --show-routing without it")
     if args.image and (captions or args.prompt is None and not args.chat):
         raise LavinError("--image goes with --prompt or --chat")
     check_scoring(args)

@@ -100,12 +100,10 @@ def explain(error: Exception) -> str | None:
     """The line for an error that comes from outside of this code. None for our own mistakes."""
     if isinstance(error, LavinError):
         return str(error)
-    # What a CPU says when it has no memory left is a RuntimeError like any other.
-    # So is what Apple's GPU says.
+    # What a CPU or Apple's GPU says when it has no memory left is a RuntimeError like any other.
     too_little = (MemoryError, torch.OutOfMemoryError)
-    words = str(error)
-    if (isinstance(error, too_little) or "can't allocate memory" in words
-            or "MPS backend out of memory" in words):
+    words = ("can't allocate memory", "MPS backend out of memory")
+    if isinstance(error, too_little) or any(part in str(error) for part in words):
         return ("there is too little memory for this; --bits 8 or 4, or a lower --batch-size "
                 "or --max-seq-len, would help")
     if "probability tensor contains" in str(error):         # torch.multinomial's words

@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+from fast import ranks
 from fast.ops import is_one_token, one_token_product
 from model import LaVIN, pick
 
@@ -308,6 +309,19 @@ class Answer:
     ids: list[int] = field(default_factory=list)
 
 
+def next_tokens(lavin: LaVIN, logits: torch.Tensor, temperature: float,
+                top_p: float) -> list[int]:
+    """The next token of each row, picked from logits (rows, vocabulary).
+
+    A model that --fsdp has cut needs all ranks for every pass, so they must agree when a row ends.
+    Their logits are equal but for rounding; rank 0's tokens hold.
+    """
+    tokens = pick(logits, temperature, top_p)
+    if lavin.is_cut:
+        tokens = ranks.of_first(tokens)
+    return tokens.tolist()
+
+
 def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], rows: int, max_new_tokens: int,
                      temperature: float = 0.0, top_p: float = 1.0,
                      done: Callable[[list[int]], bool] | None = None, compiled: bool = False,
@@ -339,7 +353,7 @@ def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], rows: int, m
             active += [Answer(number, len(encoded.tokens)) for number, encoded in fresh]
         if not active:
             return
-        tokens = pick(torch.cat(logits), temperature, top_p).tolist()
+        tokens = next_tokens(lavin, torch.cat(logits), temperature, top_p)
         for row in reversed(range(len(active))):        # from behind: retiring moves the last row
             answer = active[row]
             ended = tokens[row] in ends

@@ -13,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -27,6 +28,7 @@ GOLDEN = ROOT / "tests" / "golden"
 LLAMA = GOLDEN / "llama" / "tiny"
 VIT = GOLDEN / "ViT-tiny.pt"
 ADAPTER = GOLDEN / "checkpoint-19.pth"
+MME_QUESTIONS = "Is it red? Answer yes or no.\tYes\nIs it blue? Answer yes or no.\tNo\n"
 
 
 def pytest_configure(config):
@@ -80,6 +82,23 @@ def sqa(tmp_path):
     """The folder of a miniature ScienceQA, to be damaged at will."""
     miniature.write(tmp_path / "sqa")
     return tmp_path / "sqa"
+
+
+@pytest.fixture
+def mme(tmp_path):
+    """Two subtasks: existence has two pictures with their questions beside them, code_reasoning has
+    one with them in a folder of their own."""
+    folder = tmp_path / "mme"
+    for name in ("existence/a", "existence/b", "code_reasoning/images/c"):
+        picture = folder / f"{name}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(picture)
+    (folder / "existence" / "a.txt").write_text(MME_QUESTIONS)
+    (folder / "existence" / "b.txt").write_text(MME_QUESTIONS)
+    apart = folder / "code_reasoning" / "questions_answers_YN"
+    apart.mkdir()
+    (apart / "c.txt").write_text(MME_QUESTIONS)
+    return folder
 
 
 @pytest.fixture

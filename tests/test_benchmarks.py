@@ -12,25 +12,6 @@ from extras import benchmarks
 from files import LavinError
 from test_data import outcome
 
-QUESTIONS = "Is it red? Answer yes or no.\tYes\nIs it blue? Answer yes or no.\tNo\n"
-
-
-@pytest.fixture
-def mme(tmp_path):
-    """Two subtasks: existence has two pictures with their questions beside them, code_reasoning has
-    one with them in a folder of their own."""
-    folder = tmp_path / "mme"
-    for name in ("existence/a", "existence/b", "code_reasoning/images/c"):
-        picture = folder / f"{name}.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), "red").save(picture)
-    (folder / "existence" / "a.txt").write_text(QUESTIONS)
-    (folder / "existence" / "b.txt").write_text(QUESTIONS)
-    apart = folder / "code_reasoning" / "questions_answers_YN"
-    apart.mkdir()
-    (apart / "c.txt").write_text(QUESTIONS)
-    return folder
-
 
 @pytest.fixture
 def ask(call):

@@ -60,11 +60,24 @@ def check_command(command):
                 flags.check_args(parser.parse_args(values))
 
 
+@pytest.fixture
+def check_as_started(monkeypatch):
+    """check_command, with the variables that torchrun sets if the command begins with it."""
+    def check(command):
+        with monkeypatch.context() as patch:
+            if command[0] == "torchrun":
+                patch.setenv("RANK", "0")
+                patch.setenv("WORLD_SIZE", "8")
+            check_command(command)
+
+    return check
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-def test_every_command_parses(page):
+def test_every_command_parses(page, check_as_started):
     for command in commands_of(page.read_text(encoding="utf-8")):
         try:
-            check_command(command)
+            check_as_started(command)
         except LavinError as error:
             raise AssertionError(f"{page.name}: {shlex.join(command)}: {error}") from error
 
@@ -142,7 +155,10 @@ saved    out/checkpoint.pth
     "python train.py --experts 3",
     "python train.py --rank 5",
     "python generate.py --data sqa --split",
-    "python generate.py --data sqa --chat"])
-def test_a_wrong_command_is_found(command):
+    "python generate.py --data sqa --chat",
+    "python train.py --fsdp",
+    "torchrun --nproc-per-node 8 train.py --fsdp --bits 8",
+    "torchrun --nproc-per-node 8 generate.py --chat"])
+def test_a_wrong_command_is_found(command, check_as_started):
     with pytest.raises(LavinError):
-        check_command(command.split())
+        check_as_started(command.split())

@@ -1,9 +1,10 @@
-"""Several processes, one run: the same losses and the same adapters as one process alone.
+"""Several processes, one run: the same losses, adapters and answers as one process alone.
 
-    python tests/test_ranks.py '[2, FLAGS, FLAGS]' '[4, FLAGS]'
+    python tests/test_ranks.py '[2, RUN, RUN]' '[4, RUN]'
 
 As a script this file is a torchrun that imports PyTorch only once. Each argument is JSON: a number
-of ranks, and the flags of one or more runs of train.py, which these ranks do one after the other.
+of ranks, and one or more runs, which these ranks do one after the other. A run is a list: "train"
+or "generate", and its flags.
 """
 
 import json
@@ -16,11 +17,14 @@ import time
 import pytest
 import torch
 
-from conftest import LLAMA, ROOT, VIT, difference    # before our modules: it says where they are
+from conftest import ADAPTER, LLAMA, ROOT, VIT, difference      # first: it finds our modules
 
+import generate
 import train
 from extras import terminal
 from fast import ranks
+
+SCRIPTS = {"train": train, "generate": generate}
 
 
 def flags(sqa, out, *more):
@@ -41,11 +45,13 @@ def start(*command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+def read_metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def read_run(out):
     """-> (its losses, its trained weights)."""
-    losses = []
-    for line in (out / "metrics.jsonl").read_text().splitlines():
-        losses.append(json.loads(line)["loss"])
+    losses = [line["loss"] for line in read_metrics(out) if "loss" in line]
     checkpoint = torch.load(out / "checkpoint.pth", weights_only=False)
     return losses, checkpoint["model"]
 
@@ -72,14 +78,14 @@ def test_two_and_four_ranks_do_what_one_does(sqa, tmp_path, call):
 
     on_two = [
         2,
-        flags(sqa, two),
-        flags(sqa, two_fsdp, "--fsdp"),
-        flags(sqa, changed, "--max-steps", 2)]
+        ["train", *flags(sqa, two)],
+        ["train", *flags(sqa, two_fsdp, "--fsdp")],
+        ["train", *flags(sqa, changed, "--max-steps", 2)]]
     on_four = [
         4,
-        flags(sqa, four),
-        flags(sqa, four_fsdp, "--fsdp", "--checkpointing"),
-        flags(sqa, changed, "--resume", "--max-steps", 4, "--fsdp")]
+        ["train", *flags(sqa, four)],
+        ["train", *flags(sqa, four_fsdp, "--fsdp", "--checkpointing")],
+        ["train", *flags(sqa, changed, "--resume", "--max-steps", 4, "--fsdp")]]
     result = start(__file__, json.dumps(on_two), json.dumps(on_four))
     assert result.returncode == 0, result.stderr
     for count in (2, 4):                        # once for each run: rank 0 alone prints
@@ -113,6 +119,149 @@ def test_fsdp_alone_or_with_quantized_matrices_is_refused(sqa, tmp_path, call, m
     assert not (tmp_path / "out").exists()
 
 
+# Scores at the end of a run
+
+
+def scores_of(out):
+    """The line that the scores of val are in."""
+    (line,) = [line for line in read_metrics(out) if "split" in line]
+    return line
+
+
+def test_ranks_score_val_as_one_does(sqa, tmp_path, call):
+    """With and without --fsdp, where the matrices stay cut and all ranks answer together."""
+    alone = tmp_path / "alone"
+    two = tmp_path / "two"
+    two_fsdp = tmp_path / "two-fsdp"
+    short = ("--epochs", 1, "--eval-limit", 7, "--lr", 0.01)
+    code, stdout, _ = call(train, *flags(sqa, alone, *short))
+    assert code == 0
+    on_two = [
+        2,
+        ["train", *flags(sqa, two, *short)],
+        ["train", *flags(sqa, two_fsdp, *short, "--fsdp")]]
+    result = start(__file__, json.dumps(on_two))
+    assert result.returncode == 0, result.stderr
+    for out in (two, two_fsdp):
+        assert scores_of(out) == scores_of(alone)
+    table = behind_the_bar(stdout)
+    assert "NAT" in table
+    assert lines_of(result.stdout).count(table) == 2
+
+
+# Answers
+
+
+def lines_of(stdout):
+    """What was printed, a progress bar's states on lines of their own; not where it was written."""
+    kept = [line for line in stdout.splitlines() if not line.startswith("written:")]
+    return "\n".join(kept)
+
+
+def behind_the_bar(stdout):
+    """What was printed once everything was answered: the table, and what counts as wrong."""
+    lines = lines_of(stdout).split("\n")
+    bars = [number for number, line in enumerate(lines) if "problems/s" in line]
+    return "\n".join(lines[bars[-1] + 1:])
+
+
+def questions(tmp_path, sqa, mme):
+    """The flags of --data, of every kind. One problem of ScienceQA does not fit the context."""
+    rows = tmp_path / "rows.jsonl"
+    written = []
+    for i in range(7):
+        row = {"instruction": f"Name metal {i}.", "output": ("iron", "zinc")[i % 2]}
+        written.append(json.dumps(row))
+    rows.write_text("\n".join(written))
+    captions = tmp_path / "captions.json"
+    pictures = sqa / "images" / "test"
+    images = []
+    for i, picture in enumerate(sorted(pictures.glob("*/image.png"))):
+        images.append({"id": i, "file_name": picture.relative_to(pictures).as_posix()})
+    captions.write_text(json.dumps({"images": images, "annotations": []}))
+    problems = json.loads((sqa / "problems.json").read_text())
+    problems["33"]["question"] = "How " * 200
+    (sqa / "problems.json").write_text(json.dumps(problems))
+    data_root = ("--data-root", sqa)
+    return {
+        "sqa": ("--data", "sqa", *data_root, "--format", "QCM-ALE", "--by", "subject"),
+        "letters": ("--data", "sqa", *data_root, "--format", "QCM-ALE", "--score", "letters"),
+        "rows": ("--data", f"jsonl:{rows}"),
+        "choices": ("--data", f"jsonl:{rows}", "--score", "choices"),
+        "mme": ("--data", f"mme:{mme}"),
+        "captions": ("--data", f"caption:{captions}:{pictures}", "--prompt", "Describe it."),
+    }
+
+
+def ask(asked, path):
+    model = ("--llama", LLAMA, "--vit", VIT, "--adapter", ADAPTER)
+    how = ["--batch-size", 2, "--workers", 0, "--device", "cpu", "--max-seq-len", 300]
+    if "--score" not in asked:
+        how += ["--max-new-tokens", 5]
+    return [str(flag) for flag in (*model, *how, *asked, "--predictions", path)]
+
+
+def test_ranks_answer_as_one_does(sqa, mme, tmp_path, call):
+    """The same table and the same --predictions, of every kind of --data."""
+    asked = questions(tmp_path, sqa, mme)
+    reports = {}
+    for name, flags_of_data in asked.items():
+        code, stdout, _ = call(generate, *ask(flags_of_data, tmp_path / f"1-{name}.json"))
+        assert code == 0
+        reports[name] = behind_the_bar(stdout)
+    arguments = []
+    for count in (2, 4):
+        runs = []
+        for name, flags_of_data in asked.items():
+            runs.append(["generate", *ask(flags_of_data, tmp_path / f"{count}-{name}.json")])
+        arguments.append(json.dumps([count, *runs]))
+    result = start(__file__, *arguments)
+    assert result.returncode == 0, result.stderr
+
+    printed = lines_of(result.stdout)
+    assert printed.count("1 prompts do not fit the context") == 2 * 2   # twice by 2 ranks and by 4
+    for name in asked:
+        for count in (2, 4):
+            alone = (tmp_path / f"1-{name}.json").read_text()
+            assert (tmp_path / f"{count}-{name}.json").read_text() == alone, name
+    for name in ("sqa", "letters", "rows", "choices", "mme"):       # captions have no table
+        assert reports[name] != ""
+        assert printed.count(reports[name]) == 2, name
+
+
+def test_a_picture_that_cannot_be_decoded_is_told_once(sqa, mme, tmp_path, call):
+    asked = questions(tmp_path, sqa, mme)["sqa"]
+    pictures = sorted((sqa / "images" / "test").glob("*/image.png"))
+    for picture in pictures[:3]:
+        picture.write_bytes(b"no picture")
+    code, _, stderr = call(generate, *ask(asked, tmp_path / "alone.json"))
+    assert code == 2
+    result = start(__file__, json.dumps([2, ["generate", *ask(asked, tmp_path / "two.json")]]))
+    assert result.returncode == 1
+    assert result.stderr == "rank 0: " + stderr
+    assert (tmp_path / "two.json").read_text() == (tmp_path / "alone.json").read_text()
+
+
+def test_a_rank_that_fails_ends_the_others(sqa, mme, tmp_path):
+    """Rank 1 has another context, in which no picture has room. Each rank ends in one line."""
+    asked = ask(questions(tmp_path, sqa, mme)["sqa"], tmp_path / "predictions.json")
+    run = ["generate", *asked, "rank 1 alone", "--max-seq-len", "5"]
+    result = start(__file__, json.dumps([2, run]))
+    assert result.returncode == 1
+    lines = sorted(result.stderr.splitlines())
+    assert len(lines) == 2, result.stderr
+    assert lines[0].startswith("rank 0: error: another rank has ended")
+    assert lines[1].startswith("rank 1: error: --max-seq-len 5 has no room for text")
+
+
+@pytest.mark.parametrize("mode", [
+    ["--prompt", "x"], ["--chat"], ["--serve", 0], ["--show-routing"]])
+def test_torchrun_is_for_data_sets(fails, monkeypatch, mode):
+    """`fails` wants one line, that of this rank."""
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    fails(generate, *mode, "--llama", LLAMA, "--vit", VIT, says=["torchrun", "without it"])
+
+
 # What the script does
 
 
@@ -129,14 +278,14 @@ def check_sharded(block):
 
 
 def run_rank(rank, count, meeting, runs):
-    """What torchrun and train.py do, in this process; the ranks meet once for all runs."""
+    """What torchrun and the scripts do, in this process; the ranks meet once for all runs."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
     leave = torch.distributed.destroy_process_group
     shard = ranks.shard
 
-    def do_nothing(*args):
+    def do_nothing(*args, **how):
         pass
 
     def checked_shard(block, device):
@@ -146,9 +295,12 @@ def run_rank(rank, count, meeting, runs):
     torch.distributed.init_process_group = do_nothing
     torch.distributed.destroy_process_group = do_nothing
     ranks.shard = checked_shard
-    for argv in runs:
-        sys.argv = ["train.py", *argv]
-        terminal.run(train.main)
+    for script, *argv in runs:
+        if "rank 1 alone" in argv:      # what stands behind it is for that rank
+            place = argv.index("rank 1 alone")
+            argv = argv[:place] + (argv[place + 1:] if rank == 1 else [])
+        sys.argv = [f"{script}.py", *argv]
+        terminal.run(SCRIPTS[script].main)
     leave()                         # gloo's threads abort a process that ends without it
 
 
