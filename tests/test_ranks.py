@@ -4,7 +4,7 @@
 
 As a script this file is a torchrun that imports PyTorch only once. Each argument is JSON: a number
 of ranks, and one or more runs, which these ranks do one after the other. A run is a list: "train"
-or "generate", and its flags.
+or "generate", and its flags; or "cut" and the arguments of answer_cut.
 """
 
 import json
@@ -13,18 +13,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import ADAPTER, LLAMA, ROOT, VIT, difference      # first: it finds our modules
 
+import checkpoints
 import generate
 import train
-from extras import terminal
+from extras import evaluate, terminal
+from extras.scienceqa import load_sqa
 from fast import ranks
 
 SCRIPTS = {"train": train, "generate": generate}
+BARS = ("answering:", "choosing:")          # how a line of a progress bar begins
 
 
 def flags(sqa, out, *more):
@@ -128,8 +132,22 @@ def scores_of(out):
     return line
 
 
+def answer_test_split(lavin, sqa):
+    """{id: six tokens} of the miniature's test split."""
+    _, samples = load_sqa(sqa, "test")
+    answers = evaluate.Answers(samples)
+    evaluate.answer_all(lavin, samples, answers, "QCM-LEA", 6, batch_size=2)
+    outputs = answers.outputs()
+    assert len(set(outputs.values())) > 1
+    return outputs
+
+
 def test_ranks_score_val_as_one_does(sqa, tmp_path, call):
-    """With and without --fsdp, where the matrices stay cut and all ranks answer together."""
+    """With and without --fsdp, where the matrices stay cut and all ranks answer together.
+
+    The miniature run learns nothing in three steps. So answers of the golden model are compared
+    too, word by word.
+    """
     alone = tmp_path / "alone"
     two = tmp_path / "two"
     two_fsdp = tmp_path / "two-fsdp"
@@ -139,9 +157,12 @@ def test_ranks_score_val_as_one_does(sqa, tmp_path, call):
     on_two = [
         2,
         ["train", *flags(sqa, two, *short)],
-        ["train", *flags(sqa, two_fsdp, *short, "--fsdp")]]
+        ["train", *flags(sqa, two_fsdp, *short, "--fsdp")],
+        ["cut", str(sqa), str(tmp_path / "cut.json")]]
     result = start(__file__, json.dumps(on_two))
     assert result.returncode == 0, result.stderr
+    whole = checkpoints.load(LLAMA, VIT, ADAPTER, max_seq_len=300)
+    assert json.loads((tmp_path / "cut.json").read_text()) == answer_test_split(whole, sqa)
     for out in (two, two_fsdp):
         assert scores_of(out) == scores_of(alone)
     table = behind_the_bar(stdout)
@@ -161,7 +182,7 @@ def lines_of(stdout):
 def behind_the_bar(stdout):
     """What was printed once everything was answered: the table, and what counts as wrong."""
     lines = lines_of(stdout).split("\n")
-    bars = [number for number, line in enumerate(lines) if "problems/s" in line]
+    bars = [number for number, line in enumerate(lines) if line.startswith(BARS)]
     return "\n".join(lines[bars[-1] + 1:])
 
 
@@ -277,6 +298,14 @@ def check_sharded(block):
     assert sharded == frozen_matrices, sharded
 
 
+def answer_cut(sqa, path):
+    """Answer with the golden model, cut into a part for each rank; rank 0 writes the answers."""
+    lavin = checkpoints.load(LLAMA, VIT, ADAPTER, max_seq_len=300, fsdp=True)
+    outputs = answer_test_split(lavin, sqa)
+    if ranks.rank() == 0:
+        Path(path).write_text(json.dumps(outputs))
+
+
 def run_rank(rank, count, meeting, runs):
     """What torchrun and the scripts do, in this process; the ranks meet once for all runs."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
@@ -296,6 +325,9 @@ def run_rank(rank, count, meeting, runs):
     torch.distributed.destroy_process_group = do_nothing
     ranks.shard = checked_shard
     for script, *argv in runs:
+        if script == "cut":
+            answer_cut(*argv)
+            continue
         if "rank 1 alone" in argv:      # what stands behind it is for that rank
             place = argv.index("rank 1 alone")
             argv = argv[:place] + (argv[place + 1:] if rank == 1 else [])
