@@ -46,7 +46,7 @@ def flags(sqa, out, *more):
 
 def start(*command):
     command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 def read_metrics(out):
