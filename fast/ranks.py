@@ -1,4 +1,4 @@
-"""Many GPUs, one run: `torchrun --nproc-per-node 8 train.py --data sqa`, or `generate.py` so.
+"""Many GPUs, one run: `torchrun --nproc-per-node 8 train.py --data sqa`; generate.py likewise.
 
 Every rank holds a copy of all that is trained, and takes its share of a global batch's
 micro-batches. A step sums one buffer over the ranks, that of the gradients: 15 MB for 7B, whatever
