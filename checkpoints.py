@@ -629,7 +629,7 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
             quantize(block, bits)
         if fsdp:
             ranks.shard(block, device)
-    lavin.is_cut = fsdp
+    lavin.is_sharded = fsdp
     lavin.init_trained()
     if adapter:
         fill(to_official(lavin), state, adapter)    # views: filling them fills the model

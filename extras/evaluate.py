@@ -226,7 +226,7 @@ def letter_is_out(lavin: LaVIN, format: str) -> Callable[[list[int]], bool] | No
 
 def answering_model(lavin: LaVIN, modality: int) -> LaVIN:
     """`lavin` folded for a modality, but for one that --fsdp has cut: its matrices stay cut."""
-    return lavin if lavin.is_cut else fold(lavin, modality)
+    return lavin if lavin.is_sharded else fold(lavin, modality)
 
 
 def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: str,
@@ -248,7 +248,7 @@ def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: st
         return lavin.encode(sample, prompt_only=True)
 
     encoded = encode_prompts(lavin, samples, answers, encode)
-    groups = by_modality(encoded, shared=not lavin.is_cut)
+    groups = by_modality(encoded, shared=not lavin.is_sharded)
     n_prompts = sum(len(group) for group in groups)
     with tqdm(total=n_prompts, desc="answering", unit=" problems", file=sys.stdout) as bar:
         for modality, group in enumerate(groups):

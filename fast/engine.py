@@ -317,7 +317,7 @@ def next_tokens(lavin: LaVIN, logits: torch.Tensor, temperature: float,
     Their logits are equal but for rounding; rank 0's tokens hold.
     """
     tokens = pick(logits, temperature, top_p)
-    if lavin.is_cut:
+    if lavin.is_sharded:
         tokens = ranks.of_first(tokens)
     return tokens.tolist()
 
