@@ -1,9 +1,9 @@
-"""Benchmarks of the chatbot: MME (arXiv 2306.13394), and captions in the form of COCO's evaluation.
+"""Two benchmarks for the chatbot: MME (arXiv 2306.13394), and captions for COCO's evaluation.
 
-MME is a folder for each subtask. Every picture has a text of the same name, beside it or, where
-the pictures are in images/, in questions_answers_YN/. The text has two lines, "question<tab>Yes" or
-"question<tab>No". A subtask's score is its accuracy plus its accuracy+, both in percent: accuracy+
-counts the pictures of which both questions were answered correctly.
+MME has a folder for each subtask. Each picture has a text file of the same name, in the same
+folder. If the pictures are in images/, the text files are in questions_answers_YN/. A text file has
+two lines, "question<tab>Yes" or "question<tab>No". The score of a subtask is its accuracy plus its
+accuracy+, both in percent. Accuracy+ is the share of pictures with both questions right.
 """
 
 import os
@@ -32,7 +32,7 @@ def read_questions(picture, subtask):
         check_regular(path)
         text = path.read_text(encoding="utf-8")
     except (LavinError, OSError, UnicodeDecodeError) as error:
-        reason = f"its questions, {path.name}, cannot be read ({error})"
+        reason = f"its questions file, {path.name}, cannot be read ({error})"
         raise LavinError(f"{picture}: {reason}") from error
     questions = []
     for number, line in enumerate(text.strip().splitlines(), 1):
@@ -48,7 +48,7 @@ def read_questions(picture, subtask):
 def load_mme(folder: str | Path) -> tuple[list[Sample], dict[str, bool]]:
     """-> ([Sample], {its id, "subtask/picture/number": True for yes}).
 
-    Raises LavinError, with the file and the line, for what is missing or not in MME's form.
+    Raises LavinError if something is missing or malformed. The error names the file and the line.
     """
     if not os.path.isdir(folder):
         raise LavinError(f"--data mme:{folder}: there is no such folder; "
@@ -70,12 +70,12 @@ def load_mme(folder: str | Path) -> tuple[list[Sample], dict[str, bool]]:
                 samples.append(Sample(prompt, "", picture, identity))
                 truths[identity] = truth
     if not samples:
-        raise LavinError(f"--data mme:{folder}: holds no folder of pictures with questions")
+        raise LavinError(f"--data mme:{folder}: it holds no folder of pictures with questions")
     return samples, truths
 
 
 def yes_or_no(text: str) -> bool | None:
-    """True, False, or None where a text begins with neither. MME looks at four letters."""
+    """True, False, or None if neither is in the first four characters, which MME looks at."""
     start = text.strip().lower()[:4]
     if "yes" in start:
         return True
@@ -87,9 +87,9 @@ def yes_or_no(text: str) -> bool | None:
 def mme_scores(outputs: dict[str, str], truths: dict[str, bool]) -> dict:
     """{id: text}, {id: truth} -> {subtask: (accuracy, accuracy+, their sum)}, in percent.
 
-    Under "perception" and "cognition" are the sums of the scores of their subtasks.
+    "perception" and "cognition" hold the summed scores of their subtasks.
     """
-    subtasks = {}                   # {subtask: {picture: [was this question answered correctly?]}}
+    subtasks = {}                   # {subtask: {picture: [is this answer correct?]}}
     for identity, truth in truths.items():
         subtask, picture, _ = identity.split("/")
         pictures = subtasks.setdefault(subtask, {})
@@ -123,10 +123,10 @@ def mme_table(scores: dict) -> str:
 
 
 def load_captions(source: str, prompt: str) -> list[Sample]:
-    """FILE[:IMAGES] -> [Sample]: `prompt` about each picture, under the picture's id.
+    """FILE[:IMAGES] -> one Sample per picture, with this prompt and the picture's id.
 
-    FILE is {"images": [{id, file_name}, …]}, as COCO's annotations are; IMAGES is the folder of the
-    pictures (default: that of FILE). Raises LavinError for what is missing or not in this form.
+    FILE has the form of COCO's annotations, {"images": [{id, file_name}, …]}. IMAGES is the folder
+    of the pictures (default: the folder of FILE). LavinError if something is missing or malformed.
     """
     path, folder = split_folder(source)
     if folder and not os.path.isdir(folder):
@@ -135,7 +135,7 @@ def load_captions(source: str, prompt: str) -> list[Sample]:
     content = read_json(path)
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list) or not images:
-        raise LavinError(f'{path}: holds no list "images", as COCO\'s annotations do')
+        raise LavinError(f'{path}: has no list "images"; COCO\'s annotations have one')
     prompt = instruction_prompt(prompt, has_picture=True)
     check_unicode(Sample(prompt))
     samples = {}
@@ -143,7 +143,7 @@ def load_captions(source: str, prompt: str) -> list[Sample]:
         try:
             identity, picture = read_image(image, folder)
             if identity in samples:
-                raise ValueError(f"has the id {identity!r} of another one")
+                raise ValueError(f"has the same id as another one, {identity!r}")
         except ValueError as error:
             raise LavinError(f"{path}: image {number} {error}") from error
         samples[identity] = Sample(prompt, "", picture, identity)
@@ -159,5 +159,5 @@ def read_image(image, folder):
         raise ValueError('has no "file_name"')
     path = inside(folder, name)
     if not os.path.isfile(path):
-        raise ValueError(f'has a "file_name" that is no file in {folder}')
+        raise ValueError(f'has a "file_name" that is not a file in {folder}')
     return image["id"], path

@@ -3,7 +3,7 @@
     pip install tensorboard
     tensorboard --logdir OUT/tensorboard
 
-The package is needed for this alone, so it is imported only where it is used.
+Nothing else needs this package, so it is imported only where it is used.
 """
 
 from pathlib import Path
@@ -21,10 +21,10 @@ def check_installed() -> None:
 
 
 def open_board(out: str, first_step: int | None = None):
-    """-> a SummaryWriter for OUT/tensorboard, which appends a file to those that are there.
+    """-> a SummaryWriter for OUT/tensorboard. It adds a new file and keeps the existing ones.
 
-    first_step: where a run begins or goes on. What an earlier one wrote about later steps is then
-    no longer shown.
+    first_step: the number of steps done before this run starts or resumes. TensorBoard then hides
+    what an earlier run wrote for later steps.
     """
     from torch.utils.tensorboard import SummaryWriter
     purge_step = None if first_step is None else first_step + 1
@@ -32,16 +32,16 @@ def open_board(out: str, first_step: int | None = None):
 
 
 def add_line(board, line: dict) -> None:
-    """Write the numbers of a line of metrics.jsonl to a SummaryWriter."""
+    """Write the numbers in one line of metrics.jsonl to a SummaryWriter."""
     for tag, number in scalars(line).items():
         board.add_scalar(tag, number, line["step"])
 
 
 def scalars(line: dict) -> dict[str, float]:
-    """{TensorBoard's name of it: number} of a line of metrics.jsonl. What is None is left out.
+    """One line of metrics.jsonl -> {TensorBoard's tag: number}, without the values that are None.
 
-    A step's are "loss", "lr", … Of what was held out they are "held_out/sqa", for every source, and
-    of a split's scores "val/AVG", for every column.
+    The tags of a training step are "loss", "lr", … Held-out data has a tag for each source, such as
+    "held_out/sqa". The scores of a split have a tag for each column, such as "val/AVG".
     """
     prefix = ""
     if "split" in line:

@@ -1,9 +1,10 @@
-"""A conversation, perhaps about a picture. Its cache of keys and values lasts from turn to turn.
+"""A conversation, with or without a picture. It keeps the KV cache from one turn to the next.
 
     python generate.py --chat [--image x.png]
-    python generate.py --serve                  the same as a page
+    python generate.py --serve                  the same on a web page
 
-Each turn is an instruction in the authors' form, its response and EOS, as --multi-turn trains them.
+Each turn is an instruction in the authors' form, its response and EOS, as in training with
+--multi-turn.
 """
 
 import io
@@ -38,11 +39,11 @@ Picture = str | Path | Image.Image | torch.Tensor       # a tensor holds pixels 
 @dataclass
 class Turn:
     question: str
-    prompt: list[int]                                       # the question's tokens
-    answer: list[int] = field(default_factory=list)         # the answer's, without EOS
+    prompt: list[int]                                       # tokens of the question
+    answer: list[int] = field(default_factory=list)         # tokens of the answer, without EOS
 
     def length(self):
-        """Its tokens, EOS included."""
+        """The number of its tokens, including EOS."""
         return len(self.prompt) + len(self.answer) + 1
 
 
@@ -55,11 +56,11 @@ def common_prefix_length(a: list[int], b: list[int]) -> int:
 
 
 class Conversation:
-    """A LaVIN, the turns so far, and what the cache holds of them.
+    """A LaVIN, the turns so far, and the state of its cache.
 
-    start: the Encoded in front of the turns: BOS and the picture.
+    start: the Encoded before the first turn: BOS and the picture.
     cached: the tokens whose keys and values are in the engine's cache.
-    dropped: how many of the oldest turns the newest question had no room for.
+    dropped: how many of the oldest turns were dropped to make room for the newest question.
     """
 
     def __init__(self, lavin: LaVIN, image: Picture | None = None, compiled: bool = False):
@@ -70,9 +71,9 @@ class Conversation:
         self.show(image)
 
     def show(self, image: Picture | None) -> None:
-        """Start over with this picture, or with none.
+        """Start over with this picture, or without one.
 
-        Raises LavinError if it cannot be read; the conversation then stays as it is.
+        Raises LavinError if the picture cannot be read. The conversation then does not change.
         """
         start = self.lavin.encode(Sample("", image=image), prompt_only=True)
         start = data.with_pixels(start, self.lavin.resolution)
@@ -88,14 +89,14 @@ class Conversation:
         self.cached = []
 
     def text(self, turn: Turn) -> str:
-        """A turn's answer."""
+        """The text of a turn's answer."""
         return self.lavin.tokenizer.decode(turn.answer)
 
     def prompt(self, question: str) -> str:
         return instruction_prompt(question, has_picture=self.start.image is not None)
 
     def recall(self, turns: Iterable[tuple[str, str]]) -> None:
-        """Continue from these turns, [(question, answer)], instead of the conversation's own."""
+        """Replace the turns of the conversation by these, [(question, answer)]."""
         tokenizer = self.lavin.tokenizer
         self.turns = []
         for question, answer in turns:
@@ -130,12 +131,12 @@ class Conversation:
     def next_logits(self):
         """The logits (1, vocabulary) of the newest answer's first token.
 
-        Only what the cache does not hold yet goes through the model. That is at least the last
-        token: the cache may hold its keys and values, but nobody kept its logits.
+        Only tokens that are not in the cache yet go through the model. The last token always does:
+        its keys and values may be in the cache, but its logits are not.
         """
         ids = self.sequence()
         known = common_prefix_length(self.cached, ids[:-1])
-        # The cache is cut back to what both sequences have in common; the rest is overwritten.
+        # Cut the cache back to the common prefix. The rest of it is overwritten.
         self.cached = ids[:known]
         if known:
             self.engine.lengths[:] = [known]
@@ -149,11 +150,11 @@ class Conversation:
 
     def say(self, question: str, max_new_tokens: int = 256, temperature: float = 0.0,
             top_p: float = 1.0) -> Iterator[str]:
-        """Ask. Yields the answer's text piece by piece.
+        """Ask a question. Yields the text of the answer piece by piece.
 
-        If the context is too small, the oldest turns are dropped; self.dropped is their number. If
-        the caller stops early, the turn keeps the part of the answer that has come. Raises
-        LavinError if the question alone does not fit.
+        If the context is too small, the oldest turns are dropped. self.dropped is their number. If
+        the caller stops early, the turn keeps the answer generated so far. Raises LavinError if
+        the question alone does not fit.
         """
         context = self.lavin.max_seq_len - 1
         ends = data.answer_ends(self.lavin.tokenizer)
@@ -167,7 +168,7 @@ class Conversation:
                 break
             turn.answer.append(token)
             text = self.text(turn)
-            # Several tokens may make up one character; until it is whole, it is shown as U+FFFD.
+            # A character may take several tokens. Until it is complete, it decodes to U+FFFD.
             if not text.endswith("\ufffd"):
                 yield text[shown:]
                 shown = len(text)
@@ -182,14 +183,14 @@ class Conversation:
 
 
 def save(conversation: Conversation, path: str) -> None:
-    """Write the conversation as text. Raises LavinError if that is not possible."""
+    """Write the conversation as text. Raises LavinError if the file cannot be written."""
     text = f"Image: {conversation.image or 'N/A'}\n"
     for turn in conversation.turns:
         answer = conversation.text(turn)
         text += f"\nInstruction: {turn.question}\nResponse: {answer}\n"
 
     def write(temporary):
-        # The name of the picture need not be Unicode.
+        # The picture's file name might not be valid Unicode.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     write_atomically(path, write)
@@ -197,13 +198,13 @@ def save(conversation: Conversation, path: str) -> None:
 
 
 def print_answer(conversation, question, how):
-    """Print the answer as it comes. Ctrl-C stops it."""
+    """Print the answer as it is generated. Ctrl-C stops it."""
     is_first = True
     try:
         for piece in conversation.say(question, **how):
             if is_first and conversation.dropped:
                 print(f"(the first {conversation.dropped} turn(s) no longer fit the context of "
-                      f"{conversation.lavin.max_seq_len} tokens and are forgotten)")
+                      f"{conversation.lavin.max_seq_len} tokens and were dropped)")
             is_first = False
             print(piece, end="", flush=True)
         print()
@@ -212,10 +213,10 @@ def print_answer(conversation, question, how):
 
 
 def answer_line(conversation, line, how):
-    """Do what a line says: a command, or a question."""
+    """Carry out one line of input: a command or a question."""
     command, _, path = line.partition(" ")
     path = path.strip()
-    if "\0" not in path:                                    # the system would take it as an error
+    if "\0" not in path:                                    # expanduser raises ValueError for NUL
         path = os.path.expanduser(path)
     if command == "/image" and path:
         conversation.show(path)
@@ -230,14 +231,15 @@ def answer_line(conversation, line, how):
 
 
 def talk(lavin: LaVIN, image: str | None, how: dict, compiled: bool = False) -> None:
-    """The loop of --chat, until /quit or the end of the input. how: what Conversation.say takes.
+    """The loop of --chat, until /quit or the end of the input.
 
-    Raises LavinError if there is no input, or nothing can be printed.
+    how: keyword arguments for Conversation.say. Raises LavinError if there is no standard input or
+    if standard output cannot be written.
     """
     if sys.stdin is None:
-        raise LavinError("--chat: there is no input to read questions from")
+        raise LavinError("--chat: there is no standard input to read questions from")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")     # file names need not be Unicode
+        sys.stdin.reconfigure(errors="surrogateescape")     # file names might not be valid Unicode
     conversation = Conversation(lavin, image, compiled)
     print(HELP)
     while not getattr(sys.stdout, "is_broken", False):
@@ -250,7 +252,7 @@ def talk(lavin: LaVIN, image: str | None, how: dict, compiled: bool = False) -> 
             print()
             return
         except KeyboardInterrupt:
-            print("\n(/quit ends it)")
+            print("\n(type /quit to end)")
         except LavinError as error:
             print(f"error: {error}")
-    raise LavinError("standard output cannot be written")   # input() and the line above hide that
+    raise LavinError("standard output cannot be written")   # the loop hid this error

@@ -1,8 +1,8 @@
-"""Choose the likeliest of given answers, without generating.
+"""Choose the most likely of several given answers, without generating.
 
-An answer's score is the log-probability of its tokens and EOS behind the prompt, summed: what the
-training loss of the same sample would add up, with the sign turned. The prompt is read once into
-the cache of fast/engine.py, and every answer is read behind it.
+The score of an answer is the summed log-probability of its tokens and EOS, given the prompt. This
+equals the training loss of the same sample, summed over tokens, with the opposite sign. The prompt
+is read once into the cache of fast/engine.py. Each answer then continues from there.
 """
 
 import dataclasses
@@ -22,22 +22,22 @@ from fast.fold import fold
 from files import LavinError
 from model import LaVIN
 
-MOST_TOKENS = 1024          # of branches read together: each gives logits for the whole vocabulary
+MOST_TOKENS = 1024          # read at a time; each gives logits for the whole vocabulary
 
 
 @dataclass(frozen=True)
 class Branch:
-    """What the sequence of one answer has behind the part that it shares with the others."""
-    tokens: tuple           # of the last token before it, and then its own
-    labels: tuple           # of the same length: as in data.Encoded
+    """The part of one answer's sequence that follows the part shared by all answers."""
+    tokens: tuple           # the last shared token, then the answer's own
+    labels: tuple           # of the same length, as in data.Encoded
 
 
 def split_sequences(lavin: LaVIN, sample: Sample,
                     choices: list[str]) -> tuple[Encoded, tuple[Branch, ...]]:
-    """A prompt with each of its answers -> (the start that they share, a Branch for each).
+    """A prompt and its possible answers -> (the shared start, a Branch for each answer).
 
-    Prompt and answer are tokenized together, so that a seam gives the tokens that it gives in
-    training. LavinError where an answer does not fit the context.
+    Prompt and answer are tokenized as one string, so the tokens at the seam are the same as in
+    training. LavinError if an answer does not fit the context.
     """
     sequences = []
     for choice in choices:
@@ -45,7 +45,7 @@ def split_sequences(lavin: LaVIN, sample: Sample,
         if sequence.tokens[-1] != lavin.tokenizer.eos_id():
             raise LavinError(f"{choice!r} does not fit the context")
         sequences.append(sequence)
-    # A branch begins with the last token that all share: behind it, the first label is predicted.
+    # A branch begins with the last shared token, because that token predicts the next one.
     shared = min(first_label(sequence) for sequence in sequences)
     first = sequences[0].tokens
     for sequence in sequences:
@@ -62,14 +62,14 @@ def split_sequences(lavin: LaVIN, sample: Sample,
 
 
 def first_label(sequence):
-    """The position of the first token that carries loss, or of EOS."""
+    """The position of the first token that carries loss, or of EOS if none does."""
     has_loss = sequence.labels != data.IGNORED
     has_loss[-1] = True
     return int(has_loss.argmax())
 
 
 def in_parts(branches: list[tuple[int, Branch]]) -> Iterator[list[tuple[int, Branch]]]:
-    """Cut [(row, Branch)] into lists of MOST_TOKENS tokens at most, or of a single branch."""
+    """Split [(row, Branch)] into lists of at most MOST_TOKENS tokens, or of a single branch."""
     part = []
     n_tokens = 0
     for row, branch in branches:
@@ -83,13 +83,13 @@ def in_parts(branches: list[tuple[int, Branch]]) -> Iterator[list[tuple[int, Bra
 
 
 def branch_scores(engine: Engine, branches: list[tuple[int, Branch]]) -> list[float]:
-    """The log-probability of each (row, Branch), whose starts are in the engine's rows."""
+    """The log-probability of each (row, Branch). The engine's rows hold the shared starts."""
     scores = []
     for part in in_parts(branches):
         read = []
         targets = []
         for row, branch in part:
-            read.append((row, list(branch.tokens[:-1])))    # nothing is predicted behind EOS
+            read.append((row, list(branch.tokens[:-1])))    # EOS predicts nothing
             targets += branch.labels[1:]
         logits = engine.branch(read)                                            # (T, vocabulary)
         targets = torch.tensor(targets, device=logits.device)
@@ -102,7 +102,7 @@ def branch_scores(engine: Engine, branches: list[tuple[int, Branch]]) -> list[fl
 
 
 def choose_group(lavin, group, branches, answers, modality, batch_size, workers):
-    """Yield (id of a sample, index of its likeliest answer)."""
+    """Yield (id of a sample, index of its most likely answer)."""
     rows = min(batch_size, len(group))
     longest = 0
     for prompt in group:
@@ -126,12 +126,13 @@ def choose_group(lavin, group, branches, answers, modality, batch_size, workers)
 
 def choose_all(lavin: LaVIN, samples: list[Sample], answers: Answers,
                choices: dict[str, list[str]], batch_size: int = 32, workers: int = 0) -> None:
-    """Add to `answers` the likeliest of each sample's choices, {its id: [text]}.
+    """Add the most likely of each sample's choices to `answers`. choices: {sample's id: [text]}.
 
-    "" where the prompt with one of them does not fit the context. The first of equal ones is taken.
+    The answer is "" if the prompt with one of the choices does not fit the context. If several
+    choices have the same score, the first one is taken.
     """
     branches = {}
-    known = {}                          # most samples have equal branches, which are kept once
+    known = {}                          # most samples have the same branches: keep them once
 
     def encode(sample):
         start, own = split_sequences(lavin, sample, choices[sample.id])

@@ -1,17 +1,19 @@
-"""What training takes of a GPU that is not here: its memory and its arithmetic, both computed.
+"""Compute the GPU memory and the arithmetic that training needs, on a machine without that GPU.
 
-The model takes a step on fake tensors: torch's FakeTensorMode gives them a shape and a dtype, but
-no numbers and no memory. So 7B runs anywhere. LiveBytes adds up what would be alive, and its peak
-is the peak of the step. The CPU stands in for the GPU. Where this differs from a run on one:
+The model takes a training step on fake tensors. PyTorch's FakeTensorMode gives tensors a shape and
+a dtype, but no values and no memory, so 7B runs on any machine. LiveBytes adds up the tensors that
+would be alive, and its peak is the peak of the step. These tensors are on the CPU, not on a GPU.
+Where that matters:
 
-    attention       the CPU's fused operation keeps what the GPU's flash kernel keeps for backward:
-                    its output, and one fp32 number for each head and token
-    the loss        takes as many rows of logits at a time as on a GPU (LaVIN.logit_rows)
-    --compile       is left out; the compiler fuses operations, and keeps fewer tensors between them
-    UNSEEN          is added for what no tensor holds
+    attention       the CPU's fused kernel keeps the same tensors for backward as the GPU's flash
+                    kernel: the output, and one fp32 number for each head and token
+    the loss        computes as many rows of logits at a time as on a GPU (LaVIN.logit_rows)
+    --compile       is not simulated; it would fuse operations and keep fewer tensors between them
+    UNSEEN          is added for memory that belongs to no tensor
 
-All layers are alike, so memory grows linearly with their number. Three models of full width and few
-layers give the large one's figure (tests/test_estimate.py: to the block of the allocator).
+All layers are alike, so memory grows linearly with their number. We measure three models of full
+width with few layers and extrapolate. The result is exact to one block of the allocator
+(tests/test_estimate.py).
 """
 
 import dataclasses
@@ -37,18 +39,18 @@ from files import DTYPES, LavinError
 from model import LaVIN, LLaMAConfig
 from vit import ViTConfig
 
-# Bytes that a process takes of a GPU beside its tensors. The CUDA context, with the kernels that it
-# has loaded: PyTorch's developers speak of 300 to 400 MB (pytorch issues 107667 and 109888), and
-# 450 MB were measured on an RTX 6000 Ada (unslothai/unsloth-zoo, pull request 1053); rounded up.
-# The workspaces of cuBLAS and cuBLASLt: 32 MiB each on a Hopper, less elsewhere (aten/src/ATen/cuda
-# in PyTorch's source).
+# GPU memory (bytes) that a process takes in addition to its tensors. First, the CUDA context with
+# its loaded kernels: PyTorch's developers report 300 to 400 MB (pytorch issues 107667 and 109888),
+# and 450 MB were measured on an RTX 6000 Ada (unslothai/unsloth-zoo, pull request 1053); rounded
+# up. Second, the workspaces of cuBLAS and cuBLASLt: 32 MiB each on Hopper, less on other GPUs
+# (aten/src/ATen/cuda in PyTorch's source).
 UNSEEN = 500 * 10**6 + 2 * 2**25
-BLOCK = 512                         # PyTorch's CUDA allocator rounds every tensor up to this
+BLOCK = 512                         # the CUDA allocator rounds every tensor up to a multiple of it
 CARDS = (8, 12, 16, 24, 40, 80)     # GB of common GPUs
-# (Layers of LLaMA, layers of the ViT) of the small models. The ViT has a feature for every four.
+# (Layers of LLaMA, layers of the ViT) of the small models. The ViT gives a feature per 4 layers.
 CORNERS = ((1, 4), (2, 4), (1, 8))
-# The share of the hardware's rate of matrix products that a step reaches, at least and at most, as
-# bench/speed.py has measured it on CPUs (docs/speed.md).
+# The lowest and the highest share of the hardware's matmul rate that a step reaches, measured on
+# CPUs by bench/speed.py (docs/speed.md).
 SHARES = (0.62, 0.70)
 
 
@@ -58,7 +60,7 @@ def is_missing(device: str) -> bool:
         return False
     try:
         return torch.device(device).type == "cuda"
-    except RuntimeError:            # of a name that no device has; "auto" is none either
+    except RuntimeError:            # not the name of a device; "auto" is not one either
         return False
 
 
@@ -67,12 +69,12 @@ def is_missing(device: str) -> bool:
 
 @dataclass
 class Memory:
-    """The bytes that are alive at the peak of a training step, by what they are."""
+    """The bytes that are alive at the peak of a training step, by purpose."""
     weights: float          # frozen
     trained: float          # parameters, their gradients, AdamW's moments
-    activations: float      # and the gradients and temporary tensors of that moment
+    activations: float      # includes their gradients and temporary tensors
     logits: float
-    loading: float          # the peak before the first step, while weights are quantized
+    loading: float          # the peak before the first step, while quantizing weights
 
     @property
     def peak(self) -> float:
@@ -82,16 +84,16 @@ class Memory:
 
     @property
     def needed(self) -> float:
-        """The bytes of a GPU that this takes."""
+        """The GPU memory that this needs, in bytes."""
         return self.peak + UNSEEN
 
 
 class LiveBytes(TorchDispatchMode):
-    """In a `with`, adds up the storages that operations make, for as long as these are alive.
+    """A context manager that adds up the storages created inside it, as long as they are alive.
 
-    live and peak are in bytes, logits_at_peak those of them that are `vocab_size` wide. A tensor's
-    views share its storage, which counts once. Every storage is rounded up to blocks of `block`
-    bytes.
+    live and peak are in bytes. logits_at_peak is the part of the peak in tensors that are
+    `vocab_size` wide. A tensor and its views share one storage, which counts once. The size of a
+    storage is rounded up to a multiple of `block` bytes.
     """
 
     def __init__(self, vocab_size: int, block: int = 1):
@@ -104,7 +106,7 @@ class LiveBytes(TorchDispatchMode):
         self.restart()
 
     def restart(self) -> None:
-        """Look for the peak from here on."""
+        """Start looking for a new peak."""
         self.peak = self.live
         self.logits_at_peak = self.live_logits
 
@@ -117,7 +119,7 @@ class LiveBytes(TorchDispatchMode):
 
     def count(self, tensor):
         storage = tensor.untyped_storage()
-        key = id(storage)           # torch keeps a storage's Python object as long as the storage
+        key = id(storage)           # the Python object lives as long as the storage itself
         if key in self.sizes:
             return
         size = rounded(storage.nbytes(), self.block)
@@ -141,18 +143,18 @@ def rounded(size: int, block: int) -> int:
 
 
 class Tokenizer:
-    """Stands in for sentencepiece where no text is read. A picture's prefix has three tokens."""
+    """Replaces sentencepiece where no text is read. The prefix of a picture has three tokens."""
 
     def encode(self, text: str) -> list[int]:
         return [1, 2, 3]
 
     def eos_id(self) -> int:
-        return -1               # no answer ends before its time
+        return -1               # no real token, so no answer ends early
 
 
 @dataclass
 class Shape:
-    """All that a LaVIN's sizes follow from."""
+    """Everything that determines the sizes of a LaVIN."""
     llama: LLaMAConfig
     vit: ViTConfig
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
@@ -160,25 +162,25 @@ class Shape:
     max_seq_len: int = 512
 
     def on_meta(self) -> LaVIN:
-        """The model without memory."""
+        """The model on the meta device, where it takes no memory."""
         with torch.device("meta"):
             return LaVIN(self.llama, self.vit, self.adapters, self.tokenizer, self.max_seq_len)
 
     def with_layers(self, n_llama: int, n_vit: int) -> "Shape":
-        """The same widths with other numbers of layers."""
+        """The same widths, with these numbers of layers."""
         llama = dataclasses.replace(self.llama, n_layers=n_llama)
         vit = dataclasses.replace(self.vit, layers=n_vit)
         return dataclasses.replace(self, llama=llama, vit=vit)
 
     def extrapolate(self, values: list[float]) -> float:
-        """A value of this shape from those of the small models at CORNERS."""
+        """The value for this shape, from the values of the small models at CORNERS."""
         first, more_llama, more_vit = values
         llama = (self.llama.n_layers - 1) * (more_llama - first)
         vit = (self.vit.layers - 4) / 4 * (more_vit - first)
         return first + llama + vit
 
 
-# Named ones, for the scripts in bench/.
+# Named shapes, for the scripts in bench/.
 SHAPES = {
     "7B": Shape(LLaMAConfig(), ViTConfig()),
     "13B": Shape(LLaMAConfig(dim=5120, n_layers=40, n_heads=40), ViTConfig()),
@@ -187,9 +189,9 @@ SHAPES = {
 
 
 def read_shape(settings) -> Shape:
-    """The shape of a run's model. LLaMA's tensors are not looked at, and need not be there.
+    """The shape of a run's model. LLaMA's tensors are not read and need not exist.
 
-    Without CLIP's file it is ViT-L/14's. LavinError as checkpoints.load raises it.
+    If CLIP's file does not exist, the ViT is ViT-L/14. Raises LavinError as checkpoints.load does.
     """
     fresh = AdapterConfig(
         rank=settings.rank,
@@ -203,14 +205,14 @@ def read_shape(settings) -> Shape:
         _, vit = read_clip(settings.vit)
     else:
         vit = ViTConfig()
-        print(f"there is no {settings.vit}: ViT-L/14's shape is taken")
+        print(f"there is no {settings.vit}; assuming the shape of ViT-L/14")
     llama = read_params(llama_source, tokenizer.vocab_size())
     check_context(settings.max_seq_len, tokenizer, vit)
     return Shape(llama, vit, adapters, tokenizer, settings.max_seq_len)
 
 
 def give_memory(lavin: LaVIN, dtype: torch.dtype, bits: int) -> None:
-    """Memory for a model on the meta device, in the order in which checkpoints.load gives it."""
+    """Allocate a model that is on the meta device, in the same order as checkpoints.load."""
     cpu = torch.device("cpu")
     outside = [module for name, module in lavin.named_modules()
                if not name.startswith("llama.layers.")]
@@ -224,7 +226,7 @@ def give_memory(lavin: LaVIN, dtype: torch.dtype, bits: int) -> None:
 
 
 def with_features(batch: data.Batch, n_features: int) -> data.Batch:
-    """The batch for a model whose pictures have so many features. No token is added or taken."""
+    """The batch for a model with n_features per picture. No token is added or removed."""
     n_pictures = len(batch.pixels)
     if n_pictures == 0:
         return batch
@@ -234,9 +236,9 @@ def with_features(batch: data.Batch, n_features: int) -> data.Batch:
 
 
 def copy(batch: data.Batch) -> data.Batch:
-    """Its tensors made anew, to be counted as well, and to be fake among fake ones.
+    """The batch with copied tensors: LiveBytes counts them, and FakeTensorMode makes them fake.
 
-    Lengths stay as they are, since Python loops over them.
+    Lengths are not copied, since Python loops over them.
     """
     copies = {}
     for name, value in vars(batch).items():
@@ -247,7 +249,7 @@ def copy(batch: data.Batch) -> data.Batch:
 
 def take_step(lavin: LaVIN, optimizer: torch.optim.Optimizer, gradients: torch.Tensor,
               batch: data.Batch) -> None:
-    """train.train_step for a single micro-batch. It looks at no number, since fakes have none."""
+    """train.train_step for a single micro-batch. It reads no values: fake tensors have none."""
     gradients.zero_()
     routed = lavin.route()
     leaf = routed.detach().requires_grad_()
@@ -260,10 +262,10 @@ def take_step(lavin: LaVIN, optimizer: torch.optim.Optimizer, gradients: torch.T
 
 def steps_memory(lavin: LaVIN, settings, batches: list[data.Batch], live: LiveBytes,
                  ways: tuple[bool, ...] = (False, True)) -> dict[tuple[bool, int], Memory]:
-    """{(with checkpointing?, number of the batch): Memory} of a model on the meta device.
+    """-> {(with checkpointing?, index of the batch): Memory} of a model on the meta device.
 
-    To be called in `with live`, and in a FakeTensorMode around it unless the steps are to be real.
-    ways: whether to take each step without checkpointing, and with it.
+    Call this inside `with live`. Put that inside a FakeTensorMode, unless the steps should be real.
+    ways: the values of `checkpointing` to measure. By default each step is taken with both.
     """
     give_memory(lavin, DTYPES[settings.dtype], settings.bits)
     runs.freeze(lavin, settings)
@@ -272,7 +274,7 @@ def steps_memory(lavin: LaVIN, settings, batches: list[data.Batch], live: LiveBy
     trained = [p for p in lavin.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     gradients = gradient_buffer(lavin)
-    optimizer.step()                                    # makes the moments
+    optimizer.step()                                    # creates the moments
     weights = 0
     for tensor in [*lavin.parameters(), *lavin.buffers()]:
         if not tensor.requires_grad:
@@ -294,7 +296,7 @@ def steps_memory(lavin: LaVIN, settings, batches: list[data.Batch], live: LiveBy
 
 def training_memory(shape: Shape, settings, batches: list[data.Batch],
                     ways: tuple[bool, ...] = (False, True)) -> dict[tuple[bool, int], Memory]:
-    """steps_memory of a shape on a GPU, from steps of three small models on fake tensors."""
+    """steps_memory for a shape on a GPU, from steps of three small models on fake tensors."""
     at_corners = []
     for n_llama, n_vit in CORNERS:
         lavin = shape.with_layers(n_llama, n_vit).on_meta()
@@ -307,7 +309,7 @@ def training_memory(shape: Shape, settings, batches: list[data.Batch],
 
 
 def extrapolate(shape: Shape, at_corners: list[dict]) -> dict[tuple[bool, int], Memory]:
-    """The steps_memory of a shape from those of the small models at CORNERS."""
+    """steps_memory for a shape, from the results of the small models at CORNERS."""
     memory = {}
     for key in at_corners[0]:
         parts = {}
@@ -319,7 +321,7 @@ def extrapolate(shape: Shape, at_corners: list[dict]) -> dict[tuple[bool, int], 
 
 
 def blank(samples: list[data.Encoded], resolution: int) -> data.Batch:
-    """A batch of these samples with white pictures, since only sizes matter."""
+    """A batch of these samples with white pictures. Only the sizes matter."""
     white = torch.zeros(3, resolution, resolution)
     without_files = []
     for sample in samples:
@@ -330,9 +332,9 @@ def blank(samples: list[data.Encoded], resolution: int) -> data.Batch:
 
 def longest_micro_batches(lavin: LaVIN, longest: list[data.Encoded],
                           settings) -> dict[int, list[data.Encoded]]:
-    """{micro-batch: the samples of its largest one}, for sizes of 1, the settings' and all.
+    """-> {size: the samples of the largest micro-batch}, for sizes 1, settings.micro_batch and all.
 
-    longest: the longest samples of a run, as many as a global batch has. They are dealt into
+    longest: the longest samples of a run, enough for one global batch. They are split into
     micro-batches as in training.
     """
     lengths = [len(sample.tokens) for sample in longest]
@@ -342,15 +344,15 @@ def longest_micro_batches(lavin: LaVIN, longest: list[data.Encoded],
         micro_batches = []
         for indices in data.global_batch(0, lengths, n, size, settings.seed):
             micro_batches.append([longest[i] for i in indices])
-        # What takes most arithmetic keeps most tensors for backward.
+        # The one with the most arithmetic also keeps the most tensors for backward.
         chosen[size] = max(micro_batches, key=lambda samples: flops_of(lavin, samples))
     return chosen
 
 
 def largest_micro_batch(memory: dict[int, float], card: float) -> int:
-    """The largest micro-batch whose memory is at most `card` bytes, 0 if there is none.
+    """The largest micro-batch that takes at most `card` bytes, or 0 if there is none.
 
-    memory: {micro-batch: bytes} of a few of them; between two of these it grows evenly.
+    memory: {micro-batch: bytes} for a few sizes. Sizes in between are interpolated linearly.
     """
     sizes = sorted(memory)
     if memory[sizes[0]] > card:
@@ -374,14 +376,14 @@ def print_memory(memory: Memory) -> None:
     shown = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     print(f"memory   {memory.needed / 1e9:.1f} GB, computed: {shown}")
     if memory.peak == memory.loading:
-        print(f"         of these {memory.loading / 1e9:.1f} while the weights are quantized, "
+        print(f"         the peak is {memory.loading / 1e9:.1f} GB while quantizing the weights, "
               "more than a step takes")
 
 
 def print_what_fits(bits: int, memory: dict[tuple[bool, int], Memory], sizes: list[int]) -> None:
     """Print the largest micro-batch for each of CARDS, with and without checkpointing.
 
-    memory: as training_memory returns it for micro-batches of these sizes.
+    memory: what training_memory returns for micro-batches of these sizes.
     """
     for checkpointing in (False, True):
         needed = {}
@@ -398,7 +400,7 @@ def print_what_fits(bits: int, memory: dict[tuple[bool, int], Memory], sizes: li
 
 
 def print_training_memory(shape: Shape, settings, longest: dict[int, list[data.Encoded]]) -> None:
-    """Print what a step takes of a GPU's memory, and what would fit common ones.
+    """Print how much GPU memory a step takes, and which micro-batches fit common GPUs.
 
     longest: {micro-batch: its samples}, for the settings' micro-batch, smaller and larger ones.
     """
@@ -409,7 +411,7 @@ def print_training_memory(shape: Shape, settings, longest: dict[int, list[data.E
             continue
         try:
             memory = training_memory(shape, dataclasses.replace(settings, bits=bits), batches)
-        except LavinError as error:         # matrices of odd sizes cannot be quantized
+        except LavinError as error:         # some matrix sizes cannot be quantized
             if bits == settings.bits:
                 raise
             print(f"         {error}")
@@ -427,13 +429,14 @@ def print_training_memory(shape: Shape, settings, longest: dict[int, list[data.E
 
 
 def flops(lavin: LaVIN, lengths: list[int], n_answer: int, n_pictures: int) -> int:
-    """The arithmetic that training on some samples needs, counted from the shapes.
+    """The number of operations for training on these samples, counted from the shapes.
 
-    lengths: the tokens of each sample; n_answer: how many of them carry loss, in all. For every
-    token a matrix of n numbers takes 2 n operations forward and 2 n back to its input, and if it is
-    trained 2 n more for its own gradient. Attention takes its two products forward and twice that
-    back, in LLaMA half of it, since it is causal. Norms and the like are left out, and so is what
-    checkpointing computes again.
+    lengths: the number of tokens of each sample. n_answer: how many tokens carry loss, in total.
+    For each token, a matrix of n numbers takes 2 n operations in forward and 2 n in backward, for
+    the gradient of its input. A trained matrix takes 2 n more, for its own gradient. Attention
+    takes two products in forward and twice as many operations in backward. LLaMA's attention takes
+    half of this, since it is causal. Norms and the like are left out, and so is the work that
+    checkpointing repeats.
     """
     config = lavin.llama.config
     C = config.dim
@@ -454,7 +457,7 @@ def flops(lavin: LaVIN, lengths: list[int], n_answer: int, n_pictures: int) -> i
 
 
 def flops_of(lavin: LaVIN, samples: list[data.Encoded]) -> int:
-    """`flops` of these samples."""
+    """`flops` for these samples."""
     lengths = [len(sample.tokens) for sample in samples]
     n_answer = sum(int((sample.labels != data.IGNORED).sum()) for sample in samples)
     n_pictures = sum(sample.image is not None for sample in samples)
@@ -462,23 +465,23 @@ def flops_of(lavin: LaVIN, samples: list[data.Encoded]) -> int:
 
 
 def hours(work: float, tflops: float, share: float) -> float:
-    """The hours that `work` operations take at this share of so many TFLOP/s."""
+    """The hours that `work` operations take at this share of `tflops` TFLOP/s."""
     return work / (share * tflops * 1e12) / 3600
 
 
 def print_work(epoch: int, n_epochs: float, settings) -> None:
-    """Print the arithmetic of a run, and with --tflops the hours that follow from it.
+    """Print the arithmetic of a run and, with --tflops, an estimate of its hours.
 
-    epoch: the operations of an epoch; n_epochs: how many the run has.
+    epoch: the number of operations per epoch. n_epochs: how many epochs the run has.
     """
     print(f"work     {epoch / 1e15:.4g} PFLOP an epoch, {n_epochs * epoch / 1e15:.4g} in all")
     if settings.tflops is None:
         return
     work = n_epochs * epoch
     if settings.checkpointing:
-        work *= 1.5                         # forward, which is half of backward, is done twice
+        work *= 1.5                         # forward, half as long as backward, runs twice
     least, most = SHARES
     shortest = hours(work, settings.tflops, most)
     longest = hours(work, settings.tflops, least)
-    print(f"time     {shortest:.3g} to {longest:.3g} h, an estimate: it assumes {100 * least:.0f} "
+    print(f"time     {shortest:.3g} to {longest:.3g} h, an estimate that assumes {100 * least:.0f} "
           f"to {100 * most:.0f} % of {settings.tflops:g} TFLOP/s, the share measured on CPUs")

@@ -1,4 +1,4 @@
-"""Instructions to learn from: public data sets, and files of your own.
+"""Instruction data for training: public data sets, and files of your own.
 
     alpaca:FILE.json            a list of {instruction, input, output}
     llava:FILE.json[:IMAGES]    a list of {id, image, conversations: [{from, value}, …]}
@@ -7,12 +7,12 @@
     all_data:FILE[:IMAGES]      the authors' mixture:
                                 {"all": [{instruction, answer, image, image_source, qid}, …]}
 
-IMAGES is the folder of the pictures (default: that of FILE). COCO's pictures are found with and
-without COCO_train2014_ in front of their names.
+IMAGES is the folder of the pictures (default: the folder of FILE). COCO's pictures are found with
+and without the prefix COCO_train2014_ in their names.
 
-A row that cannot be used becomes a BadRow, which says where it is in the file and what is wrong.
-Whatever a row holds, reading it raises nothing else. A picture has to be in IMAGES: rows come from
-other people, and a name such as ../../x.png would lead to files that are not theirs.
+An unusable row becomes a BadRow, which gives the row's place in the file and what is wrong. Nothing
+in a row makes the reader raise an error. A picture must be inside IMAGES: rows come from other
+people, and a name such as ../../x.png could point to any file on your machine.
 """
 
 import functools
@@ -48,12 +48,12 @@ class BadRow:
 
 
 def instruction_prompt(instruction: str, more: str = "", has_picture: bool = False) -> str:
-    """The prompt for an instruction, to the letter as the authors' code makes it.
+    """The prompt for an instruction, exactly as the authors' code makes it.
 
-    more: the row's input. Without one, a space is left in front of the newline where there is no
-    picture (the authors' form for Alpaca), and none where there is one (theirs for LLaVA). The
-    released adapters were trained on both. Double spaces are made single once: three become two.
-    A prompt that says "Response:" itself stays as it is.
+    more: the row's input. If it is empty, a row without a picture keeps a space before the newline
+    (the authors' form for Alpaca), and a row with a picture does not (their form for LLaVA). The
+    released adapters were trained on both. Double spaces become single ones in a single pass, so
+    three spaces become two. A prompt that already contains "Response:" is only stripped.
     """
     if "Response:" in instruction:
         return instruction.strip()
@@ -64,9 +64,9 @@ def instruction_prompt(instruction: str, more: str = "", has_picture: bool = Fal
 
 
 def text_field(row, *names, needed=True):
-    """The text under the first of these names that the row has.
+    """The text in the first of these fields that the row has.
 
-    Raises ValueError if it is not text, and, where it is needed, if it is missing or empty.
+    Raises ValueError if it is not Unicode text, or if it is needed but missing or empty.
     """
     value = ""
     for name in names:
@@ -83,17 +83,17 @@ def text_field(row, *names, needed=True):
 
 @functools.cache
 def list_folder(folder):
-    """The names in a folder, read once. To ask the disk for each of 158,000 pictures is slow."""
+    """The names in a folder, read once. Asking the disk for each of 158,000 pictures is slow."""
     try:
         return frozenset(os.listdir(folder))
-    except OSError:                 # no such folder, or one that may not be read
+    except OSError:                 # no such folder, or no permission to read it
         return frozenset()
 
 
 def find_image(row, folder):
     """The path of a row's picture, or None if it has none.
 
-    Raises ValueError if it is not there, or not in the folder.
+    Raises ValueError if the picture does not exist or is not inside the folder.
     """
     name = text_field(row, "image", needed=False)
     if not name:
@@ -117,7 +117,7 @@ def find_image(row, folder):
 
 
 def pairs_of_conversation(conversation, has_picture):
-    """[{from, value}, …] -> [(prompt, answer), …]. The picture's mark, <image>, is left out."""
+    """[{from, value}, …] -> [(prompt, answer), …]. The placeholder <image> is removed."""
     if not isinstance(conversation, list) or len(conversation) < 2 or len(conversation) % 2:
         raise ValueError("'conversations' is not a list of questions, each with its answer")
     texts = []
@@ -127,7 +127,7 @@ def pairs_of_conversation(conversation, has_picture):
             raise ValueError(f"turn {i + 1} is not from {speakers[0]}")
         text = text_field(turn, "value").replace("<image>", "").strip()
         if not text:
-            raise ValueError(f"turn {i + 1} says nothing")
+            raise ValueError(f"turn {i + 1} is empty")
         texts.append(text)
     pairs = []
     for question, answer in zip(texts[::2], texts[1::2]):
@@ -137,10 +137,10 @@ def pairs_of_conversation(conversation, has_picture):
 
 
 def turns_of_row(row, folder, needs_answer=True):
-    """A row of any of the kinds -> ([(prompt, answer), …], the path of its picture or None).
+    """A row of any kind -> ([(prompt, answer), …], the path of its picture or None).
 
-    Raises ValueError with what is wrong with it. needs_answer=False: an instruction's answer is ""
-    where there is none.
+    Raises ValueError, which says what is wrong with the row. needs_answer=False: an instruction
+    may lack an answer, which is then "".
     """
     if not isinstance(row, dict):
         raise ValueError("is not an object")
@@ -155,10 +155,10 @@ def turns_of_row(row, folder, needs_answer=True):
 
 
 def samples_of_row(row, folder, place, multi_turn=False):
-    """A row of any of the kinds -> [Sample]. Raises ValueError with what is wrong with it.
+    """A row of any kind -> [Sample]. Raises ValueError, which says what is wrong with the row.
 
-    A conversation becomes a sample for each turn. With multi_turn it becomes one: the last turn,
-    with those before as its history, whose answers carry loss as well.
+    A conversation becomes one sample per turn. With multi_turn it becomes a single sample: the last
+    turn, with the earlier turns as its history. The answers in the history carry loss as well.
     """
     pairs, image = turns_of_row(row, folder)
     if multi_turn:
@@ -168,9 +168,9 @@ def samples_of_row(row, folder, place, multi_turn=False):
 
 
 def question_of_row(row: object, folder: str | Path, place: str) -> Sample:
-    """A row of any of the kinds, to be asked. Its answer is "" where it has none.
+    """A row of any kind -> a Sample with its question. The answer is "" if the row has none.
 
-    Of a conversation, the first question is asked. Raises ValueError with what is wrong with it.
+    Of a conversation, this takes the first question. Raises ValueError, which says what is wrong.
     """
     pairs, image = turns_of_row(row, folder, needs_answer=False)
     prompt, answer = pairs[0]
@@ -181,9 +181,9 @@ def question_of_row(row: object, folder: str | Path, place: str) -> Sample:
 
 
 def iterate_lines(path):
-    """Yield (place, row) for each line of JSON; the row is a BadRow where the line is not JSON."""
+    """Yield (place, row) for each line of JSON. If a line is not JSON, its row is a BadRow."""
     try:
-        # Bytes that are not UTF-8 pass through here, so that the row they are in can be named.
+        # Bytes that are not UTF-8 are let through here, so that a later error can name their row.
         with open(path, encoding="utf-8", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
                 place = f"{path} line {number}"
@@ -207,7 +207,7 @@ def iterate_rows(kind, path):
     if isinstance(content, dict):
         content = content.get("all")
     if not isinstance(content, list):
-        raise LavinError(f'{path}: neither a list of rows nor one under "all"')
+        raise LavinError(f'{path}: not a list of rows, and no such list under "all"')
     for number, row in enumerate(content, 1):
         yield f"{path} row {number}", row
 
@@ -221,15 +221,15 @@ def split_folder(source: str) -> tuple[str, str]:
 
 
 def is_rows(source: str) -> bool:
-    """Does generate.py's --data name one of KINDS or a file, and no benchmark of its own?"""
+    """Does generate.py's --data name a file or one of KINDS, and not a benchmark?"""
     return source.partition(":")[0] not in ("sqa", "mme", "caption")
 
 
 def parse_source(source: str) -> tuple[str, str, str]:
     """A source of --data -> (kind, file, folder of the pictures).
 
-    A FILE alone is taken as jsonl if its name ends so, else as alpaca. Raises LavinError if the
-    kind, the file or the folder does not exist.
+    A FILE without a kind is jsonl if its name ends in .jsonl, else alpaca. Raises LavinError if
+    the kind, the file or the folder does not exist.
     """
     if os.path.exists(source):
         kind = "jsonl" if source.endswith(".jsonl") else "alpaca"
@@ -246,7 +246,7 @@ def parse_source(source: str) -> tuple[str, str, str]:
 
 
 def bad_pictures(samples, read):
-    """A BadRow for each sample whose picture `read(path)` raises LavinError for."""
+    """Call `read(path)` for each picture -> a BadRow for each sample where it raises LavinError."""
     paths = sorted({sample.image for sample in samples if sample.image})
     reasons = {}
     for path in tqdm(paths, desc="pictures", file=sys.stdout):
@@ -262,7 +262,7 @@ def bad_pictures(samples, read):
 
 
 def look_at(path):
-    """Does the file begin as a picture does? That takes 0.1 ms, where decoding it takes 6 ms."""
+    """LavinError if the file does not begin like a picture. Takes 0.1 ms; decoding takes 6 ms."""
     data.open_picture(path).close()
 
 
@@ -270,8 +270,8 @@ def read_instructions(source: str, multi_turn: bool = False,
                       look: bool = False) -> tuple[list[Sample], list[BadRow]]:
     """Read a source of --data -> ([Sample], [BadRow]). Raises LavinError if there is no such file.
 
-    multi_turn: make one sample of a conversation. look: open every picture, far enough to see that
-    it is one.
+    multi_turn: make one sample of each conversation. look: check that every picture file begins
+    like a picture.
     """
     kind, path, folder = parse_source(source)
     samples = []
@@ -293,18 +293,18 @@ def read_instructions(source: str, multi_turn: bool = False,
 
 # Tokens
 
-# Tokenizing fewer samples than this takes seconds; more take minutes.
+# Fewer samples than this are tokenized in seconds. More can take minutes.
 MANY = 20_000
 
 
 def cache_key(samples, tokenizer, n_features, max_seq_len):
-    """A hash of everything that the tokens depend on. Other tokens are never taken for them."""
-    version = 2                     # of tokenize and encode in data.py: raise it when they change
+    """A hash of everything that the tokens depend on, so that outdated tokens are never used."""
+    version = 2                     # of tokenize and encode in data.py; raise it if they change
     key = hashlib.sha256(tokenizer.serialized_model_proto())
-    special = f"{tokenizer.bos_id()} {tokenizer.eos_id()}"      # tokenizer.json does not name them
+    special = f"{tokenizer.bos_id()} {tokenizer.eos_id()}"      # not named in tokenizer.json
     key.update(f"{n_features} {max_seq_len} {special} {version}".encode())
     for sample in samples:
-        # Of the picture, only whether there is one changes the tokens.
+        # The tokens depend on whether there is a picture, but not on which one.
         fields = [sample.prompt, sample.answer, sample.history, sample.image is None]
         key.update(json.dumps(fields).encode())
     return key.hexdigest()[:16]
@@ -332,11 +332,11 @@ def write_tokens(path, samples, tokenizer, n_features, max_seq_len):
 
 
 def map_tokens(path, n_samples, vocab_size):
-    """What write_tokens wrote, as an array that stays on disk until used; None if it is damaged."""
+    """Memory-map a file of write_tokens -> its array, or None if the file is damaged."""
     try:
         check_regular(path)
         flat = np.lib.format.open_memmap(path, mode="c").view(np.ndarray)
-    except Exception:               # damaged bytes make the reader raise anything
+    except Exception:               # on damaged bytes, the reader may raise any exception
         return None
     if flat.dtype != np.int32 or flat.ndim != 1 or len(flat) < n_samples:
         return None
@@ -352,7 +352,7 @@ def map_tokens(path, n_samples, vocab_size):
 
 
 def split_tokens(flat, samples):
-    """The [Encoded] of what write_tokens wrote."""
+    """The array of write_tokens -> [Encoded]."""
     lengths = flat[:len(samples)]
     tokens, labels, masks = flat[len(samples):].reshape(3, -1)
     encoded = []
@@ -368,9 +368,9 @@ def split_tokens(flat, samples):
 
 def encode_all(samples: list[Sample], tokenizer: data.Tokenizer, n_features: int,
                max_seq_len: int, folder: str | Path | None) -> list[Encoded]:
-    """[Sample] -> [Encoded]. The tokens of many are kept in folder/tokens-KEY.npy for the next run.
+    """[Sample] -> [Encoded]. With MANY samples or more, folder/tokens-KEY.npy caches their tokens.
 
-    folder None: nothing is written.
+    If folder is None, nothing is written.
     """
     if len(samples) < MANY or folder is None:
         return [data.encode(sample, tokenizer, n_features, max_seq_len) for sample in samples]
@@ -403,7 +403,7 @@ def histogram(values: list[int], unit: str, n: int = 10) -> list[str]:
 
 
 def show(sample: Sample, encoded: Encoded, tokenizer: data.Tokenizer) -> str:
-    """A sample as the model sees it. What carries loss stands between » and «."""
+    """A sample as the model sees it. The part that carries loss is between » and «."""
     shown = ""
     has_loss = False
     sequence = zip(encoded.tokens.tolist(), encoded.labels.tolist(), encoded.is_feature.tolist())
@@ -439,7 +439,7 @@ def print_lengths(samples, tokenizer, n_features, max_seq_len):
         n_cut += len(cut.tokens) < len(whole.tokens)
         n_lost += bool((cut.labels == data.IGNORED).all())
     print(f"{sum(lengths):,} tokens, {np.mean(lengths):.0f} on average, {max(lengths)} at most; "
-          f"at --max-seq-len {max_seq_len} {n_cut} are cut, {n_lost} of them before the answer")
+          f"with --max-seq-len {max_seq_len}, {n_cut} are cut, {n_lost} of them before the answer")
     for line in histogram(lengths, "tokens"):
         print(line)
     first = data.encode(samples[0], tokenizer, n_features, max_seq_len)
@@ -451,8 +451,8 @@ def check_samples(name: str, samples: list[Sample], bad_rows: list[BadRow],
                   tokenizer: data.Tokenizer, n_features: int, max_seq_len: int) -> int:
     """Print what a source holds and what is wrong with it -> the number of its bad rows.
 
-    name: the source's. bad_rows: those found when it was read; the rows whose picture cannot be
-    decoded are added to them. n_features: the number of tokens that a picture takes.
+    name: the name of the source. bad_rows: those found while reading it. Rows whose picture cannot
+    be decoded are added to them. n_features: the number of tokens per picture.
     """
     bad_rows = bad_rows + bad_pictures(samples, decode)
     for row in bad_rows:

@@ -9,25 +9,25 @@ from PIL import Image, ImageDraw, ImageFont
 
 from files import write_atomically
 
-# Pillow's lines have no smooth edges. So a chart is drawn at twice its size and then halved, to
-# 1600 × 900. All lengths here are pixels of the drawing.
+# Pillow does not antialias lines. So a chart is drawn at twice its size and then reduced to
+# 1600 × 900. All lengths here are in pixels of the large drawing.
 WIDTH = 3200
 HEIGHT = 1800
 LEFT = 230
 RIGHT = 90
 BOTTOM = 190
-TEXT = 54               # the size of the font
-ROW = 84                # of the legend
-SAMPLE = 120            # a piece of a line in the legend
+TEXT = 54               # font size
+ROW = 84                # height of a row of the legend
+SAMPLE = 120            # length of a line in the legend
 DASH = 40
 
-LARGEST = 1e300         # y of larger size, or infinite, or NaN, are left out
+LARGEST = 1e300         # larger, infinite and NaN values of y are left out
 BLACK = "#202020"
 GREY = "#606060"
 LINE_GREY = "#c4c4c4"
 GRID_GREY = "#e6e6e6"
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and pale forms of two.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and two paler ones.
 BLUE = "#0072b2"
 ORANGE = "#d55e00"
 GREEN = "#009e73"
@@ -45,18 +45,18 @@ class Series:
     width: int = 8
     dashed: bool = False
     marker: str | None = None               # "circle", "square" or "diamond"
-    ends: Sequence[float] | None = None     # instead: vertical lines, from each y to its end
+    ends: Sequence[float] | None = None     # if given: vertical lines instead, from y to end
 
 
 @dataclass
 class Axes:
-    """What the chart shows, and where. On a log scale low and high are log10 of y."""
+    """The ranges of x and y, and their place. On a log scale, low and high are log10 of y."""
     first: float            # x at the left edge
     last: float             # x at the right edge
     low: float              # y at the bottom
     high: float             # y at the top
     is_log: bool
-    top: int                # the row of the upper edge
+    top: int                # pixel row of the upper edge
 
     def point(self, x, y):
         """The pixel of the value (x, y)."""
@@ -68,20 +68,22 @@ class Axes:
         return LEFT + across * (WIDTH - LEFT - RIGHT), bottom - up * (bottom - self.top)
 
 
-def make_axes(series, x_range, y_range, top):
-    """Axes on which all values fit. The scale is log if the largest is 10 times the smallest."""
+def make_axes(all_series, x_range, y_range, top):
+    """Axes that fit all values. The y scale is log if the largest is over 10 times the smallest."""
     if y_range:
         return Axes(*x_range, *y_range, False, top)
     finite = []
-    for one in series:
-        finite += [y for y in (*one.ys, *(one.ends or ())) if abs(y) < LARGEST]
+    for series in all_series:
+        for y in [*series.ys, *(series.ends or [])]:
+            if abs(y) < LARGEST:
+                finite.append(y)
     low = min(finite, default=0.0)
     high = max(finite, default=0.0)
     is_log = low > 0 and high / 10 > low
     if is_log:
         low = math.log10(low)
         high = math.log10(high)
-    margin = 0.05 * (high - low) or 0.5         # a constant has no range of its own
+    margin = 0.05 * (high - low) or 0.5         # a constant series has no range
     return Axes(*x_range, low - margin, high + margin, is_log, top)
 
 
@@ -99,7 +101,7 @@ def ticks(low: float, high: float, n: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """At most 10 powers of ten from 10^low to 10^high; 2 and 5 times them too where few fit."""
+    """At most 10 powers of ten from 10^low to 10^high. If few fit, also 2 and 5 times these."""
     first = math.floor(low)
     last = math.floor(high)
     factors = (1, 2, 5) if high - low < 3 else (1,)
@@ -112,7 +114,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def draw_axes(draw, font, axes, x_label, y_label):
-    """A light grid, ticks with their numbers, two edges, and what is shown along them."""
+    """Draw a light grid, ticks with their numbers, two axis lines, and the axis labels."""
     right = WIDTH - RIGHT
     bottom = HEIGHT - BOTTOM
     rows = log_ticks(axes.low, axes.high) if axes.is_log else ticks(axes.low, axes.high, 8)
@@ -135,7 +137,7 @@ def draw_axes(draw, font, axes, x_label, y_label):
 
 
 def draw_marks(draw, font, axes, marks):
-    """Faint vertical lines with their names above them."""
+    """Draw faint vertical lines with their names above them."""
     for x, name in marks.items():
         column = axes.point(x, 1)[0]
         draw.line((column, axes.top, column, HEIGHT - BOTTOM), LINE_GREY, 3)
@@ -143,9 +145,9 @@ def draw_marks(draw, font, axes, marks):
 
 
 def draw_line(draw, points, series):
-    """A line through the points. If dashed, it begins and ends with a dash at every point."""
+    """Draw a line through the points. If dashed, it has a dash on both sides of every point."""
     if len(points) < 2:
-        for point in points:                    # alone, it would be a line of no length
+        for point in points:                    # a single point makes no line
             draw.circle(point, series.width, series.colour)
         return
     if not series.dashed:
@@ -184,28 +186,28 @@ def draw_series(draw, axes, series):
         draw_marker(draw, x, y, series)
 
 
-def draw_legend(draw, font, series):
-    """Below the title a piece of each series with its name, in columns -> the lower edge."""
-    names = [one_line(one.name) for one in series]
+def draw_legend(draw, font, all_series):
+    """Draw a sample and the name of each series, in columns below the title -> the lower edge."""
+    names = [one_line(series.name) for series in all_series]
     width = max(draw.textlength(name, font) for name in names) + SAMPLE + 90
     n_columns = max(1, int((WIDTH - LEFT) / width))
     y = 120 - ROW / 2
-    for i, (one, name) in enumerate(zip(series, names)):
+    for i, (series, name) in enumerate(zip(all_series, names)):
         x = LEFT + i % n_columns * width
         if i % n_columns == 0:
             y += ROW
         middle = x + SAMPLE / 2
         piece = [(x, y), (x + SAMPLE, y)]
-        if one.ends:
+        if series.ends:
             piece = [(middle, y - 26), (middle, y + 26)]
-        draw_line(draw, piece, one)
-        draw_marker(draw, middle, y, one)
+        draw_line(draw, piece, series)
+        draw_marker(draw, middle, y, series)
         draw.text((x + SAMPLE + 24, y), name, BLACK, font, anchor="lm")
     return int(y + ROW / 2)
 
 
 def one_line(text):
-    """Text that fits into a line. The end of a long path tells more than its beginning."""
+    """Text cut to fit on one line. It keeps the end, which says more if the text is a path."""
     return " ".join(text.split())[-70:]
 
 
@@ -214,9 +216,9 @@ def chart(path: str | Path, title: str, x_label: str, y_label: str, series: list
           marks: dict[float, str] | None = None) -> None:
     """Draw a chart of 1600 × 900 pixels. The first series lies on top of the others.
 
-    x_range and y_range: what the edges of the chart stand for; they hold all values. Without a
-    y_range all y fit, on a log scale if it takes one. A y that is not finite is left out. marks:
-    vertical lines, {x: name}. Raises LavinError if the file cannot be written.
+    x_range and y_range: the values at the edges of the chart. All data must lie within. Without a
+    y_range, the chart fits all y, on a log scale if needed. A y that is not finite is left out.
+    marks: vertical lines, {x: name}. Raises LavinError if the file cannot be written.
     """
     drawing = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(drawing)

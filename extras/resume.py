@@ -1,7 +1,7 @@
-"""--resume: what a run takes over from its checkpoint, all of it checked before it is used.
+"""--resume: what a run restores from its checkpoint. Everything is checked before it is used.
 
-A run that goes on must be the same run: the same settings, data and base models. Otherwise it would
-end in adapters that no command line describes.
+A resumed run must have the same settings, data and base models as before. Otherwise it would
+produce adapters that no command line describes.
 """
 
 import os
@@ -15,19 +15,19 @@ from adapters import AdapterConfig
 from extras.values import SETTINGS, Kind, check_values
 from files import LavinError, check_tensor, fingerprint, is_finite, read_checkpoint
 
-# What makes a run what it is. --resume refuses to change these.
+# The settings that define a run. --resume refuses to change them.
 FIXED = ("data", "weights", "multi_turn", "val_fraction", "format", "captions", "images",
          "max_seq_len", "epochs", "warmup", "batch_size", "lr", "weight_decay", "clip", "tau",
          "dropout", "rank", "scale", "hidden", "experts", "adapters", "routing", "seed", "dtype",
          "bits", "delta_unpermuted")
-# What a resumed run does not take over from the one before.
+# The settings that a resumed run does not take from the checkpoint.
 ONCE = ("out", "adapter", "resume", "max_steps", "device", "compile", "fsdp", "dry_run",
         "tflops", "check")
-# What a run finds out about its data and models, and what has changed if it finds something else.
+# Hashes of a run's data and models, and what the checkpoint was trained with if one differs.
 FOUND = {
-    "data_hash": "data: there are as many samples, but not the same",
-    "llama_hash": "LLaMA, or another --delta",
-    "vit_hash": "CLIP",
+    "data_hash": "other data: the same number of samples, but different ones",
+    "llama_hash": "another LLaMA or another --delta",
+    "vit_hash": "another CLIP",
 }
 MOMENTS = ("exp_avg", "exp_avg_sq")         # AdamW's names
 SCALER = {
@@ -41,11 +41,11 @@ def checkpoint_path(out: str) -> Path:
 
 
 def read_resumed(out: str, names: list[str]) -> dict:
-    """OUT/checkpoint.pth, with all that --resume needs. Of its config, only `names` are kept."""
+    """Read OUT/checkpoint.pth for --resume. Of its config, only `names` are kept."""
     path = checkpoint_path(out)
     if not os.path.exists(path):
-        raise LavinError(f"--resume: there is no {path} to go on from; "
-                         "leave --resume out to start")
+        raise LavinError(f"--resume: there is no {path} to continue from; "
+                         "leave out --resume to start a new run")
     resumed = read_checkpoint(path)
     types = {"config": dict, "step": int, "optimizer": dict, "scaler": dict}
     if not isinstance(resumed, dict):
@@ -57,7 +57,7 @@ def read_resumed(out: str, names: list[str]) -> dict:
     for name in names:
         if name in resumed["config"]:
             config[name] = resumed["config"][name]
-    if isinstance(config.get("data"), str):         # older checkpoints knew a single source
+    if isinstance(config.get("data"), str):         # older checkpoints have a single source
         config["data"] = [config["data"]]
     check_values(f"--resume: {path}", config, SETTINGS)
     resumed["config"] = config
@@ -65,9 +65,9 @@ def read_resumed(out: str, names: list[str]) -> dict:
 
 
 def check_unchanged(settings, before: dict, defaults) -> None:
-    """LavinError if a resumed run is told something that would make it another run.
+    """LavinError if a resumed run is given a setting that would make it a different run.
 
-    before: what the checkpoint remembers; older ones do not remember every setting.
+    before: the settings in the checkpoint. Older checkpoints do not have every setting.
     """
     for name in FIXED:
         now = getattr(settings, name)
@@ -78,7 +78,7 @@ def check_unchanged(settings, before: dict, defaults) -> None:
 
 
 def find_models(settings) -> None:
-    """Note in the settings which LLaMA and which CLIP a run has."""
+    """Store the hashes of the run's LLaMA and CLIP in its settings."""
     settings.llama_hash = fingerprint(settings.llama)
     if settings.delta:
         settings.llama_hash += fingerprint(settings.delta)
@@ -86,9 +86,9 @@ def find_models(settings) -> None:
 
 
 def check_found(settings, before: dict) -> None:
-    """LavinError if a resumed run finds other data or models than the run before it.
+    """LavinError if a resumed run has other data or models than the run before it.
 
-    What either of the two does not know is left alone.
+    A value that one of the two runs does not have is not compared.
     """
     path = checkpoint_path(settings.out)
     n_before = before.get("n_samples")
@@ -99,19 +99,19 @@ def check_found(settings, before: dict) -> None:
         now = getattr(settings, name)
         then = before.get(name)
         if now and then and now != then:
-            raise LavinError(f"--resume: {path} was trained with another {what}; "
-                             f"--adapter {path} with another --out would begin with its adapters")
+            raise LavinError(f"--resume: {path} was trained with {what}; "
+                             f"to start from its adapters, use --adapter {path} and another --out")
 
 
 def check_sizes(config: AdapterConfig, settings) -> None:
-    """LavinError if the adapters of a checkpoint have other sizes than the settings say."""
+    """LavinError if the sizes of a checkpoint's adapters differ from the settings."""
     sizes = {"rank": config.rank, "hidden": config.projector_dim, "scale": config.scale,
              "experts": config.experts}
     for name, size in sizes.items():
         wanted = getattr(settings, name)
         if wanted != size:
             raise LavinError(f"--{name} {wanted:g}: the adapters of the checkpoint have {size:g}; "
-                             "give that")
+                             "use that value")
 
 
 def check_step(step: int, n_steps: int, out: str) -> None:
@@ -122,10 +122,10 @@ def check_step(step: int, n_steps: int, out: str) -> None:
 
 
 def restore(optimizer: Optimizer, scaler: GradScaler, resumed: dict, out: str) -> None:
-    """Give optimizer and scaler the state that a checkpoint holds. LavinError if it is not theirs.
+    """Load a checkpoint's state into optimizer and scaler. LavinError if it does not fit them.
 
-    The fused AdamW does not look at the moments that it is given. With too small ones it would
-    write to memory that is not its own. So each is checked against its parameter and copied.
+    The fused AdamW does not check the sizes of its moments. If they were too small, it would write
+    out of bounds. So each moment is checked against its parameter and copied.
     """
     path = checkpoint_path(out)
     state = resumed["optimizer"].get("state")
@@ -133,7 +133,7 @@ def restore(optimizer: Optimizer, scaler: GradScaler, resumed: dict, out: str) -
     for group in optimizer.param_groups:
         parameters += group["params"]
     if not isinstance(state, dict) or set(state) != set(range(len(parameters))):
-        raise LavinError(f"--resume: {path} holds no optimizer of this model")
+        raise LavinError(f"--resume: {path} has no optimizer state for this model")
     checked = {}
     for i, p in enumerate(parameters):
         checked[i] = checked_state(state[i], p.shape, i, path)
@@ -146,9 +146,9 @@ def restore(optimizer: Optimizer, scaler: GradScaler, resumed: dict, out: str) -
 
 
 def checked_state(state, shape: torch.Size, i: int, path: Path) -> dict[str, torch.Tensor]:
-    """AdamW's state of parameter i, of this shape, in memory of its own."""
+    """A checked copy of AdamW's state for parameter i, which has this shape."""
     if not isinstance(state, dict) or set(state) != {"step", *MOMENTS}:
-        raise LavinError(f"--resume: {path} holds no optimizer of this model")
+        raise LavinError(f"--resume: {path} has no optimizer state for this model")
     check_tensor(path, f"the step of parameter {i}", state["step"], torch.Size())
     for name in MOMENTS:
         check_tensor(path, f"{name} of parameter {i}", state[name], shape)
@@ -156,14 +156,14 @@ def checked_state(state, shape: torch.Size, i: int, path: Path) -> dict[str, tor
     for name, tensor in state.items():
         copied[name] = tensor.float().clone(memory_format=torch.contiguous_format)
     if copied["step"] < 1 or (copied["exp_avg_sq"] < 0).any():
-        raise LavinError(f"--resume: {path} holds a state of parameter {i} that no step leaves")
+        raise LavinError(f"--resume: {path} holds an impossible optimizer state for parameter {i}")
     return copied
 
 
 def check_sound(checkpoint: dict) -> None:
-    """LavinError if weights or moments that are to be saved are not finite.
+    """LavinError if the weights or moments in a new checkpoint are not finite.
 
-    Nobody could use such a checkpoint, and it would replace one that can be used.
+    Such a checkpoint would be useless, and it would replace a usable one.
     """
     tensors = dict(checkpoint["model"])
     for i, state in checkpoint["optimizer"]["state"].items():

@@ -5,7 +5,7 @@
     DIR/captions.json                           {"captions": {id: text}}
     DIR/images/{train,val,test}/{id}/image.png
 
-What is wrong is a LavinError that names the file, the problem and the field.
+Anything wrong raises a LavinError that names the file, the problem and the field.
 """
 
 import re
@@ -40,7 +40,7 @@ def problem_fault(problem) -> str | None:
     if not re.fullmatch("grade[0-9]{1,2}", problem["grade"]):
         return f"has the grade {problem['grade']!r}, which is not one of ScienceQA's"
     if not isinstance(problem["image"], str | None):
-        return f"has the image {short(problem['image'])}, neither a file name nor null"
+        return f"has the image {short(problem['image'])}, which is neither a file name nor null"
     return None
 
 
@@ -49,7 +49,7 @@ def read_problems(root: Path) -> dict:
     path = root / "problems.json"
     problems = read_json(path)
     if not isinstance(problems, dict):
-        raise LavinError(f"{path}: not an object, as ScienceQA's is")
+        raise LavinError(f"{path}: must be an object, as in ScienceQA")
     for pid, problem in problems.items():
         fault = problem_fault(problem)
         if fault:
@@ -64,7 +64,7 @@ def split_fault(pids, problems) -> str | None:
     seen = set()
     for pid in pids:
         if type(pid) not in (str, int):
-            return f"holds {short(pid)}, which is no id"
+            return f"holds {short(pid)}, which is not an id"
         pid = str(pid)
         if pid not in problems:
             return f"names problem {pid}, which problems.json lacks"
@@ -79,7 +79,7 @@ def read_split(root: Path, split: str, problems: dict) -> list[str]:
     path = root / "pid_splits.json"
     splits = read_json(path)
     if not isinstance(splits, dict):
-        raise LavinError(f"{path}: not an object, as ScienceQA's is")
+        raise LavinError(f"{path}: must be an object, as in ScienceQA")
     for name, pids in splits.items():
         fault = split_fault(pids, problems)
         if fault:
@@ -96,7 +96,7 @@ def read_captions(root: Path) -> dict[str, str]:
     path = root / "captions.json"
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("captions"), dict):
-        raise LavinError(f'{path}: not an object with an object "captions", as ScienceQA\'s is')
+        raise LavinError(f'{path}: must be an object with an object "captions", as in ScienceQA')
     for pid, caption in content["captions"].items():
         if not is_unicode(caption):
             raise LavinError(f"{path}: the caption of problem {pid} is not Unicode text")
@@ -104,7 +104,7 @@ def read_captions(root: Path) -> dict[str, str]:
 
 
 def find_image(root: Path, pid: str, problem: dict) -> Path | None:
-    """The path of a problem's picture. LavinError if it is not in images/, or no file."""
+    """The path of a problem's picture. LavinError if it is not a file in images/."""
     if not problem["image"]:
         return None
     try:
@@ -118,7 +118,7 @@ def find_image(root: Path, pid: str, problem: dict) -> Path | None:
 def load_sqa(root: str | Path, split: str, format: str = "QCM-ALE",
              use_captions: bool = False,
              use_images: bool = True) -> tuple[dict, list[Sample]]:
-    """One split of ScienceQA -> ({id: problem}, [Sample]); captions go into the context."""
+    """One split of ScienceQA -> ({id: problem}, [Sample]). Captions go into the context."""
     check_format(format)
     root = Path(root)
     problems = read_problems(root)

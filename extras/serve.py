@@ -1,4 +1,4 @@
-"""LaVIN as a page: python generate.py --serve [PORT], then open http://127.0.0.1:8000.
+"""LaVIN as a web page: run python generate.py --serve [PORT], then open http://127.0.0.1:8000.
 
     GET /           page.html
     GET /about      {"model", "context", "route": [layers, 2 modalities, 2 experts],
@@ -9,21 +9,21 @@
     POST /ask       {"question", "turns": [[question, answer], …], "image": base64 or null}
 
 The answer to /ask is a line of JSON for each event:
-    {"waiting": n}      n others come first
+    {"waiting": n}      n other questions come first
     {"forgotten": n}    the context has no room for the n oldest turns
     {"text": piece}     the next piece of the answer
     {"end": true}       the answer is complete
-    {"error": why}      there is none
+    {"error": why}      there is no answer
 
-The server keeps no conversations: a page sends its own along with every question. One question is
-answered at a time. The cache of the last conversation is reused as far as the next one begins
-alike, so a follow-up question costs only its own tokens.
+The server stores no conversations: the page sends its whole conversation with every question. The
+server answers one question at a time. It keeps the KV cache of the last conversation and reuses the
+common prefix, so a follow-up question costs only its own tokens.
 
-A web site that a person visits can make the browser send requests to this server, and could even
-give the server a name of its own (DNS rebinding) to read the answers. So a request's Host must be a
-name that the server goes by (`Server.goes_by`), and its Origin, where it has one, must be that very
-Host. The port may be any, for the sake of ssh tunnels. A proxy has to say so in its requests, and
-to look at its own browsers' Host and Origin itself; for nginx:
+A web site that a user visits can make the browser send requests to this server. By DNS rebinding,
+the site could even point one of its own names at the server and read the answers. So the Host of a
+request must be one of the server's names (`Server.goes_by`). If the request has an Origin, it must
+be the same as the Host. Any port is allowed, so that ssh tunnels work. A proxy must send requests
+that pass these checks, and must check the Host and Origin of its own clients. For nginx:
 
     proxy_set_header Host localhost;
     proxy_set_header Origin "";
@@ -51,8 +51,8 @@ from files import LavinError
 from model import LaVIN
 
 PAGE = Path(__file__).with_name("page.html")
-# The page loads nothing from anywhere else, and shows its pictures from memory. No other site may
-# show or load anything of it.
+# The page loads nothing from other sites, and shows its pictures from memory. No other site may
+# embed the page or load anything from it.
 HEADERS = {
     "Content-Security-Policy":
         "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -62,32 +62,32 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 TOO_MANY = (b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\n\r\n"
-            b'{"error": "too many connections; try again in a while"}')
+            b'{"error": "too many connections; try again later"}')
 MAX_REQUEST = 20_000_000        # bytes
 MAX_PIXELS = 50_000_000
 MAX_TEXT = 20_000               # characters
 MAX_TURNS = 100
 MAX_WAITING = 20                # questions
 MAX_CONNECTIONS = 64
-MAX_SECONDS = 30                # that a client may keep us waiting
-SLOWEST = 100_000               # bytes per second: a large picture may take longer to come
-MAX_READERS = 4                 # questions read at a time: a picture may take a gigabyte
+MAX_SECONDS = 30                # how long we wait for a client, in total
+SLOWEST = 100_000               # bytes per second: a large request gets more time
+MAX_READERS = 4                 # requests parsed at a time: a picture may take a gigabyte
 
 
 # A question
 
 
 def read_picture(text, resolution):
-    """base64 -> pixels (3, R, R). LavinError if it is no picture, or one that is too large."""
+    """base64 -> pixels (3, R, R). LavinError if it is not a picture, or is too large."""
     try:
         image = data.open_picture(io.BytesIO(base64.b64decode(text, validate=True)))
         is_small = image.width * image.height <= MAX_PIXELS     # known before it is decoded
         if is_small:
             return data.load_pixels(image, resolution)
-    except Exception as error:      # Pillow's readers raise anything
+    except Exception as error:      # Pillow may raise any exception
         raise LavinError("this is not a picture that can be read") from error
     millions = MAX_PIXELS // 10**6
-    raise LavinError(f"the picture has more than {millions} million pixels; take a smaller one")
+    raise LavinError(f"the picture has more than {millions} million pixels; use a smaller one")
 
 
 def is_turn(turn):
@@ -97,8 +97,8 @@ def is_turn(turn):
 def parse_question(body: bytes, resolution: int) -> tuple[str, list, torch.Tensor | None]:
     """The body of POST /ask -> (question, turns, pixels or None).
 
-    Control characters stay in the texts: to the tokenizer they are bytes like any others, and
-    the page shows an answer as text. Raises LavinError with what is wrong with the body.
+    Control characters are kept: the tokenizer treats them like any other bytes, and the page shows
+    an answer as plain text. Raises LavinError, which says what is wrong with the body.
     """
     try:
         asked = json.loads(body)
@@ -110,13 +110,13 @@ def parse_question(body: bytes, resolution: int) -> tuple[str, list, torch.Tenso
         texts = [question]
         for turn in turns:
             texts += turn
-        "".join(texts).encode()     # raises for what is no text, or text that is not Unicode
+        "".join(texts).encode()     # raises if one is not text, or not Unicode
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LavinError("not a question in the form that extras/serve.py describes") from error
     if not question.strip():
         raise LavinError("there is no question")
     if max(len(text) for text in texts) > MAX_TEXT:
-        raise LavinError(f"this is longer than {MAX_TEXT:,} characters; ask it shorter")
+        raise LavinError(f"the text is longer than {MAX_TEXT:,} characters; shorten it")
     pixels = None if image is None else read_picture(image, resolution)
     return question.strip(), turns[-MAX_TURNS:], pixels
 
@@ -125,7 +125,7 @@ def parse_question(body: bytes, resolution: int) -> tuple[str, list, torch.Tenso
 
 
 class Queue:
-    """First come, first served. Everyone who waits holds a ticket; the first ticket is served."""
+    """First come, first served. Each waiting request holds a ticket. The first one is served."""
 
     def __init__(self):
         self.waiting = []                                   # tickets
@@ -137,16 +137,16 @@ class Queue:
         with self.changed:
             if len(self.waiting) == MAX_WAITING:
                 raise LavinError(
-                    f"{MAX_WAITING} questions are waiting already; try again in a while")
+                    f"{MAX_WAITING} questions are already waiting; try again later")
             self.waiting.append(ticket)
         return ticket
 
     def n_before(self, ticket: object) -> int:
-        """How many come first."""
+        """How many tickets are ahead of this one."""
         return self.waiting.index(ticket)
 
     def wait(self, ticket: object, n: int) -> None:
-        """Wait until it is no longer n who come first, but two seconds at most."""
+        """Wait until the number of tickets ahead is no longer n, but at most two seconds."""
         def has_moved():
             return self.waiting.index(ticket) != n
 
@@ -160,10 +160,10 @@ class Queue:
 
 
 class Desk:
-    """The model, the queue for it, and the conversation whose cache it keeps."""
+    """The model, the queue for it, and the last conversation, whose cache is kept."""
 
     def __init__(self, lavin: LaVIN, how: dict, compiled: bool):
-        """how: what Conversation.say takes."""
+        """how: keyword arguments for Conversation.say."""
         self.lavin = lavin
         self.how = how
         self.queue = Queue()
@@ -175,12 +175,12 @@ class Desk:
     def answer(self, question: str, turns: list, pixels: torch.Tensor | None) -> Iterator[dict]:
         """Wait in the queue, then answer. Yields the events.
 
-        The caller must close this generator, even if it stops early: else the queue is blocked.
+        The caller must close this generator, even if it stops early. Otherwise the queue blocks.
         """
         ticket = self.queue.enter()
         try:
             while n := self.queue.n_before(ticket):
-                # Repeated every two seconds: sending it shows whether anybody still listens.
+                # Sent again after at most two seconds. Sending fails if the client has gone.
                 yield {"waiting": n}
                 self.queue.wait(ticket, n)
             yield from self.say(question, turns, pixels)
@@ -212,9 +212,9 @@ def same_picture(a, b):
 
 
 class Client(io.RawIOBase):
-    """The bytes from and to a client, which may keep us waiting for `seconds_left` in all.
+    """The bytes from and to a client. We wait for the client for `seconds_left` in total.
 
-    A socket's own timeout begins anew with every byte: one each minute would last for ever.
+    A socket's own timeout restarts with every byte, so a slow client could keep us waiting forever.
     """
 
     def __init__(self, connection: socket.socket):
@@ -232,7 +232,7 @@ class Client(io.RawIOBase):
         return len(content)
 
     def wait(self, action, content):
-        """action(content), at the expense of the seconds left. Raises TimeoutError without any."""
+        """Call action(content) and take its time off seconds_left. TimeoutError if none is left."""
         if self.seconds_left <= 0:
             raise TimeoutError
         self.connection.settimeout(self.seconds_left)
@@ -244,8 +244,8 @@ class Client(io.RawIOBase):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection. It has a thread of its own."""
-    default_request_version = "HTTP/1.0"    # an answer to nonsense has a status, too
+    """One connection, in its own thread."""
+    default_request_version = "HTTP/1.0"    # a reply to a malformed request has a status, too
 
     def setup(self):
         super().setup()
@@ -254,7 +254,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile = self.client
 
     def end_headers(self):
-        """Add what every answer has, even one of http.server's own."""
+        """Add the headers of every response, including those that http.server sends itself."""
         for name, value in HEADERS.items():
             self.send_header(name, value)
         super().end_headers()
@@ -270,16 +270,16 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(status, json.dumps({"error": why}).encode())
 
     def is_welcome(self):
-        """Does it ask for us, by our name, and not for another site? If not, it is refused."""
+        """Is the request for one of our names, and not from another site? If not, refuse it."""
         hosts = self.headers.get_all("Host", [])
         if len(hosts) != 1 or not self.server.goes_by(hosts[0]):
             names = " or ".join(sorted(self.server.names))
             self.refuse(421, f"this server goes by {names}, not by {short(', '.join(hosts))}; "
-                             "--host gives it another name")
+                             "use --host to give it another name")
             return False
         for origin in self.headers.get_all("Origin", []):
             if origin.lower() != f"http://{hosts[0]}".lower():
-                self.refuse(403, "a page of another site may not ask here")
+                self.refuse(403, "pages of other sites may not send requests here")
                 return False
         return True
 
@@ -299,15 +299,15 @@ class Handler(BaseHTTPRequestHandler):
             }
             self.reply(200, json.dumps(about).encode())
         else:
-            self.refuse(404, "there is / and /about, and /ask to post to")
+            self.refuse(404, "there are only / and /about, and /ask for POST")
 
     def do_POST(self):
-        """A question, as JSON alone: a browser lets no other site send that here."""
+        """Answer a question. It must be JSON: browsers do not let other sites send that here."""
         if not self.is_welcome():
             return
         is_json = self.headers.get_content_type() == "application/json"
         is_chunked = "Transfer-Encoding" in self.headers
-        lengths = " ".join(self.headers.get_all("Content-Length", []))      # two of them: refused
+        lengths = " ".join(self.headers.get_all("Content-Length", []))      # two are refused
         has_length = re.fullmatch("[0-9]{1,12}", lengths) and not is_chunked
         if self.path != "/ask" or not is_json or not has_length:
             self.refuse(400, "post JSON of a known length to /ask")
@@ -317,7 +317,7 @@ class Handler(BaseHTTPRequestHandler):
         if length > MAX_REQUEST:
             self.read_past(min(length, 4 * MAX_REQUEST))
             megabytes = MAX_REQUEST // 10**6
-            self.refuse(413, f"this is larger than {megabytes} MB; take a smaller picture")
+            self.refuse(413, f"the request is larger than {megabytes} MB; use a smaller picture")
             return
         try:
             question, turns, pixels = self.read_question(length)
@@ -332,7 +332,7 @@ class Handler(BaseHTTPRequestHandler):
             return parse_question(body, self.server.desk.lavin.resolution)
 
     def read_past(self, n):
-        """Read n bytes and drop them: a browser listens only after it has sent everything."""
+        """Read n bytes and drop them. A browser reads a reply only after it has sent everything."""
         while n > 0:
             n_read = len(self.rfile.read(min(n, 2**20)))
             if n_read == 0:
@@ -343,7 +343,7 @@ class Handler(BaseHTTPRequestHandler):
         """Send the events as they come. The end of the connection ends the answer (HTTP/1.0)."""
         self.send_response(200)
         self.send_header("Content-Type", "application/x-ndjson")
-        self.send_header("X-Accel-Buffering", "no")         # nginx, in front of us, passes them on
+        self.send_header("X-Accel-Buffering", "no")         # tells an nginx proxy not to buffer
         self.end_headers()
         try:
             with contextlib.closing(self.server.desk.answer(question, turns, pixels)) as events:
@@ -360,16 +360,16 @@ class Handler(BaseHTTPRequestHandler):
         try:
             super().handle()
         except OSError:
-            pass                                            # whoever asked has gone
+            pass                                            # the client has gone
 
     def log_message(self, *_):
         pass
 
 
 class Server(ThreadingHTTPServer):
-    """Listens from the start; its desk comes when the model is loaded."""
+    """Listens from the start. Its desk is set once the model is loaded."""
     daemon_threads = True           # Ctrl-C does not wait for answers
-    request_queue_size = 64         # connections that nobody has accepted yet
+    request_queue_size = 64         # connections that are not accepted yet
 
     def __init__(self, host: str, port: int, model_name: str, colours: dict, examples: list):
         if ":" in host:
@@ -388,9 +388,9 @@ class Server(ThreadingHTTPServer):
         self.readers = threading.Semaphore(MAX_READERS)
 
     def goes_by(self, host: str) -> bool:
-        """Is this Host header, "name" or "name:port", one of our names, at whatever port?
+        """Is this Host header, "name" or "name:port", one of our names? The port does not matter.
 
-        A server that listens at all addresses of the machine goes by any address: DNS rebinding
+        A server that listens on all addresses of the machine accepts any IP address: DNS rebinding
         needs a name.
         """
         name = re.sub(":[0-9]*$", "", host.strip().lower()).strip("[]")
@@ -403,7 +403,7 @@ class Server(ThreadingHTTPServer):
         return self.address.is_unspecified
 
     def verify_request(self, request, client_address):
-        """May one more connection come in? If not, it is told so, and then closed."""
+        """May we accept one more connection? If not, it gets TOO_MANY and is then closed."""
         if len(self.connections) < MAX_CONNECTIONS:
             self.connections.add(request)
             return True
@@ -412,37 +412,37 @@ class Server(ThreadingHTTPServer):
         return False
 
     def shutdown_request(self, request):
-        """Every connection ends here, however it went."""
+        """Every connection ends here, with or without an error."""
         self.connections.discard(request)
         super().shutdown_request(request)
 
 
 def listen(host: str, port: int, model_name: str, colours: dict = {},
            examples: list = []) -> Server:
-    """Bind the address, before minutes are spent on loading a model. port 0: any that is free.
+    """Bind the address before loading the model, which takes minutes. port 0: any free port.
 
-    colours, examples: as /about gives them. Raises LavinError if that is not possible.
+    colours, examples: as in /about. Raises LavinError if the address cannot be bound.
     """
-    if not host:                    # to a socket, that means all addresses
-        raise LavinError("--host is empty; leave it out to be asked from this machine alone, "
-                         "or give 0.0.0.0 for everybody in the network")
+    if not host:                    # for a socket, this means all addresses
+        raise LavinError("--host is empty; leave it out to serve this machine only, "
+                         "or give 0.0.0.0 to serve the whole network")
     try:
         return Server(host, port, model_name, colours, examples)
-    except (OSError, OverflowError, TypeError) as error:    # TypeError: no name can be like that
+    except (OSError, OverflowError, TypeError) as error:    # TypeError: an impossible host name
         raise LavinError(f"--serve {port} --host {host}: cannot listen there ({error}); "
                          "choose another port or address") from error
 
 
 def serve(server: Server, lavin: LaVIN, how: dict, compiled: bool) -> None:
-    """Answer until Ctrl-C. how: what Conversation.say takes."""
+    """Answer questions until Ctrl-C. how: keyword arguments for Conversation.say."""
     with server:
         server.desk = Desk(lavin, how, compiled)
         host = server.host
         if server.address.is_unspecified:
             host = "localhost"
         if not server.address.is_loopback:
-            print(f"it listens at {server.address}: everybody in the network can ask")
+            print(f"listening on {server.address}: everybody in the network can ask")
         if ":" in host:
             host = f"[{host}]"
-        print(f"http://{host}:{server.server_port} · Ctrl-C ends it", flush=True)
+        print(f"http://{host}:{server.server_port} · Ctrl-C to stop", flush=True)
         server.serve_forever()

@@ -1,9 +1,9 @@
-"""What a script says and how it ends: one line for an error, and only text that can be shown.
+"""How a script prints and ends: an error is a single line, and all text is safe to show.
 
-Every script calls its `main` through `run`. Whatever goes wrong outside of this code, from a wrong
-flag to a full disk, ends in one line on stderr and exit code 2. All output passes through
-`Terminal`: file names, data and the model's answers may hold escape sequences, which would act on
-the person's terminal, and characters that it cannot show.
+Every script calls its `main` through `run`. An error with an outside cause, from a wrong flag to a
+full disk, ends the script with one line on stderr and exit code 2. All output passes through
+`Terminal`, because file names, data and the model's answers may contain escape sequences, which
+would control the user's terminal, and characters that the terminal cannot show.
 """
 
 import argparse
@@ -19,16 +19,16 @@ import torch
 
 from files import LavinError
 
-# Control characters but tab, newline and carriage return (progress bars need it), and the marks
-# that make text run in the other direction.
+# Control characters except tab, newline and carriage return (which progress bars need), and the
+# marks that change the direction of text.
 UNSAFE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 LONGEST_MESSAGE = 600           # characters
 
 
 class Terminal:
-    """A text stream that replaces what the stream cannot show or should not be sent.
+    """Wraps a text stream. Replaces unsafe characters and those that the stream cannot show.
 
-    The first write that fails raises LavinError. What is written after that is dropped.
+    The first write that fails raises LavinError. All later writes are dropped.
     """
 
     def __init__(self, stream, name: str):
@@ -52,9 +52,9 @@ class Terminal:
             return
         try:
             action()
-        except OSError as error:            # a full disk, or `| head`, which has read enough
+        except OSError as error:            # a full disk, or a closed pipe as with `| head`
             self.is_broken = True
-            # At its end, Python flushes what the stream still holds, and would complain once more.
+            # Python flushes the stream at exit. With /dev/null, this does not fail a second time.
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, self.stream.fileno())
             raise LavinError(f"{self.name} cannot be written ({error.strerror})") from error
@@ -68,10 +68,10 @@ class Terminal:
 
 @contextlib.contextmanager
 def terminals() -> Iterator[None]:
-    """In a `with`, stdout and stderr pass through `Terminal`."""
+    """A context manager. Inside it, stdout and stderr pass through `Terminal`."""
     stdout = sys.stdout
     stderr = sys.stderr
-    nothing = open(os.devnull, "w")         # where a shell has closed a stream, it is None
+    nothing = open(os.devnull, "w")         # a stream that the shell closed is None
     sys.stdout = Terminal(stdout or nothing, "standard output")
     sys.stderr = Terminal(stderr or nothing, "standard error")
     try:
@@ -83,7 +83,7 @@ def terminals() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, which takes a wrong flag as any other error: one line."""
+    """An ArgumentParser that reports a wrong flag like any other error, in one line."""
 
     def error(self, message: str) -> None:
         raise LavinError(f"{message}; {self.prog} --help lists the flags")
@@ -91,35 +91,36 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         parsed = super().parse_args(args, namespace)
         for name, value in vars(parsed).items():
-            if value == []:                 # argparse's reading of --name=--
+            if value == []:                 # how argparse reads --name=--
                 self.error(f"argument --{name.replace('_', '-')}: expected a value")
         return parsed
 
 
 def explain(error: Exception) -> str | None:
-    """The line for an error that comes from outside of this code. None for our own mistakes."""
+    """The message for an error with an outside cause. None for a bug in this code."""
     if isinstance(error, LavinError):
         return str(error)
-    # What a CPU or Apple's GPU says when it has no memory left is a RuntimeError like any other.
+    # If a CPU or Apple's GPU runs out of memory, PyTorch raises a plain RuntimeError. Only its
+    # text shows the cause.
     too_little = (MemoryError, torch.OutOfMemoryError)
     words = ("can't allocate memory", "MPS backend out of memory")
     if isinstance(error, too_little) or any(part in str(error) for part in words):
-        return ("there is too little memory for this; --bits 8 or 4, or a lower --batch-size "
-                "or --max-seq-len, would help")
-    if "probability tensor contains" in str(error):         # torch.multinomial's words
+        return ("there is too little memory for this; try --bits 8 or 4, or a lower --batch-size "
+                "or --max-seq-len")
+    if "probability tensor contains" in str(error):         # torch.multinomial's message
         return ("the model's logits are not finite, so no token can be drawn; "
                 "--dtype bf16 or fp32 has a wider range than fp16")
-    # Wherever this process is when a worker dies, PyTorch raises it there.
+    # If a worker dies, PyTorch raises this at whatever line the main process has reached.
     if "DataLoader worker" in str(error):
-        return ("a process that decodes pictures was killed, perhaps for want of memory; "
-                "--workers 0 does without such processes")
+        return ("a process that decodes pictures was killed, perhaps because memory ran out; "
+                "--workers 0 uses no such processes")
     if isinstance(error, OSError):
-        return f"the system refused: {error}"
+        return f"system error: {error}"
     return None
 
 
 def end_with(message: str) -> None:
-    """Print the one line, and exit with code 2."""
+    """Print the message as one line, and exit with code 2."""
     line = " ".join(message.split())
     if len(line) > LONGEST_MESSAGE:
         half = LONGEST_MESSAGE // 2
@@ -127,15 +128,15 @@ def end_with(message: str) -> None:
     rank = ""
     if "RANK" in os.environ:                # under torchrun
         rank = f"rank {os.environ['RANK']}: "
-    with contextlib.suppress(LavinError):   # stderr cannot be written: there is nobody to tell
+    with contextlib.suppress(LavinError):   # if stderr cannot be written, nobody can be told
         print(f"{rank}error: {line}", file=sys.stderr)
         sys.stderr.flush()
     sys.exit(2)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main()`. What goes wrong outside of this code becomes one line on stderr."""
-    warnings.simplefilter("ignore")     # libraries advise their programmers; stderr is for errors
+    """Call a script's `main()`. An error with an outside cause becomes one line on stderr."""
+    warnings.simplefilter("ignore")     # these are for developers; stderr is for errors
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with terminals():
         try:

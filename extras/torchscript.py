@@ -1,10 +1,10 @@
-"""TorchScript archives, as OpenAI's of CLIP are, read as data: none of their code runs.
+"""Read TorchScript archives, such as OpenAI's CLIP, as data. None of their code runs.
 
-torch.jit.load compiles the archive's code/, and some of it runs where nobody expects code: in a
-class's `__setstate__`, or in a submodule's own `values()` when state_dict() looks for hooks. Here
-only two kinds of entries are read: data.pkl, the tree of modules, and data/0, data/1, …, the bytes
-of their tensors. data.pkl is a pickle, and so a program as well. But TorchScript writes it with few
-instructions, and `unpickle` carries them out without importing or calling anything.
+torch.jit.load compiles the code/ of an archive. Some of this code runs in unexpected places: in a
+class's `__setstate__`, or in a submodule's own `values()` when state_dict() looks for hooks. This
+file reads only two kinds of entries: data.pkl, the tree of modules, and data/0, data/1, …, the
+bytes of their tensors. data.pkl is a pickle, so it is a program as well. But TorchScript uses few
+instructions in it, and `unpickle` executes them without importing or calling anything.
 """
 
 import pickle
@@ -18,11 +18,11 @@ import torch
 
 from files import LavinError, check_not_packed, check_regular, is_zip
 
-LARGEST_PICKLE = 2**20      # bytes; ViT-L/14's data.pkl has a twentieth of that
+LARGEST_PICKLE = 2**20      # bytes; ViT-L/14's data.pkl has a twentieth of this
 MOST_ATTRIBUTES = 10_000    # modules and tensors of an archive
-LONGEST_NAME = 300          # characters of a tensor's name, its modules' names included
+LONGEST_NAME = 300          # characters in a tensor's name, including the names of its modules
 
-# What data.pkl calls a dtype.
+# The names of the dtypes in data.pkl.
 DTYPES = {
     "torch DoubleStorage": torch.float64,
     "torch FloatStorage": torch.float32,
@@ -42,17 +42,17 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class Global(str):
-    """What a pickle would import: "torch HalfStorage". Here it stays a name."""
+    """The name of something that a pickle imports: "torch HalfStorage". We do not import it."""
 
 
 class Module(dict):
-    """{name: attribute} of a module of the archive."""
+    """{name: attribute} of a module in the archive."""
 
 
 class Tensor(NamedTuple):
-    """Where a tensor of the archive lies. Its bytes are not read yet."""
+    """The place of a tensor in the archive. Its bytes are not read yet."""
     storage: tuple      # "storage", a key of DTYPES, the entry below data/, a device, its size
-    offset: int         # of the first number; like the strides, counted in numbers
+    offset: int         # of the first number; counts numbers, as the strides do
     shape: tuple
     strides: tuple
 
@@ -61,9 +61,10 @@ class Tensor(NamedTuple):
 
 
 def unpickle(pickled: bytes) -> object:
-    """What a pickle of TorchScript's holds: a `Module`.
+    """The content of a data.pkl that TorchScript wrote: a `Module`.
 
-    Raises UnpicklingError for what TorchScript does not write, and anything for damaged bytes.
+    Raises UnpicklingError for anything that TorchScript does not write. Damaged bytes may raise any
+    exception.
     """
     stack = []
     marks = []              # where on the stack the items of a list or tuple begin
@@ -95,12 +96,12 @@ def unpickle(pickled: bytes) -> object:
         elif name in ("NEWOBJ", "BUILD", "REDUCE"):
             build(name, stack)
         elif name not in ("PROTO", "BINPERSID", "STOP"):    # BINPERSID: a storage stays a tuple
-            raise pickle.UnpicklingError(f"its data.pkl holds {name}, as TorchScript's never do")
+            raise pickle.UnpicklingError(f"its data.pkl has {name}, which TorchScript never writes")
     return stack.pop()
 
 
 def gather(stack: list, start: int) -> None:
-    """Make the items from `start` on a tuple."""
+    """Replace the items from `start` on with a tuple of them."""
     items = tuple(stack[start:])
     del stack[start:]
     stack.append(items)
@@ -113,12 +114,12 @@ def extend(stack: list) -> None:
         stack[-1].extend(items)
         return
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if type(key) is str:            # a hash of nested tuples can take for ever
+        if type(key) is str:            # hashing nested tuples can take forever
             stack[-1][key] = value
 
 
 def build(name: str, stack: list) -> None:
-    """Make a module, fill it, or make a tensor: what a pickle has classes and functions for."""
+    """Make a module, fill it, or make a tensor. A pickle would call classes and functions."""
     argument = stack.pop()
     if name == "NEWOBJ":
         stack[-1] = Module()
@@ -136,7 +137,7 @@ def build(name: str, stack: list) -> None:
 
 
 def named_tensors(root: Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all modules. UnpicklingError for too many, as of a module within itself."""
+    """Yield (name, tensor) of all modules. UnpicklingError for too many modules, or a cycle."""
     waiting = [("", root)]
     n_attributes = 0
     while waiting:
@@ -147,7 +148,7 @@ def named_tensors(root: Module) -> Iterator[tuple[str, Tensor]]:
             name = prefix + key
             n_attributes += 1
             if n_attributes > MOST_ATTRIBUTES or len(name) > LONGEST_NAME:
-                raise pickle.UnpicklingError("holds too many modules, or one within itself")
+                raise pickle.UnpicklingError("holds too many modules, or one inside itself")
             if isinstance(value, Module):
                 waiting.append((f"{name}.", value))
             else:
@@ -155,19 +156,19 @@ def named_tensors(root: Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def find_root(archive: zipfile.ZipFile) -> str | None:
-    """The folder of a TorchScript archive's entries. None for a zip file that is none."""
+    """The root folder inside a TorchScript archive. None for any other zip file."""
     for name in archive.namelist():
         root, _, entry = name.partition("/")
-        if entry == "constants.pkl":    # torch.save writes none
+        if entry == "constants.pkl":    # torch.save does not write it
             return root
     return None
 
 
 def read_tensor(archive: zipfile.ZipFile, root: str, tensor: Tensor,
                 contents: dict[str, bytearray]) -> torch.Tensor:
-    """The tensor itself. Raises anything if it does not lie within its storage.
+    """Read a tensor. If it does not lie within its storage, this may raise any exception.
 
-    contents: the storages read so far, since tensors may share them.
+    contents: the storages read so far. Tensors may share them.
     """
     _, kind, key, _, n_numbers = tensor.storage
     if type(key) is not str or type(n_numbers) is not int or not isinstance(kind, Global):
@@ -183,7 +184,7 @@ def read_tensor(archive: zipfile.ZipFile, root: str, tensor: Tensor,
 
 
 def read_archive(path: str | Path, prefix: str) -> dict[str, torch.Tensor] | None:
-    """What `read_tensors` returns; raises anything for a damaged archive."""
+    """What `read_tensors` returns. A damaged archive may raise any exception."""
     with zipfile.ZipFile(path) as archive:
         root = find_root(archive)
         if root is None:
@@ -203,10 +204,10 @@ def read_archive(path: str | Path, prefix: str) -> dict[str, torch.Tensor] | Non
 
 
 def read_tensors(path: str | Path, prefix: str = "") -> dict[str, torch.Tensor] | None:
-    """{name: tensor} of the names that begin with `prefix`; None if it is no TorchScript archive.
+    """{name: tensor} for names that start with `prefix`. None if this is no TorchScript archive.
 
-    The names are those of torch.jit.load(path).state_dict(). A tensor that is a mere attribute,
-    neither parameter nor buffer, is among them too. Raises LavinError for what cannot be read.
+    The names are those of torch.jit.load(path).state_dict(). Tensors that are plain attributes,
+    neither parameters nor buffers, are included. Raises LavinError if the file cannot be read.
     """
     check_regular(path)
     try:
@@ -217,6 +218,6 @@ def read_tensors(path: str | Path, prefix: str = "") -> dict[str, torch.Tensor] 
         raise LavinError(f"{path}: cannot be read ({error.strerror or error})") from error
     except pickle.UnpicklingError as error:
         raise LavinError(f"{path}: {error}; not loaded") from error
-    except Exception as error:          # damaged bytes make the reader raise anything
+    except Exception as error:          # on damaged bytes, the reader may raise any exception
         raise LavinError(f"{path}: not a readable CLIP archive ({error}); truncated? fetch it again"
                          ) from error

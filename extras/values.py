@@ -1,4 +1,4 @@
-"""What a value from outside may be. One description serves flags, checkpoints and JSON alike.
+"""The types and ranges of values from outside. Flags, checkpoints and JSON share them.
 
     EPOCHS = Kind(int, low=1, high=100_000)
     parser.add_argument("--epochs", type=EPOCHS.parse)          # text from the command line
@@ -17,14 +17,14 @@ from files import DTYPES, LavinError
 
 @dataclass(frozen=True)
 class Kind:
-    """The type of a value, and its range or its choices. `fault` says what is wrong with one."""
+    """The type of a value, and its range or its choices. `fault` names what is wrong."""
     type: type                      # bool, int, float or str
-    low: float | None = None        # the smallest value allowed
-    above: float | None = None      # all values allowed are greater
-    high: float | None = None       # the greatest value allowed
-    below: float | None = None      # all values allowed are smaller
+    low: float | None = None        # the smallest allowed value
+    above: float | None = None      # allowed values are greater than this
+    high: float | None = None       # the largest allowed value
+    below: float | None = None      # allowed values are smaller than this
     choices: tuple = ()
-    is_list: bool = False           # a list of such values, not empty
+    is_list: bool = False           # a non-empty list of such values
     length: int | None = None       # of that list
     optional: bool = False          # None is allowed too
 
@@ -47,7 +47,7 @@ class Kind:
         return f"{names[self.type]} that is {' and '.join(bounds)}"
 
     def allows(self, value: object) -> bool:
-        """Is this single value of the kind? An int counts as a float, but True is no number."""
+        """Is this single value allowed? An int counts as a float, but True is not a number."""
         types = (int, float) if self.type is float else (self.type,)
         if type(value) not in types:
             return False
@@ -58,7 +58,7 @@ class Kind:
         return self.is_within(value)
 
     def is_within(self, value) -> bool:
-        """Is a number within the bounds? NaN is within none, and infinity only without any."""
+        """Is a number within the bounds? NaN, infinity and floats beyond 1e300 never are."""
         if self.type is float and not abs(value) <= 1e300:
             return False
         return ((self.low is None or value >= self.low)
@@ -73,7 +73,7 @@ class Kind:
         if not self.is_list:
             return None if self.allows(value) else f"is {short(value)}, not {self.describe()}"
         if not isinstance(value, list | tuple) or not value:
-            return f"is {short(value)}, not a list, each {self.describe()}"
+            return f"is {short(value)}, not a list whose items are each {self.describe()}"
         if self.length is not None and len(value) != self.length:
             return f"has {len(value)} values, not {self.length}"
         for item in value:
@@ -93,12 +93,12 @@ class Kind:
 
 
 def is_text(value: str) -> bool:
-    """Text that files and checkpoints can hold: no NUL, and no name longer than systems allow."""
+    """Can files and checkpoints hold this text? It must have no NUL and at most 4096 characters."""
     return "\0" not in value and len(value) <= 4096
 
 
 def short(value: object) -> str:
-    """repr, cut to what fits into a message, in length and in depth."""
+    """repr, shortened in length and depth to fit into a message."""
     try:
         text = reprlib.repr(value)
     except ValueError:                          # an int of more than 4,300 digits
@@ -110,7 +110,7 @@ def check_values(path: object, values: dict, kinds: dict[str, Kind],
                  needed: Iterable[str] = ()) -> None:
     """LavinError for the first of `values` that is not of its kind, or that is missing.
 
-    Names without a kind are left alone.
+    Values whose name has no kind are not checked.
     """
     for name in needed:
         if name not in values:
@@ -125,8 +125,8 @@ def check_values(path: object, values: dict, kinds: dict[str, Kind],
 def check_supported(path: object, config: dict, supported: dict[str, tuple]) -> None:
     """LavinError for the first setting of a model's file that our model does not support.
 
-    supported: {name: the values we support}. A setting that the file leaves out counts as the first
-    of them.
+    supported: {name: the values we support}. If the file lacks a setting, it counts as the first of
+    these values.
     """
     for name, values in supported.items():
         value = config.get(name, values[0])
@@ -136,10 +136,10 @@ def check_supported(path: object, config: dict, supported: dict[str, tuple]) -> 
 
 
 def meta_name(name: str, layer: str, names: dict[str, str]) -> str | None:
-    """Meta's name of a tensor of LLaMA's, or None if it has none.
+    """Meta's name for a tensor of LLaMA, or None if Meta has no such tensor.
 
-    layer: a pattern for a layer's number and what stands behind it. names: {what stands there or
-    outside the layers: Meta's name of it}.
+    layer: a pattern with two groups, the number of the layer and the module's name in the layer.
+    names: {the module's name, in a layer or outside the layers: Meta's name for it}.
     """
     part, _, kind = name.rpartition(".")                    # kind: "weight" or "bias"
     prefix = ""
@@ -152,9 +152,9 @@ def meta_name(name: str, layer: str, names: dict[str, str]) -> str | None:
     return f"{prefix}{names[part]}.{kind}"
 
 
-# Rows of every held-out part that a training run answers after an epoch, unless told otherwise.
+# By default, a training run answers this many rows of each held-out part after an epoch.
 HELD_OUT_ROWS = 100
-# The fields of ScienceQA's problems by which their scores can be told apart.
+# The fields of ScienceQA's problems by which the scores can be broken down (--by).
 SQA_FIELDS = ("skill", "topic", "category", "subject", "grade", "task")
 
 # The settings of a training run (train.Settings): its flags, and a checkpoint's "config".
@@ -217,7 +217,7 @@ SETTINGS = {
     "vit_hash": Kind(str, optional=True),
 }
 
-# The flags of generate.py. Its seed, paths and device are as a training run's.
+# The flags of generate.py. Its seed, paths and device are the same as in training.
 QUESTION = SETTINGS | {
     "prompt": Kind(str),
     "image": Kind(str),
@@ -235,7 +235,7 @@ QUESTION = SETTINGS | {
     "top_p": Kind(float, above=0, high=1),
 }
 
-# The `args` of a LaVIN checkpoint, under the names of the authors' flags. Theirs hold many more.
+# The `args` of a LaVIN checkpoint, named like the authors' flags. Their files hold many more.
 ADAPTER_ARGS = {
     "temperature": Kind(float, above=0, high=1e6),
     "adapter_scale": Kind(float, low=-1e6, high=1e6),
@@ -244,7 +244,7 @@ ADAPTER_ARGS = {
     "prompt_format": Kind(str, choices=FORMATS, optional=True),
 }
 
-# What stands in the same checkpoint beside the weights.
+# What the same checkpoint holds besides the weights.
 PROGRESS = {
     "step": Kind(int, low=0, high=10**12, optional=True),
     "epoch": Kind(int, low=0, high=10**12, optional=True),

@@ -1,13 +1,14 @@
-"""Folding: adapters merged into the matrices behind them. Adapted LLaMA then costs what LLaMA does.
+"""Folding: merge the adapters into the matrices that read their output.
 
-For one modality the experts' weights w are constants (router.py). Then the adapter is one affine
-map, A(y) = y + U (D y + d) + u, where D and d are the weight and bias of `down`, and U and u those
-of the two experts, mixed. So every matrix W behind it can do the adapter's work exactly:
+A folded model runs as fast as plain LLaMA. For one modality, the routing weights w are constants
+(router.py). The adapter is then a single affine map, A(y) = y + U (D y + d) + u. D and d are the
+weight and bias of `down`. U and u are the weights and biases of the two experts, mixed by w. So
+each matrix W that reads A(y) can absorb the adapter exactly:
 
     W A(y) = (W + W U D) y + W (U d + u)
 
-The ViT keeps its adapters. Every token of a picture has weights of its own there, so there is no
-single matrix to merge into.
+The ViT keeps its adapters. There, every token of a picture has its own w, so no constant matrix
+can absorb them.
 """
 
 import copy
@@ -22,7 +23,7 @@ from model import LaVIN
 
 
 class NoAdapter(nn.Module):
-    """In an adapter's place once it is merged into wq, wk and wv."""
+    """Replaces an adapter that was merged into wq, wk and wv."""
 
     def forward(self, y, w):
         return y
@@ -31,7 +32,7 @@ class NoAdapter(nn.Module):
 class ConstantAdapter(nn.Module):
     """y + U (D y + d) + u: an adapter with its experts already mixed.
 
-    It stands in front of quantized matrices. To merge into one of these would round it once more.
+    It is used in front of quantized matrices. Merging into one would round it a second time.
     """
 
     def __init__(self, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor):
@@ -45,10 +46,10 @@ class ConstantAdapter(nn.Module):
 
 
 def constant_matrices(adapter: Adapter, w: torch.Tensor):
-    """U (C, r) and U d + u (C,) of an adapter whose experts have the weights w (E,)."""
+    """-> U (C, r) and U d + u (C,) of an adapter with the routing weights w (E,)."""
     up = 0
     for w_e, expert in zip(w, adapter.up):
-        # An expert's two groups are one block-diagonal matrix.
+        # The two groups of an expert form one block-diagonal matrix.
         up = up + w_e * torch.block_diag(*expert.chunk(2))      # (C, r)
     up = adapter.scale * up
     bias = adapter.scale * (w @ adapter.up_bias) + up @ adapter.down.bias
@@ -57,7 +58,7 @@ def constant_matrices(adapter: Adapter, w: torch.Tensor):
 
 def merge(adapter: Adapter, w: torch.Tensor, matrices: list[nn.Module],
           dtype: torch.dtype) -> nn.Module:
-    """Merge an adapter into the matrices that read its output -> what takes its place."""
+    """Merge an adapter into the matrices that read its output -> the module that replaces it."""
     up, bias = constant_matrices(adapter, w)
     down = adapter.down.weight                                  # (r, C)
     if not isinstance(matrices[0], nn.Linear):                  # quantized
@@ -65,7 +66,7 @@ def merge(adapter: Adapter, w: torch.Tensor, matrices: list[nn.Module],
     for linear in matrices:
         W = linear.weight.float()
         merged_bias = W @ bias
-        if linear.bias is not None:                             # Qwen2's, or of an earlier folding
+        if linear.bias is not None:                             # in Qwen2, or folded earlier
             merged_bias = linear.bias.float() + merged_bias
         merged = torch.addmm(W, W @ up, down)                   # W + W U D
         linear.weight = nn.Parameter(merged.to(dtype), requires_grad=False)
@@ -75,17 +76,17 @@ def merge(adapter: Adapter, w: torch.Tensor, matrices: list[nn.Module],
 
 @torch.no_grad()
 def fold(lavin: LaVIN, modality: int) -> LaVIN:
-    """-> a LaVIN for one modality (0 text only, 1 with a picture), without adapters in its LLaMA.
+    """-> a LaVIN for one modality (0: text only, 1: with a picture). Its LLaMA has no adapters.
 
-    wq, wk and wv are copied; all other tensors are shared with `lavin`, which stays as it is. It
-    should be in eval mode, so that no dropout is folded in.
-    Raises ValueError if `lavin` is folded already or there is no such modality.
+    wq, wk and wv are copied. All other tensors are shared with `lavin`, which does not change.
+    Call this in eval mode, so that dropout does not change the routing weights.
+    Raises ValueError if `lavin` is already folded or if there is no such modality.
     """
     if lavin.folded_for is not None:
-        raise ValueError(f"fold({modality}): this LaVIN is folded for {lavin.folded_for} already")
+        raise ValueError(f"fold({modality}): this LaVIN is already folded for {lavin.folded_for}")
     if modality not in (0, 1):
         raise ValueError(f"fold({modality}): the modalities are 0 and 1")
-    # deepcopy takes what its memo holds instead of copying it.
+    # deepcopy shares the objects in its memo instead of copying them.
     shared = [*lavin.parameters(), *lavin.buffers(), lavin.tokenizer]
     folded = copy.deepcopy(lavin, memo={id(thing): thing for thing in shared})
     dtype = lavin.llama.norm.weight.dtype

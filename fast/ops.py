@@ -1,9 +1,9 @@
-"""Single operations, written to be fast. Each one equals a few plain lines (tests/test_ops.py).
+"""Fast versions of single operations. Each one equals a few plain lines (tests/test_ops.py).
 
     rotate              RoPE's rotation of every pair of channels
     mix_experts         an adapter's two experts, mixed by the router's weights
-    cross_entropy       the summed loss, without holding the logits of all tokens
-    one_token_product   a matrix times a single token, as fast as memory can be read
+    cross_entropy       the summed loss, without the logits of all tokens in memory at once
+    one_token_product   a matrix times a single token, at memory bandwidth
     keep_freed_memory   a setting of the C library, for training on a CPU
 """
 
@@ -12,11 +12,11 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
-LOGIT_ROWS = {"cpu": 128, "cuda": 1024}     # how many the loss makes at a time
+LOGIT_ROWS = {"cpu": 128, "cuda": 1024}     # rows of logits that the loss computes at a time
 
 
 def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn each pair of neighbouring channels (a, b) of x by its angle, in fp32.
+    """Rotate each pair of neighbouring channels (a, b) of x by its angle, in fp32.
 
         a' = a cos − b sin        b' = a sin + b cos
 
@@ -26,25 +26,25 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
     cos, sin = rope
     pairs = x.float().unflatten(-1, (-1, 2))                    # (B, T, H, D/2, 2)
     if torch.compiler.is_compiling():
-        # The compiler makes one pass of these lines, and cannot compile complex numbers.
+        # The compiler fuses these lines into one pass. It cannot compile complex numbers.
         a, b = pairs.unbind(-1)
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
     else:
-        # The same as a product of complex numbers, (a + ib)(cos + i sin): one pass, not seven.
+        # The same as one complex product, (a + ib)(cos + i sin): one pass over x, not seven.
         turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
         turned = torch.view_as_real(turned)
     return turned.flatten(-2).type_as(x)
 
 
 def mix_experts(h: torch.Tensor, w: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor):
-    """w0 up0(h) + w1 up1(h), as Adapter.mixed spells it out, in a single matrix product.
+    """w0 up0(h) + w1 up1(h) as a single matrix product. Adapter.mixed is the plain form.
 
     h (B, T, r), w (B, T or 1, E), up (E, C, r/2), up_bias (E, C) -> (B, T, C), with E = 2 experts.
 
-    Each `up` reads its input in two groups, so it is a block-diagonal matrix (C, r). Two weighted
-    experts are then one product: [w0 h, w1 h] times the two matrices side by side. On two CPU cores
-    the plain form takes 1.8 times as long at width 128, 3.0 times at 512 and 3.4 times at 4096,
-    forward and backward (python -m bench.speed experts).
+    Each expert reads h in two groups, so it is a block-diagonal matrix (C, r). The weighted sum of
+    both experts is then one product: [w0 h, w1 h] times the two matrices side by side. On two CPU
+    cores the plain form takes 1.8 times as long at width 128, 3.0 times at 512 and 3.4 times at
+    4096, forward and backward (python -m bench.speed experts).
     """
     matrices = [torch.block_diag(*expert.chunk(2)) for expert in up]
     side_by_side = torch.cat(matrices, dim=1)                   # (C, E r)
@@ -60,11 +60,11 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, len(x), n_rows):
             rows = slice(start, start + n_rows)
             target = targets[rows, None]                        # (rows, 1)
-            # The logits get no name: they are to be freed, and their memory used again, at once.
+            # The logits get no name, so that their memory is freed and reused at once.
             log_p = F.linear(x[rows], weight).log_softmax(-1, dtype=torch.float32)
             loss -= log_p.gather(1, target).sum()
             if x_grad is not None:
-                # d loss / d logits = softmax − one-hot; in place, to touch the rows once.
+                # d loss / d logits = softmax − one-hot. In place: this saves a pass over memory.
                 gradient = log_p.exp_()
                 minus_one = -torch.ones_like(target, dtype=gradient.dtype)
                 gradient.scatter_add_(1, target, minus_one)
@@ -82,12 +82,12 @@ def cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
                   n_rows: int | None = None) -> torch.Tensor:
     """F.cross_entropy(x @ weight.T, targets, reduction="sum") for a frozen weight: fp32, scalar.
 
-    x (N, C), weight (vocabulary, C), targets (N,) int64. n_rows: of logits at a time (default:
-    what suits the device).
+    x (N, C), weight (vocabulary, C), targets (N,) int64. n_rows: how many rows of logits to compute
+    at a time (default: LOGIT_ROWS of the device).
 
-    Logits are large, 32,000 numbers for every answer token, and all that backward needs of them is
-    their gradient to x. So a few rows are taken at a time, and their gradient is made at once,
-    while they lie in the cache. The logits, softmax and gradients of all rows never exist together.
+    Logits are large: 32,000 numbers for each answer token. Backward only needs the gradient of x.
+    So we take a few rows at a time and compute their gradient at once, while they are in the cache.
+    The logits, softmax and gradients of all rows never exist at the same time.
     """
     if n_rows is None:
         n_rows = LOGIT_ROWS["cpu" if x.device.type == "cpu" else "cuda"]
@@ -95,9 +95,9 @@ def cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
 
 
 def is_one_token(x: torch.Tensor) -> bool:
-    """Does a compiled step decode a single token, x (1, 1, C)?
+    """Is this a compiled decoding step for a single token, x (1, 1, C)?
 
-    Such a step takes as long as the weights take to be read, whatever else it computes.
+    Such a step is memory-bound: it takes as long as reading the weights does.
     """
     if not torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
@@ -107,10 +107,10 @@ def is_one_token(x: torch.Tensor) -> bool:
 def one_token_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """x (1, 1, in) times weight (out, in) -> (1, 1, out), as a sum in fp32.
 
-    The compiler makes one pass over the weight of this sum, dequantizing included. A matrix product
-    of bf16 or quantized numbers reads the weight more slowly.
+    The compiler turns this sum into one pass over the weight, which includes the dequantization.
+    A matrix product of bf16 or quantized numbers reads the weight more slowly.
     """
-    # On a CPU a loop over eight parts at once keeps the memory busier than one over the whole.
+    # On a CPU, one loop over eight parts at once uses more memory bandwidth than one long sum.
     n_parts = 8 if x.device.type == "cpu" else 1
     x_flat = x.flatten().float()
     sums = [(part.float() * x_flat).sum(-1) for part in weight.chunk(n_parts)]
@@ -120,10 +120,10 @@ def one_token_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def keep_freed_memory() -> None:
     """Let this process keep the memory that it frees.
 
-    glibc gives large tensors back to the system, which then clears every page of the next one. On
-    a CPU that is about a tenth of a training step.
+    By default, glibc returns the memory of large tensors to the system. The system then clears
+    every page of the next tensor. On a CPU, this takes about a tenth of a training step.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)         # M_MMAP_MAX: take nothing from the system piece by piece
-        libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD: give nothing back
+        libc.mallopt(-4, 0)         # M_MMAP_MAX: no separate mapping for each tensor
+        libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD: never return memory

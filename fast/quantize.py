@@ -1,12 +1,12 @@
-"""LLaMA's frozen matrices in 8 or 4 bits.
+"""Quantization of LLaMA's frozen matrices to 8 or 4 bits.
 
-8 bits: whole numbers, with a scale for each row.
-4 bits: NF4 of QLoRA (arXiv 2305.14314). Blocks of 64 numbers are divided by their largest and
-rounded to 16 levels, which are equally likely under a normal distribution. The blocks' scales are
-themselves kept in 8 bits. That makes 4.13 bits a number.
+8 bits: integers, with one scale per row.
+4 bits: QLoRA's NF4 (arXiv 2305.14314). Each block of 64 numbers is divided by its largest absolute
+value. The results are rounded to 16 levels, which are equally likely under a normal distribution.
+The scales of the blocks are quantized to 8 bits in turn. That makes 4.13 bits per number.
 
-A matrix is dequantized tile by tile where it is used, forward and backward, so it never exists as a
-whole. What is trained stays as it was, and so do embeddings, norms and `output`, in 16 bits.
+Forward and backward dequantize a matrix tile by tile, so the full matrix never exists. Trained
+parameters are not quantized. Neither are the embeddings, norms and `output`: they stay in 16 bits.
 """
 
 import torch
@@ -17,14 +17,14 @@ from fast.ops import is_one_token, one_token_product
 from files import LavinError
 
 BLOCK = 64              # numbers that share a scale
-GROUP = 256             # scales that share a scale of their own
-TILE = 2**22            # numbers that are dequantized at a time, about
+GROUP = 256             # scales that share a second-level scale
+TILE = 2**22            # numbers dequantized at a time, approximately
 
 
 def nf4_levels() -> torch.Tensor:
     """QLoRA's 16 levels (appendix E): quantiles of the normal distribution, scaled to [-1, 1].
 
-    7 of them lie below 0, 8 above, and 0 is one itself.
+    7 levels are below 0, 8 are above 0, and one is 0.
     """
     def quantiles(n):
         p = torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1]
@@ -45,13 +45,13 @@ def quantize_8bit(weight: torch.Tensor):
 def quantize_4bit(weight: torch.Tensor):
     """(out, in) -> (codes, scales, group_scales, mean, pairs).
 
-    codes uint8: two of 4 bits in each; scales int8, of which GROUP share a scale in group_scales,
-    after their mean was taken off; pairs (256, 2): what each uint8 stands for.
+    codes: uint8, two 4-bit codes in each. scales: int8, quantized after subtracting their mean;
+    GROUP scales share one scale in group_scales. pairs (256, 2): the two levels of each uint8.
     """
     if weight.numel() % BLOCK:
         shape = tuple(weight.shape)
-        raise LavinError(f"--bits 4: a matrix of {shape} cannot be cut into blocks of {BLOCK}; "
-                         "take --bits 8")
+        raise LavinError(f"--bits 4: a matrix of {shape} cannot be divided into blocks of {BLOCK}; "
+                         "use --bits 8")
     levels = nf4_levels().to(weight.device)
     blocks = weight.flatten().unflatten(0, (-1, BLOCK)).float()             # (blocks, 64)
     scales = blocks.abs().amax(1).clamp(min=1e-12)                          # (blocks,)
@@ -70,7 +70,7 @@ def quantize_4bit(weight: torch.Tensor):
 
 
 def dequantize(rows: slice, width: int, codes, scales, group_scales=None, mean=None, pairs=None):
-    """Some rows of what quantize_8bit or quantize_4bit made: (rows, width) fp32."""
+    """Some rows of a matrix from quantize_8bit or quantize_4bit: (rows, width) fp32."""
     if pairs is None:                                                       # 8 bits
         return codes[rows] * scales[rows]
     first = rows.start * width
@@ -84,8 +84,8 @@ def dequantize(rows: slice, width: int, codes, scales, group_scales=None, mean=N
 class QuantizedProduct(torch.autograd.Function):
     """x (…, in) -> x Wᵀ (…, out) for a quantized W.
 
-    Backward dequantizes W once more, so between the two passes only the codes are kept. There is a
-    gradient for x alone, since W is frozen.
+    Backward dequantizes W again, so only the codes are kept between the two passes. W is frozen, so
+    only x gets a gradient.
     """
 
     @staticmethod
@@ -102,7 +102,7 @@ class QuantizedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        quantized = ctx.saved_tensors       # checkpointing allows to ask for these only once
+        quantized = ctx.saved_tensors       # checkpointing lets us read these only once
         x_grad = 0
         for rows in ctx.tiles:
             W = dequantize(rows, ctx.width, *quantized).to(gradient.dtype)
@@ -111,7 +111,7 @@ class QuantizedProduct(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Module):
-    """nn.Linear with its frozen weight in 8 or 4 bits; a bias stays as it is."""
+    """nn.Linear with a frozen weight in 8 or 4 bits. A bias is not quantized."""
 
     def __init__(self, weight: torch.Tensor, bits: int, bias: torch.Tensor | None = None):
         super().__init__()
@@ -138,7 +138,7 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize(block: nn.Module, bits: int) -> None:
-    """Quantize the seven matrices of one of LLaMA's blocks, in place."""
+    """Quantize the seven matrices of one LLaMA block in place."""
     for module in (block.attention, block.feed_forward):
         for name, linear in list(module.named_children()):
             quantized = QuantizedLinear(linear.weight.detach(), bits, linear.bias)

@@ -116,7 +116,7 @@ def test_a_pipe_among_mmes_files_is_not_waited_for(mme):
     questions.unlink()
     os.mkfifo(questions)
     error = outcome(lambda: benchmarks.load_mme(mme))
-    assert "a.png: its questions, a.txt, cannot be read" in str(error)
+    assert "a.png: its questions file, a.txt, cannot be read" in str(error)
 
 
 def test_pictures_of_the_same_name_are_refused(mme):

@@ -167,7 +167,7 @@ def test_commands(terminal, tmp_path, lavin):
         "/quit", "never read")
     assert stdout.count(answer) == 2
     assert stdout.count(chat.HELP) == 3                 # at the start, for /foo, for /save alone
-    assert "(/quit ends it)" in stdout
+    assert "(type /quit to end)" in stdout
     assert "error: nowhere.png: no such picture" in stdout
     assert stdout.count("no such picture") == 4
     assert stdout.count("a pipe or a device, where a file is needed") == 2
@@ -181,7 +181,7 @@ def test_commands(terminal, tmp_path, lavin):
 
 
 def test_dropped_turns_are_told_and_the_end_of_input_ends_it(terminal):
-    notice = "no longer fit the context of 128 tokens and are forgotten"
+    notice = "no longer fit the context of 128 tokens and were dropped"
     assert notice in terminal(*["Name a metal."] * 9)
 
 
@@ -223,7 +223,7 @@ def test_bytes_that_are_no_text(tmp_path, monkeypatch, call):
 def test_without_input_or_output_it_ends(monkeypatch, call):
     monkeypatch.setattr(sys, "stdin", None)
     code, _, stderr = call(generate, "--chat", *MODEL)
-    assert code == 2 and "--chat: there is no input" in stderr
+    assert code == 2 and "--chat: there is no standard input" in stderr
     monkeypatch.setattr(sys, "stdin", io.StringIO("Name a metal.\n" * 20))
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
     code, _, stderr = call(generate, "--chat", *MODEL)

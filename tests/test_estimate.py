@@ -216,7 +216,7 @@ def test_a_dry_run_for_a_gpu_that_is_not_here(call, sqa, tmp_path, monkeypatch):
         sqa, tmp_path / "out", "--dry-run", "--device", "cuda", "--tflops", 100, "--bits", 4,
         "--batch-size", 1, "--no-images", "--llama", folder, "--vit", tmp_path / "none.pt"))
     assert code == 0, stderr
-    assert "ViT-L/14's shape is taken" in stdout
+    assert "assuming the shape of ViT-L/14" in stdout
     assert "ViT 303," in stdout                 # million parameters
     assert "device   cuda · bf16 · compile off" in stdout
     assert "GB, computed: weights" in stdout

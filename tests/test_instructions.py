@@ -401,7 +401,7 @@ BAD = [
     ('{"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]}',
      "turn 1 is not from human"),
     ('{"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "y"}]}',
-     "turn 1 says nothing"),
+     "turn 1 is empty"),
 ]
 
 

@@ -158,7 +158,7 @@ def test_ask_and_follow_up_and_start_over(page):
 def test_a_picture_is_shown_asked_about_and_removed(page):
     page.wait_for_selector("#bars div")
     in_words = page.locator("#bars").inner_text()
-    assert "in words alone" in page.locator("#route").inner_text()
+    assert "text only" in page.locator("#route").inner_text()
     assert page.locator("#bars div").count() == 5
     page.set_input_files("#file", MAGNETS)
     page.wait_for_selector("#picture", state="visible")
@@ -198,7 +198,7 @@ def test_a_second_tab_waits_and_is_told(page, server, browser, held_steps):
     other = browser.new_page()
     other.goto(page.url)
     ask(other, "Why?", wait=False)
-    other.wait_for_selector("text=1 other comes first")
+    other.wait_for_selector("text=1 question is ahead of yours")
     held_steps.set()
     for tab in (page, other):
         tab.wait_for_selector("#ask:text-is('Ask')")
@@ -434,7 +434,7 @@ def test_drawing_with_a_finger(world_page):
 
 def test_asking_about_the_drawing(world_page, asked):
     world_page.click("#ask-drawing")
-    assert "Nothing is drawn yet" in error_text(world_page) and not asked
+    assert "You have not drawn anything yet" in error_text(world_page) and not asked
     click(world_page, 30, 30)
     world_page.click("#ask-drawing")
     wait_for_answer(world_page)

@@ -83,7 +83,7 @@ def test_what_train_did_not_write_is_not_resumed(fails, finished_run):
     path = finished_run / "checkpoint.pth"
     checkpoint = torch.load(path, weights_only=False)
     for change, says in [
-        ({"optimizer": {}}, "no optimizer of this model"),
+        ({"optimizer": {}}, "no optimizer state for this model"),
         ({"config": [1]}, "was not written by train.py"),
         ({"step": "x"}, "was not written by train.py"),
         ({"step": True}, "was not written by train.py"),
@@ -104,7 +104,7 @@ def test_other_questions_in_the_same_number_are_not_trained_on(fails, sqa, finis
         problems["3"]["question"] = "How does a mole move?"
 
     edit(sqa / "problems.json", ask_another)
-    fails(train, "--resume", "--out", finished_run, says=["another data", "not the same"])
+    fails(train, "--resume", "--out", finished_run, says=["other data", "but different ones"])
 
 
 def test_another_model_of_the_same_shape_is_not_trained_on(call, fails, sqa, tmp_path):
@@ -184,10 +184,10 @@ def to_a_number(moment):
     (change_moments(torch.Tensor.to_sparse), "exp_avg of parameter 0 is not a plain tensor"),
     (change_moments(to_a_number), "exp_avg of parameter 0 is float, not a tensor"),
     (step_that_is_not_a_number, "the step of parameter 0"),
-    (negative_square, "that no step leaves"),
-    (empty_state, "no optimizer of this model"),
-    (state_of_one_parameter_less, "no optimizer of this model"),
-    (state_without_a_moment, "no optimizer of this model")])
+    (negative_square, "an impossible optimizer state"),
+    (empty_state, "no optimizer state for this model"),
+    (state_of_one_parameter_less, "no optimizer state for this model"),
+    (state_without_a_moment, "no optimizer state for this model")])
 def test_a_state_of_the_optimizer_that_is_not_the_models(fails, finished_run, damage, says):
     """Moments of another shape made the fused AdamW write to memory of others, and crash."""
     path = finished_run / "checkpoint.pth"

@@ -79,7 +79,7 @@ def test_a_field_that_is_missing(fails_to_train, sqa, field):
 @pytest.mark.parametrize("content, says", [
     (b"{not json", "not JSON"),
     (b"\xff\xfe\xff", "not JSON"),
-    (b"[]", "not an object, as ScienceQA's is"),
+    (b"[]", "must be an object, as in ScienceQA"),
     (b'{"0": 3}', "problem 0 is not an object"),
 ])
 def test_problems_that_cannot_be_read(fails_to_train, sqa, content, says):
@@ -89,7 +89,7 @@ def test_problems_that_cannot_be_read(fails_to_train, sqa, content, says):
 
 @pytest.mark.parametrize("content, says", [
     ('{"train": ["0", "77"]}', "split 'train' names problem 77"),
-    ("[]", "not an object, as ScienceQA's is"),
+    ("[]", "must be an object, as in ScienceQA"),
     ("", "not JSON"),
     ('{"test": ["0"]}', "no split 'train'; it has test"),
     ('{"train": []}', "split 'train' is empty"),
@@ -101,7 +101,7 @@ def test_splits_that_cannot_be_read(fails_to_train, sqa, content, says):
 
 
 @pytest.mark.parametrize("pid, says", [
-    ({}, "holds {}, which is no id"),
+    ({}, "holds {}, which is not an id"),
     (None, "holds None"),
     (1.5, "holds 1.5"),
     (True, "holds True"),

@@ -220,7 +220,7 @@ def test_who_comes_later_waits_and_is_told_so(server, held_steps):
 def test_a_full_queue_is_told(server, monkeypatch):
     monkeypatch.setattr(serve, "MAX_WAITING", 0)
     _, events = post(server, METAL)
-    assert "waiting already" in events[-1]["error"]
+    assert "already waiting" in events[-1]["error"]
 
 
 def test_a_closed_connection_stops_its_answer_and_nobody_elses(server, monkeypatch):
@@ -626,7 +626,7 @@ def served(call, monkeypatch):
 
 def test_serve_prints_its_address_and_ends_with_ctrl_c(served):
     stdout, server = served(*MODEL)
-    assert "http://127.0.0.1:" in stdout and "Ctrl-C ends it" in stdout
+    assert "http://127.0.0.1:" in stdout and "Ctrl-C to stop" in stdout
     assert "everybody" not in stdout
     assert server.model_name == "tiny · checkpoint-19.pth"
 
@@ -651,5 +651,5 @@ def test_an_address_of_ipv6_has_brackets(served):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_at_all_addresses_it_says_who_can_ask(served, host):
     stdout, _ = served("--host", host, *MODEL)
-    assert f"it listens at {host}: everybody in the network can ask" in stdout
+    assert f"listening on {host}: everybody in the network can ask" in stdout
     assert "http://localhost:" in stdout

@@ -326,11 +326,11 @@ def nested(depth):
 
 
 @pytest.mark.parametrize("content, said", [
-    (pickled(MODULE, b"q\0}(", text("a"), b"h\0ub"), "one within itself"),
+    (pickled(MODULE, b"q\0}(", text("a"), b"h\0ub"), "one inside itself"),
     (nested(60), "too many modules"),
     (pickled(MODULE, b"}(", text("a" * 301), EMPTY_TENSOR, b"ub"), "too many modules"),
     (pickled(b"(" * 2**20), "data.pkl has 1,048,579 bytes"),
-    (pickled(b"N", b"r\xff\xff\xff\xffN0"), "POP, as TorchScript's never do"),
+    (pickled(b"N", b"r\xff\xff\xff\xffN0"), "POP, which TorchScript never writes"),
     (b"", "truncated"),
     (pickled(), "truncated"),
     (pickled(b"h\x07"), "truncated"),
