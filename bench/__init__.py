@@ -1,1 +1,1 @@
-"""The scripts that measure."""
+"""Scripts that measure speed, memory and accuracy."""

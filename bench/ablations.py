@@ -1,16 +1,17 @@
-"""What each part of MMA is worth, measured on the small world over several seeds.
+"""What each part of MMA contributes, measured on the small world over several seeds.
 
     python -m bench.ablations DIRECTORY [--seeds 5] [--jobs 2]
 
-It climbs the ladder of the paper's ablation: text only, pictures with single adapters in LLaMA,
-adapters in the ViT as well, and MMA. Two more variants stand beside the ladder: MMA without
-routing, and single adapters of twice the rank. For each variant the learning rate is chosen first,
-among three, by the val split: with a seed of its own, after one epoch. Two controls show what can
-be answered without looking: MMA with blank pictures, and LLaMA alone. Markdown tables are printed:
-by ScienceQA's columns, by skill, and how far apart the routing weights of the two modalities are.
+The variants are the rows of the paper's ablation: text only, pictures with single adapters in
+LLaMA, adapters in the ViT as well, and MMA. There are two more variants: MMA without routing, and
+single adapters of twice the rank. The script first chooses a learning rate for each variant, by the
+val split: it trains one epoch with each of three rates, with a separate seed. Two controls show
+what can be answered without seeing a picture: MMA with blank pictures, and LLaMA alone.
 
-train.py and generate.py run as a person would run them, and write into DIRECTORY. What is there
-already is not done again. With 5 seeds it takes about an hour on two CPU cores.
+The script prints Markdown tables: the scores by ScienceQA's columns, the scores by skill, and the
+distance between the routing weights of the two modalities. It runs train.py and generate.py from
+the command line and writes into DIRECTORY. It does not repeat runs whose results are already there.
+With 5 seeds it takes about an hour on two CPU cores.
 """
 
 import argparse
@@ -48,11 +49,11 @@ RATE_EPOCHS = 1
 
 
 def call(script: str, log: Path, *flags) -> float:
-    """Run a script on ScienceQA's data, what it prints goes to the log -> its seconds."""
+    """Run a script on ScienceQA's data, with its output in the log -> the seconds it took."""
     command = [sys.executable, ROOT / script, "--data", "sqa"]
     for flag in flags:
         command.append(str(flag))
-    # The models are small and the runs are side by side, so each gets one thread.
+    # The models are small and several runs go on at a time, so each gets one thread.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     began = time.perf_counter()
     with open(log, "w") as file:
@@ -61,9 +62,9 @@ def call(script: str, log: Path, *flags) -> float:
 
 
 def train_flags(variant: str, rate: float, seed: int, **more) -> list:
-    """The small world's paths and values, each by its flag, with the variant's own behind them.
+    """The flags of a training run: the small world's paths and settings, then the variant's own.
 
-    more: other values than the small world's, by name.
+    more: settings that replace the small world's, by name.
     """
     flags = []
     for name, path in world.PATHS.items():
@@ -74,7 +75,7 @@ def train_flags(variant: str, rate: float, seed: int, **more) -> list:
 
 
 def folder_of(directory: Path, variant: str, what: str) -> Path:
-    """The folder of a run, made if need be."""
+    """The folder of a run. It is created if it does not exist."""
     name = re.sub(r"\W+", "-", f"{variant} {what}")
     folder = directory / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ def folder_of(directory: Path, variant: str, what: str) -> Path:
 
 
 def val_score(directory: Path, variant: str, rate: float) -> float:
-    """Train at this learning rate -> AVG of the val split, in percent."""
+    """Train with this learning rate -> AVG on the val split, in percent."""
     out = folder_of(directory, variant, f"rate {rate}")
     path = out / "val.json"
     if not path.exists():
@@ -95,10 +96,10 @@ def val_score(directory: Path, variant: str, rate: float) -> float:
 
 
 def measure(directory: Path, variant: str, rate: float, seed: int) -> dict[str, dict]:
-    """Train, and answer the test split with its pictures; MMA with blank ones as well.
+    """Train, then answer the test split. MMA also answers it with blank pictures.
 
-    -> {"test": {id: index of the choice}, "blank": the same, of MMA}. seconds.json is written last,
-    so a folder that has it is complete.
+    -> {"test": {id: index of the choice}}, and for MMA the same under "blank". seconds.json is
+    written last, so a folder that has it is complete.
     """
     kinds = {"test": []}
     if variant == "MMA":
@@ -147,7 +148,7 @@ def measure_all(directory: Path, rates: dict[str, float], n_seeds: int,
 
 
 def measure_llama_alone(directory: Path) -> dict[str, int]:
-    """The answers of LLaMA without LaVIN's adapters, which sees no picture."""
+    """The answers of LLaMA without LaVIN's adapters. It sees no picture."""
     path = directory / "frozen.json"
     if not path.exists():
         call("generate.py", directory / "frozen.log", "--adapter", "none", "--predictions", path)
@@ -181,13 +182,13 @@ def score_columns(problems, predictions) -> dict[str, float]:
 
 
 def count_trained(directory: Path, variant: str) -> str:
-    """The trained parameters, as train.py printed them."""
+    """The number of trained parameters, as train.py printed it."""
     log = folder_of(directory, variant, "seed 0") / "train.log"
     return re.search(r"trained +([\d,]+) parameters", log.read_text()).group(1)
 
 
 def print_variants(directory, problems, results, rates, frozen, n_seeds):
-    """The table by ScienceQA's columns: a row for each variant, mean and range over the seeds."""
+    """The table by ScienceQA's columns: for each variant, the mean and range over the seeds."""
     columns = ("IMG", "words alone", "NO", "AVG")
     print_row(["", "trained", "lr", *columns])
     print("|---|---|---|" + "---|" * len(columns))
@@ -206,7 +207,7 @@ def print_variants(directory, problems, results, rates, frozen, n_seeds):
 
 
 def print_skills(problems, results, n_seeds):
-    """The table by skill: MMA with its pictures and with blank ones; picture skills come first."""
+    """The table by skill: MMA with pictures and with blank ones. Picture skills come first."""
     print_row(["skill", "MMA", "pictures blanked"])
     print("|---|---|---|")
     pids_of = {}
@@ -223,7 +224,7 @@ def print_skills(problems, results, n_seeds):
 
 
 def print_distances(directory, n_seeds):
-    """|w(text only) − w(text and a picture)| of the first expert, layer by layer, of MMA."""
+    """|w(text only) − w(text and a picture)| of the first expert, for each layer of MMA."""
     distances = []
     for seed in range(n_seeds):
         adapter = folder_of(directory, "MMA", f"seed {seed}") / "checkpoint.pth"
@@ -244,7 +245,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
-    # Made here, the data need not be made by several runs at once.
+    # Make the data first, so that several runs do not try to make them at once.
     world.prepare(argparse.Namespace(data="sqa", llama=None, vit=None, data_root=None))
     problems, _ = load_sqa(world.PATHS["data_root"], "test")
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -3,9 +3,10 @@
     python -m bench.asking FOLDER           draw 600 scenes, and write FOLDER/questions.jsonl
     python generate.py --data jsonl:FOLDER/questions.jsonl --by hand
 
-Tuning shows problems with lettered choices. A user just asks. An answer counts as right if it is
-the whole sentence that explains the scene. Half of the scenes are in pencil, as the problems are.
-The other half are flat, as a picture that somebody makes with a drawing program would be.
+In training, all problems have lettered choices. A user just asks. An answer counts as right if it
+is the whole sentence that explains the scene. Half of the scenes are in pencil, like the problems'
+pictures. The other half are flat, like a picture that is made with a drawing program. The field
+"hand" says which.
 """
 
 import json

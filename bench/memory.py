@@ -1,13 +1,13 @@
-"""What training and decoding take of a GPU's memory, computed on a machine without one.
+"""How much GPU memory training and decoding take, computed on a machine without a GPU.
 
     python -m bench.memory                              7B and 13B, as Markdown tables
-    python -m bench.memory --shape 7B --bits 4          one of the rows' models
-    python -m bench.memory check                        the computation against a run on this CPU
+    python -m bench.memory --shape 7B --bits 4          one model only
+    python -m bench.memory check                        compare with a run on this CPU
 
-Every sample fills the context of 512 tokens and has a picture. extras/estimate.py says how memory
-is computed. Decoding is the step that fills the cache; reading many long prompts takes more.
-`check` trains a middle-sized model for two steps, and compares the resident memory of its process
-with what was computed for the same steps. Linux only.
+Every sample has a picture and fills the context of 512 tokens. extras/estimate.py explains how
+memory is computed. For decoding, the step that fills the cache is computed. Reading many long
+prompts takes more. `check` trains a middle-sized model for two steps, and compares the resident
+memory of its process with the computed memory of the same steps. `check` needs Linux.
 """
 
 import argparse
@@ -33,14 +33,14 @@ from model import LLaMAConfig
 from vit import ViTConfig
 
 ROOT = Path(__file__).absolute().parent.parent
-CONTEXT = 512           # tokens, the modality token counted
-N_PROMPT = 200          # of a sample's tokens; the others carry loss
+CONTEXT = 512           # tokens, including the modality token
+N_PROMPT = 200          # tokens of a sample's prompt; the others carry loss
 COMPUTED = (1, 4, 8)                # micro-batches
-# From 4 on every further sample takes as much as the one before: the loss has all rows of logits
-# that it makes at a time. So these two lie on the line through the last two.
+# From 4 samples on, each further sample takes the same memory: the loss already has as many rows of
+# logits as it makes at a time. So these two lie on the line through the last two of COMPUTED.
 ON_THE_LINE = (16, 32)
-ROWS = (1, 32)          # of the cache, in decoding
-# What `check` runs: the shape, the dtype, the micro-batch, with checkpointing?
+ROWS = (1, 32)          # rows of the cache, in decoding
+# What `check` runs: (shape, dtype, micro-batch, checkpointing).
 CHECKED = (
     ("mid", "fp32", 4, False),
     ("mid", "fp32", 4, True),
@@ -49,7 +49,7 @@ CHECKED = (
 
 
 def full_batch(shape: Shape, n: int) -> data.Batch:
-    """n samples with pictures that fill the context."""
+    """n samples with pictures. Each of them fills the context."""
     tokens = np.full(CONTEXT - 1, 7, dtype=np.int32)
     labels = tokens.copy()
     labels[:N_PROMPT] = data.IGNORED
@@ -64,7 +64,7 @@ def full_batch(shape: Shape, n: int) -> data.Batch:
 
 
 def training_rows(name: str, bits: int) -> list[str]:
-    """The rows of a model, without checkpointing and with it."""
+    """A model's two rows of the table, without checkpointing and with it."""
     shape = SHAPES[name]
     settings = train.Settings(dtype="bf16", bits=bits)
     batches = [full_batch(shape, n) for n in COMPUTED]
@@ -86,7 +86,7 @@ def training_rows(name: str, bits: int) -> list[str]:
 
 @torch.no_grad()
 def decode(shape: Shape, bits: int, n_rows: int, live: LiveBytes) -> None:
-    """Fold a model, and take the step that fills a cache of n_rows."""
+    """Fold a model, and decode the last token that fits into a cache of n_rows."""
     lavin = shape.on_meta()
     estimate.give_memory(lavin, torch.bfloat16, bits)
     live.restart()
@@ -96,7 +96,7 @@ def decode(shape: Shape, bits: int, n_rows: int, live: LiveBytes) -> None:
 
 
 def decoding_row(name: str, bits: int) -> str:
-    """The row of a model."""
+    """A model's row of the table."""
     shape = SHAPES[name]
     line = f"| {name} | {bits} |"
     for n_rows in ROWS:
@@ -128,17 +128,17 @@ def print_tables(shapes: list[str], all_bits: list[int]) -> None:
             print(decoding_row(name, bits), flush=True)
 
 
-# Against a run on this machine
+# Comparison with a run on this machine
 
 
 def process_memory(name: str) -> int:
-    """Bytes of this process: "VmRSS", what is resident, or "VmHWM", the most that ever was."""
+    """Resident bytes of this process: "VmRSS" is the number now, "VmHWM" the peak."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{name}:")[1].split()[0]) * 1024
 
 
 def computed_peak(shape: Shape, settings, batch: data.Batch) -> float:
-    """The peak on a CPU: no allocator rounds, and no CUDA is there."""
+    """The computed peak on a CPU, where no allocator rounds sizes up and CUDA takes nothing."""
     live = LiveBytes(shape.llama.vocab_size)
     lavin = shape.on_meta()
     ways = (settings.checkpointing,)
@@ -153,13 +153,13 @@ def two_steps(shape: Shape, settings, batch: data.Batch) -> None:
     estimate.give_memory(lavin, DTYPES[settings.dtype], settings.bits)
     with torch.no_grad():
         for tensor in lavin.parameters():
-            tensor.fill_(1e-3)              # the system gives memory when it is written to
+            tensor.fill_(1e-3)              # memory counts as resident once it is written to
     lavin.llama.checkpointing = settings.checkpointing
     lavin.vit.checkpointing = settings.checkpointing
     optimizer = train.make_optimizer(lavin, settings)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     gradients = gradient_buffer(lavin)
-    for _ in range(2):                      # the first one makes AdamW's moments
+    for _ in range(2):                      # the first step makes AdamW's moments
         train.train_step(lavin, optimizer, scaler, gradients, [batch])
 
 
@@ -170,11 +170,11 @@ def check_one(number: int) -> None:
     shape = SHAPES[name]
     batch = full_batch(shape, micro_batch)
     computed = computed_peak(shape, settings, batch)
-    # The libraries load what a step needs of them in a first, small one.
+    # A small step first: in it, the libraries load what a step needs.
     small = Shape(LLaMAConfig(dim=128, n_layers=1, n_heads=2), ViTConfig(width=64, layers=4))
     two_steps(small, settings, full_batch(small, 1))
     before = process_memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")           # begin VmHWM anew
+    Path("/proc/self/clear_refs").write_text("5")           # reset VmHWM
     two_steps(shape, settings, batch)
     measured = process_memory("VmHWM") - before
     flag = ", checkpointing" if checkpointing else ""
@@ -189,7 +189,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=SHAPES, help="default: 7B and 13B")
     parser.add_argument("--bits", type=int, choices=[16, 8, 4], help="default: all three")
     parser.add_argument("--row", type=int, choices=range(len(CHECKED)),
-                        help="of check, in this process (default: each in one of its own)")
+                        help="check this row alone, in this process (default: a process for each)")
     return parser
 
 
@@ -201,9 +201,9 @@ def main() -> None:
     elif args.row is not None:
         check_one(args.row)
     else:
-        # glibc is to give every tensor of more than 64 KB back to the system once it is freed.
+        # With this, glibc returns a tensor of more than 64 KB to the system once it is freed.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
-        for number in range(len(CHECKED)):          # a peak is a process's
+        for number in range(len(CHECKED)):          # each in a process of its own
             command = [sys.executable, "-m", "bench.memory", "check", "--row", str(number)]
             subprocess.run(command, cwd=ROOT, check=True, env=environment)
 

@@ -40,7 +40,7 @@ VOCAB_SIZE = 512
 
 
 def shard_shape(name: str, shape: torch.Size) -> list[int]:
-    """The shape of one of two shards' part of a parameter: Meta halves matrices and no norms."""
+    """The shape that a parameter has in each of two shards. Meta halves matrices but not norms."""
     halved = list(shape)
     if len(shape) == 1:
         return halved
@@ -112,7 +112,7 @@ def write_gguf(path: Path, dim: int, layers: int) -> None:
 
 
 def process_peak() -> float:
-    """The most memory that this process has held, in MB.
+    """The peak memory of this process, in MB.
 
     Linux only. getrusage would also count what the parent process held before it started this one.
     """

@@ -1,16 +1,17 @@
-"""What the small world's CLIP sees, read off its frozen features by a linear probe.
+"""What the small world's CLIP sees, measured by a linear probe on its frozen features.
 
     pip install easy-vqa
     python -m bench.probe [VIT]             default: tiny/ViT-tiny.pt
 
-The probe is multinomial logistic regression on the features that LaVIN takes, side by side. It is
+The probe is multinomial logistic regression on the concatenated features that LaVIN takes. It is
 trained on some pictures of a kind and scored on others of the same kind:
 
 - easy-VQA: pictures drawn by others, with one circle, rectangle or triangle in one of eight
   colours. The labels are the answers to the questions that name a shape or a colour.
-- shapes that no picture of the pre-training showed (tiny/album.py: UNSEEN_SHAPES);
-- the world's five shapes drawn by the pencil's hand, which no picture of the pre-training showed,
-  once with a probe that was trained on pencil drawings and once with one of flat pictures.
+- Unseen shapes: no picture of the pre-training showed them (tiny/album.py: UNSEEN_SHAPES).
+- The world's five shapes, flat and in pencil. No picture of the pre-training was in pencil. The
+  pencil drawings are scored twice: with a probe trained on pencil drawings, and with a probe
+  trained on flat pictures.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from files import LavinError
 from tiny import album, drawing, pretrain, world
 from vit import VisionTransformer
 
-N_TRAIN = 3000          # pictures of ours; easy-VQA has 4000
+N_TRAIN = 3000          # of our own pictures; easy-VQA has 4000
 N_TEST = 1000
 EASY_SHAPES = ("circle", "rectangle", "triangle")
 EASY_COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -36,7 +37,7 @@ EASY_COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yello
 
 @torch.no_grad()
 def features(vit: VisionTransformer, pictures: list[Image.Image]) -> torch.Tensor:
-    """Pictures -> the frozen features of each, side by side: (N, F · V)."""
+    """Pictures -> the frozen features of each, concatenated: (N, F · V)."""
     batches = []
     for start in range(0, len(pictures), 100):
         pixels = []
@@ -79,7 +80,7 @@ def percent_right(predicted: list[str], labels: list[str]) -> float:
 
 
 def easy_vqa_split(paths: dict, questions: tuple, names: tuple) -> tuple[list, list[str]]:
-    """The pictures about which a question has one of these names as its answer, and the names."""
+    """The pictures with a question whose answer is one of these names, and those answers."""
     pictures = []
     labels = []
     seen = set()
@@ -92,7 +93,7 @@ def easy_vqa_split(paths: dict, questions: tuple, names: tuple) -> tuple[list, l
 
 
 def unseen_shapes(n: int, seed: str) -> tuple[list, list[str]]:
-    """One thing of UNSEEN_SHAPES a picture, drawn as the album's are."""
+    """n pictures of one unseen shape each, drawn like the album's, and the shapes."""
     rng = Random(seed)
     pictures = []
     labels = []
@@ -107,7 +108,7 @@ def unseen_shapes(n: int, seed: str) -> tuple[list, list[str]]:
 
 
 def world_shapes(n: int, seed: str, with_pencil: bool) -> tuple[list, list[str]]:
-    """Things of the world, flat or in pencil, with their shapes."""
+    """n pictures of the world's things, flat or in pencil, and their shapes."""
     rng = Random(seed)
     pictures = []
     labels = []
@@ -128,7 +129,7 @@ def world_shapes(n: int, seed: str, with_pencil: bool) -> tuple[list, list[str]]
 
 
 def score(vit, train: tuple[list, list[str]], test: tuple[list, list[str]]) -> float:
-    """Percent of the test pictures that a probe of the training pictures reads rightly."""
+    """Train a probe on `train` -> the percentage of `test` that it gets right."""
     names = sorted(set(train[1]))
     predict = probe(features(vit, train[0]), train[1], names)
     return percent_right(predict(features(vit, test[0])), test[1])
@@ -161,7 +162,7 @@ def print_own(vit) -> None:
     crossed = score(vit, flat, pencil_test)
     print(f"| the world's 5 shapes, flat | {N_TEST} | {of_flat:.1f} |")
     print(f"| the same in pencil | {N_TEST} | {of_pencil:.1f} |")
-    print(f"| the same in pencil, by the probe of flat ones | {N_TEST} | {crossed:.1f} |")
+    print(f"| the same in pencil, with the probe trained on flat ones | {N_TEST} | {crossed:.1f} |")
 
 
 def main() -> None:

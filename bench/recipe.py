@@ -1,11 +1,11 @@
 """A skill that the small world lacks, learned from 200 examples: is this face happy or sad?
 
-    python -m bench.recipe make FOLDER      draw 200 faces, and 200 others to score by
+    python -m bench.recipe make FOLDER      draw 200 faces to train on, and 200 others to test on
     python train.py --data jsonl:FOLDER/faces.jsonl
     python generate.py --data jsonl:FOLDER/new-faces.jsonl
 
-It is README's recipe for data of one's own. Neither LLaMA nor CLIP has met a face before; to
-compare, score a checkpoint that was trained on the small world alone.
+This is README's recipe for your own data. Neither LLaMA nor CLIP has seen a face before. For
+comparison, score a checkpoint that was trained on the small world alone.
 """
 
 import argparse
@@ -23,7 +23,7 @@ N_FACES = 200
 
 
 def face(rng: Random) -> tuple[Image.Image, str]:
-    """A face, 128 × 128 pixels, and its mood: "happy" or "sad"."""
+    """A face of 128 × 128 pixels, and its mood: "happy" or "sad"."""
     mood = rng.choice(["happy", "sad"])
     picture = Image.new("RGB", (128, 128), "white")
     canvas = ImageDraw.Draw(picture)

@@ -3,20 +3,21 @@
     python -m bench.speed train                 every row of the table that this machine can measure
     python -m bench.speed train --shape 7B --micro-batch 4 --checkpointing --bits 4        one row
     python -m bench.speed generate              the same for generation
-    python -m bench.speed experts               fast.ops.mix_experts against the form it replaces
+    python -m bench.speed experts               fast.ops.mix_experts and the plain form
 
-The models have the shapes of real ones and random weights. Prompts and answers are as long as
+The models have the shapes of real models and random weights. Prompts and answers are as long as
 ScienceQA's.
 
-train prints samples and tokens a second, peak memory, and the hours of 20 epochs of ScienceQA. It
-counts the arithmetic that the model needs from its shapes, and sets it against the rate at which
-the same machine multiplies large matrices, measured between the steps. --share adds the share of
-the step that the adapters take, and --pictures what it costs to decode real files.
+`train` prints samples and tokens per second, peak memory, and the hours for 20 epochs of ScienceQA.
+It computes the FLOPs of a step from the model's shapes. It compares the FLOP/s with those of large
+matrix products, measured on the same machine between the steps. --share adds the share of a step
+that the adapters take. --pictures adds the cost of decoding real files.
 
-generate prints tokens a second of a single conversation. Each token needs all of LLaMA's weights
-once, so it sets the bytes read against the rate at which memory can be read. It also prints the
-speed of plain LLaMA without adapters, the time to the first token, with --sqa the time for all of
-ScienceQA's test split, and with --hf the speed of Hugging Face's generate on the same weights.
+`generate` prints tokens per second of a single conversation. Each token reads all of LLaMA's
+weights once, so the script compares the bytes read per second with the memory bandwidth. It also
+prints the speed of plain LLaMA without adapters and the time to the first token. --sqa adds the
+time for ScienceQA's whole test split. --hf adds the speed of Hugging Face's generate with the same
+weights.
 """
 
 import argparse
@@ -52,8 +53,8 @@ from files import DTYPES, pick_device
 from model import LaVIN, LLaMA, pick
 
 ROOT = Path(__file__).absolute().parent.parent
-# 48 quantiles by length of ScienceQA's training split: tokens of the prompt, tokens of the answer,
-# and whether there is a picture.
+# ScienceQA's training split as 48 quantiles by length: (tokens of the prompt, tokens of the answer,
+# has a picture).
 PROBLEMS = [
     (41, 16, 1), (52, 9, 0), (46, 21, 1), (61, 52, 0), (42, 108, 0), (44, 118, 1), (43, 134, 1),
     (43, 145, 1), (45, 150, 1), (81, 118, 0), (45, 158, 0), (38, 171, 0), (39, 177, 1),
@@ -65,7 +66,7 @@ PROBLEMS = [
     (262, 232, 1), (75, 437, 0), (127, 404, 0), (69, 501, 0), (82, 525, 0)]
 BATCH = 32
 STEPS_OF_A_RUN = 20 * 398       # 20 epochs of 12,726 samples
-WARM_UP_STEPS = 3               # not timed; the blocks are compiled in them
+WARM_UP_STEPS = 3               # not timed; the blocks compile during them
 ROWS = {
     "train": {
         "cuda": [
@@ -95,11 +96,14 @@ ROWS = {
 }
 
 
-# Models, samples and clocks
+# Models, samples and timing
 
 
 def fill_at_random(module: nn.Module) -> None:
-    """Small numbers for the frozen matrices that have memory, 1 for norms and biases."""
+    """Fill frozen matrices with small random numbers, and norms and biases with 1.
+
+    Tensors on the meta device are skipped.
+    """
     for p in module.parameters():
         if p.device.type == "meta" or p.requires_grad:
             continue
@@ -125,9 +129,9 @@ def build(shape: str, device: torch.device, dtype: torch.dtype, bits: int) -> La
 
 
 def encode_problems(lavin: LaVIN, pictures: list) -> list[data.Encoded]:
-    """Samples of PROBLEMS' lengths, each of them twice: three global batches of 32.
+    """Samples with the lengths of PROBLEMS, each of them twice: three global batches of 32.
 
-    pictures: paths or pictures, which the samples take in turn.
+    pictures: paths or pictures. The samples take them in turn.
     """
     encoded = []
     for i, (n_prompt, n_answer, has_picture) in enumerate(PROBLEMS):
@@ -148,7 +152,7 @@ def encode_problems(lavin: LaVIN, pictures: list) -> list[data.Encoded]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the GPU: it runs behind the CPU, which holds the clock."""
+    """Wait until the GPU is done: it works asynchronously, but the CPU measures the time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -163,7 +167,7 @@ def describe(args, device, dtype, compiled) -> str:
 
 
 def flops_of_step(lavin: LaVIN, batches: list[data.Batch]) -> int:
-    """The arithmetic that one step on these micro-batches needs."""
+    """The FLOPs that one step on these micro-batches needs."""
     count = 0
     for batch in batches:
         lengths = batch.lengths.tolist()
@@ -172,7 +176,7 @@ def flops_of_step(lavin: LaVIN, batches: list[data.Batch]) -> int:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large product of matrices, the best of ten."""
+    """FLOP/s of a large matrix product, the best of ten."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device).to(dtype)
     b = torch.randn(n, n, device=device).to(dtype)
@@ -187,9 +191,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def time_steps(lavin: LaVIN, loads) -> Iterator[float]:
-    """Train on each of `loads`, the micro-batches of a step. Yields the seconds of each step.
+    """Train, and yield the seconds of each step. loads: the micro-batches of each step.
 
-    The time to fetch a load counts, the time that the caller takes between two steps does not.
+    The time to fetch the micro-batches counts. The caller's own time between two steps does not.
     """
     optimizer = train.make_optimizer(lavin, train.Settings())
     scaler = torch.amp.GradScaler(lavin.device.type, enabled=False)
@@ -203,13 +207,13 @@ def time_steps(lavin: LaVIN, loads) -> Iterator[float]:
 
 
 def median_step(lavin: LaVIN, loads, n: int) -> float:
-    """The median seconds of n steps, after those that warm up."""
+    """The median seconds of n steps after the warm-up."""
     seconds = list(itertools.islice(time_steps(lavin, loads), WARM_UP_STEPS + n))
     return statistics.median(seconds[WARM_UP_STEPS:])
 
 
 class IdentityAdapter(nn.Module):
-    """In an adapter's place: the same parameters for the optimizer, and nothing to compute."""
+    """Replaces an adapter. The optimizer sees the same parameters, but nothing is computed."""
 
     def __init__(self, adapter: Adapter, uses_w: bool):
         super().__init__()
@@ -224,10 +228,10 @@ class IdentityAdapter(nn.Module):
 
 
 def remove_adapters(lavin: LaVIN) -> None:
-    """Replace the adapters by the identity, without making the way back any shorter.
+    """Replace the adapters by the identity, but keep the whole backward pass.
 
-    With nothing to train, backward would stop short of the first block. A trained factor of 1
-    behind the embeddings of both models keeps it going.
+    If no block had trained parameters, backward would stop before the first block. So the
+    embeddings of both models are multiplied by a trained factor of 1.
     """
     one = nn.Parameter(torch.ones((), device=lavin.device))
 
@@ -243,30 +247,31 @@ def remove_adapters(lavin: LaVIN) -> None:
 
 
 def measure_adapters_share(lavin, loads, step, n):
-    """Print what a step takes more than one without adapters, which `lavin` has no longer then."""
+    """Print how much the adapters add to the time of a step. This removes lavin's adapters."""
     remove_adapters(lavin)
     torch._dynamo.reset()
     identity = median_step(lavin, loads, n)
     share = 100 * (step / identity - 1)
-    print(f"  adapters' share {share:.1f} % over {identity:.3f} s with the identity in their place")
+    print(f"  the adapters add {share:.1f} % to the {identity:.3f} s of a step without them")
 
 
 def measure_pictures(lavin, plan, step, n):
-    """Print what a step takes when workers decode its pictures from files."""
+    """Print how long a step takes if workers decode its pictures from files."""
     workers = data.default_workers()
     with tempfile.TemporaryDirectory() as folder:
         files = []
-        for i in range(48):         # about of the size and detail of ScienceQA's pictures
+        for i in range(48):         # roughly as large and detailed as ScienceQA's pictures
             files.append(Path(folder, f"{i}.png"))
             Image.effect_noise((480, 300), 60).convert("RGB").save(files[i])
         batches = data.Batches(encode_problems(lavin, files), plan, lavin.resolution)
         loads = data.prefetch(batches, range(WARM_UP_STEPS + n), workers)
         with_files = median_step(lavin, loads, n)
-    print(f"  with pictures decoded by {workers} workers {with_files / step:.3f} × that step")
+    print(f"  with pictures decoded by {workers} workers, a step takes {with_files / step:.3f} × "
+          "as long")
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held, on the GPU if it uses one."""
+    """The peak memory of this process in bytes, on the GPU if it uses one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -303,7 +308,7 @@ def measure_training(args) -> None:
     rates = []
     for step_seconds in itertools.islice(time_steps(lavin, loads), WARM_UP_STEPS + args.steps):
         seconds.append(step_seconds)
-        # Between the steps, so that other work on the machine slows both alike.
+        # Measured between the steps, so that other work on the machine slows both equally.
         rates.append(matrix_rate(device, DTYPES[dtype]))
     step = statistics.median(seconds[WARM_UP_STEPS:])
     checkpointing = "on" if args.checkpointing else "off"
@@ -317,7 +322,7 @@ def measure_training(args) -> None:
 
 
 def print_training(lavin, ready, step, rate, peak):
-    """ready: the micro-batches of each step; step in seconds, rate in FLOP/s, peak in bytes."""
+    """Print a row. ready: each step's micro-batches; step in s, rate in FLOP/s, peak in bytes."""
     work = statistics.mean(flops_of_step(lavin, micro_batches) for micro_batches in ready)
     tokens = 0                      # of an average step
     for micro_batches in ready:
@@ -334,7 +339,7 @@ def print_training(lavin, ready, step, rate, peak):
 
 
 def memory_rate(device: torch.device) -> float:
-    """Bytes a second that memory gives: the best of copying (read and written) and of summing."""
+    """Memory bandwidth in bytes per second: the best of copying (reads and writes) and summing."""
     a = torch.randn(2**28 if device.type == "cuda" else 2**26, device=device)
     b = torch.ones_like(a)
 
@@ -353,13 +358,13 @@ def memory_rate(device: torch.device) -> float:
 
 
 def make_prompt(lavin: LaVIN, n: int, has_picture: bool) -> data.Encoded:
-    """A prompt of n tokens in all."""
+    """A random prompt of n tokens, including those of a picture."""
     tokens = np.random.default_rng(n).integers(10, 30000, n).astype(np.int32)
     labels = np.full_like(tokens, data.IGNORED)
     is_feature = np.zeros(n, dtype=bool)
     image = None
     if has_picture:
-        is_feature[4:4 + lavin.n_features] = True       # behind BOS and the picture's prefix
+        is_feature[4:4 + lavin.n_features] = True       # after BOS and the picture's prefix
         image = torch.zeros(3, lavin.resolution, lavin.resolution)
     return data.Encoded(tokens, labels, is_feature, image, str(n))
 
@@ -384,7 +389,7 @@ def run_greedy(engine: Engine, batch: data.Batch, n: int) -> tuple[float, float,
 
 
 def hf_state(llama: LLaMA) -> dict[str, torch.Tensor]:
-    """LLaMA's weights by Hugging Face's names, and with its order of rows in wq and wk."""
+    """LLaMA's weights with Hugging Face's names, and with its order of rows in wq and wk."""
     hf_names = {ours: theirs for theirs, ours in hf.LLAMA_NAMES.items()}
     half = llama.config.head_dim // 2
     state = {}
@@ -401,7 +406,7 @@ def hf_state(llama: LLaMA) -> dict[str, torch.Tensor]:
 
 
 def hf_model(llama: LLaMA, device: torch.device):
-    """The same LLaMA as a model of Hugging Face's, or None if transformers is not installed."""
+    """The same LLaMA as a Hugging Face model, or None if transformers is not installed."""
     try:
         import transformers
     except ImportError:
@@ -413,16 +418,16 @@ def hf_model(llama: LLaMA, device: torch.device):
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     model.to_empty(device=device).to(llama.norm.weight.dtype)
-    # RoPE's frequencies are not in the state, so they have to be computed anew.
+    # RoPE's frequencies are not in the state dict, so they have to be computed again.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     model.load_state_dict(hf_state(llama))
     return model
 
 
 def run_hf(model, batch: data.Batch, n: int) -> tuple[float, list[int]]:
-    """Seconds a token of Hugging Face's generate, the median of three runs, and the n ids.
+    """Hugging Face's generate -> its seconds per token, the median of three runs, and the n ids.
 
-    The time to the first token is measured apart and taken off.
+    The time to the first token is measured separately and subtracted.
     """
     prompt = batch.tokens[None]
     seconds = []
@@ -439,7 +444,7 @@ def run_hf(model, batch: data.Batch, n: int) -> tuple[float, list[int]]:
 
 
 def without_biases(folded: LaVIN) -> LaVIN:
-    """Plain LLaMA: what a folded one is without the biases that the adapters left in it."""
+    """Plain LLaMA: a folded LLaMA without the biases that the adapters left in it."""
     for block in folded.llama.layers:
         for linear in (block.attention.wq, block.attention.wk, block.attention.wv):
             linear.bias = None
@@ -447,18 +452,18 @@ def without_biases(folded: LaVIN) -> LaVIN:
 
 
 def measure_conversation(text: LaVIN, plain: LaVIN, args) -> None:
-    """Print tokens a second at batch 1: folded, without adapters, by Hugging Face's generate."""
+    """Print tokens per second at batch 1: folded, without adapters, Hugging Face's generate."""
     n = 200
     device = text.device
     batch = data.collate([make_prompt(text, 40, False)], text.resolution).to(device)
     folded_engine = Engine(text, 1, 512, args.compile)
     plain_engine = Engine(plain, 1, 512, args.compile)
     for engine in (folded_engine, plain_engine):
-        run_greedy(engine, batch, 8)            # compiles, captures
+        run_greedy(engine, batch, 8)            # compiles, and captures the CUDA graph
     rates = []
     folded_steps = []
     plain_steps = []
-    for _ in range(3):              # in turns, so that other work on the machine slows all alike
+    for _ in range(3):              # in turns, so that other work on the machine slows all equally
         rates.append(memory_rate(device))
         folded_steps.append(run_greedy(folded_engine, batch, n)[1])
         _, seconds, plain_ids = run_greedy(plain_engine, batch, n)
@@ -469,9 +474,9 @@ def measure_conversation(text: LaVIN, plain: LaVIN, args) -> None:
 
     llama = text.llama
     size = sum(t.nbytes for t in [*llama.parameters(), *llama.buffers()])
-    size -= llama.tok_embeddings.weight.nbytes          # of which a token reads one row
+    size -= llama.tok_embeddings.weight.nbytes          # a token reads only one of its rows
     print(f"  batch 1: {1 / step:.1f} tokens/s = {100 * size / step / rate:.0f} % of what memory "
-          f"allows: {size / 1e9:.3f} GB a token at {rate / 1e9:.1f} GB/s")
+          f"allows: {size / 1e9:.3f} GB per token at {rate / 1e9:.1f} GB/s")
     print(f"  plain LLaMA without adapters {1 / plain_step:.1f} tokens/s", flush=True)
 
     model = hf_model(plain.llama, device) if args.hf else None
@@ -486,13 +491,14 @@ def measure_first_token(picture: LaVIN) -> None:
     engine = Engine(picture, 1, 512)
     batch = data.collate([make_prompt(picture, 300, True)], picture.resolution)
     seconds = min(run_greedy(engine, batch, 2)[0] for _ in range(5))
-    print(f"  first token of 300 with a picture after {1e3 * seconds:.0f} ms", flush=True)
+    print(f"  first token after {1e3 * seconds:.0f} ms, for a prompt of 300 tokens with a picture",
+          flush=True)
 
 
 def measure_test_split(text: LaVIN, picture: LaVIN, name: str, part: int, n_new: int) -> None:
     """Print the seconds for the 4,241 problems of ScienceQA's test split, n_new tokens for each.
 
-    Only one in `part` of them is answered; the time is multiplied.
+    Only one in `part` of them is answered, and the time is multiplied by `part`.
     """
     prompts = {0: [], 1: []}        # by modality
     n = 4241 // part
@@ -505,8 +511,8 @@ def measure_test_split(text: LaVIN, picture: LaVIN, name: str, part: int, n_new:
         for _ in continue_prompts(model, prompts[modality], 64, n_new):
             pass
     seconds = part * (time.perf_counter() - began)
-    print(f"  ScienceQA's test split, {name}: {seconds:.0f} s ({part} times a part of {n})",
-          flush=True)
+    print(f"  ScienceQA's test split, {name}: {seconds:.0f} s ({part} times the time of {n} "
+          "problems)", flush=True)
 
 
 def measure_generation(args) -> None:
@@ -520,7 +526,7 @@ def measure_generation(args) -> None:
     synchronize(device)
     print(f"  folding for two modalities {time.perf_counter() - began:.2f} s")
     plain = fold(lavin, 0)
-    if args.bits == 16:             # quantized matrices have taken no biases up
+    if args.bits == 16:             # quantized matrices get no biases when adapters are folded
         plain = without_biases(plain)
     measure_conversation(text, plain, args)
     measure_first_token(picture)
@@ -533,7 +539,7 @@ def measure_generation(args) -> None:
 
 
 def time_mixing(mix, h, w) -> float:
-    """The best of 20 times of a forward and backward pass, in seconds."""
+    """The seconds of a forward and a backward pass, the best of 20."""
     best = float("inf")
     for _ in range(20):
         synchronize(h.device)
@@ -561,15 +567,15 @@ def measure_experts(args) -> None:
         fast = time_mixing(mix_fast, h, w)
         plain = time_mixing(adapter.mixed, h, w)
         print(f"width {width:5}: the plain form {1e3 * plain:.2f} ms, "
-              f"mix_experts {1e3 * fast:.2f} ms, {plain / fast:.1f} times less")
+              f"mix_experts {1e3 * fast:.2f} ms, {plain / fast:.1f} × as fast")
 
 
 def run_rows(what: str, device: torch.device) -> None:
-    """Measure each row in a process of its own, since peak memory is a process's."""
+    """Measure each row in a process of its own, because peak memory belongs to a process."""
     for row in ROWS[what][device.type]:
         has_bf16 = device.type != "cpu" or "bf16" in Path("/proc/cpuinfo").read_text()
         if what == "train" and "bf16" in row and not has_bf16:
-            print(f"{row}: this CPU has no bf16 instructions, and would take hours")
+            print(f"{row}: skipped; this CPU has no bf16 instructions and would take hours")
             continue
         command = [sys.executable, "-m", "bench.speed", what, *row.split()]
         subprocess.run(command, cwd=ROOT, check=False)
@@ -586,11 +592,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--pictures", action="store_true", help="also with files to decode")
-    parser.add_argument("--share", action="store_true", help="also without adapters")
-    parser.add_argument("--sqa", action="store_true", help="also ScienceQA's test split")
+    parser.add_argument("--pictures", action="store_true", help="also decode pictures from files")
+    parser.add_argument("--share", action="store_true", help="also run without adapters")
+    parser.add_argument("--sqa", action="store_true", help="also time ScienceQA's test split")
     parser.add_argument("--hf", action="store_true",
-                        help="also Hugging Face's generate, where transformers is installed")
+                        help="also time Hugging Face's generate, if transformers is installed")
     parser.add_argument("--steps", type=int, default=9)
     return parser
 

@@ -1,1 +1,1 @@
-"""Pictures, and a tour through the core."""
+"""Example pictures, a tour of the core, and scripts that write a data set, a figure and a page."""

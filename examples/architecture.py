@@ -2,9 +2,9 @@
 
     python -m examples.architecture examples/architecture.svg
 
-Three panels: the whole model, one of LLaMA's blocks with the router, an adapter. Lengths are in
-pixels, x goes to the right and y down. A helper returns one element of SVG, a part of a panel a
-list of them.
+The figure has three panels: the whole model, one of LLaMA's blocks with its router, and an adapter.
+Lengths are in pixels. x goes to the right and y goes down. Each drawing function returns one SVG
+element as text, or a list of them.
 """
 
 import argparse
@@ -37,8 +37,9 @@ path {{ fill: none; stroke-width: 1.3 }}
 
 
 def text(x: float, y: float, words: str, style: str = "") -> str:
-    """Words that stand on the line y. x is their middle; with style "left" it is their start, with
-    "right" their end.
+    """Words on the baseline y.
+
+    x is their middle. With the style "left" it is their start, with "right" their end.
     """
     return f'<text x="{x:g}" y="{y:g}" class="{style}">{escape(words)}</text>'
 
@@ -50,7 +51,7 @@ def rectangle(x: float, y: float, width: float, height: float, kind: str,
 
 
 def box(x: float, y: float, width: float, height: float, kind: str, *lines: str) -> list[str]:
-    """A rectangle with one or two lines of text in its middle."""
+    """A rectangle with one or two centred lines of text."""
     elements = [rectangle(x, y, width, height, kind)]
     for i, line in enumerate(lines):
         middle = y + height / 2 + 15 * (i - (len(lines) - 1) / 2)
@@ -59,14 +60,14 @@ def box(x: float, y: float, width: float, height: float, kind: str, *lines: str)
 
 
 def path(*points: tuple[float, float], kind: str = "plain", end: str = "arrow") -> str:
-    """A line through the points. end "arrow" or "none": what stands at the last of them."""
+    """A line through the points. end: what is drawn at the last point, "arrow" or "none"."""
     steps = " L ".join(f"{x:g} {y:g}" for x, y in points)
     marker = f' marker-end="url(#{kind})"' if end == "arrow" else ""
     return f'<path d="M {steps}" stroke="{LINE[kind]}"{marker}/>'
 
 
 def trapezoid(x: float, y: float, width: float, left: float, right: float, words: str) -> list[str]:
-    """A trained matrix that changes the width: `left` and `right` are its sides, y its middle."""
+    """A trained matrix that changes the width. left, right: its sides' heights. y: its middle."""
     corners = [(x, y - left / 2), (x + width, y - right / 2),
                (x + width, y + right / 2), (x, y + left / 2)]
     points = " ".join(f"{a:g},{b:g}" for a, b in corners)
@@ -91,7 +92,7 @@ def panel(x: float, y: float, width: float, height: float, title: str) -> list[s
 
 
 def blocks(x: float, y: float, height: float, n: int, block: float) -> list[str]:
-    """n transformer blocks in a row, `block` wide, each with an adapter in front of it."""
+    """n transformer blocks in a row, each `block` wide and with an adapter in front of it."""
     adapter = block / 2
     elements = []
     for i in range(n):
@@ -175,7 +176,7 @@ def sequences() -> list[str]:
 
 
 def language_model() -> list[str]:
-    """The two modality tokens, and LLaMA's blocks, which both streams pass."""
+    """The two modality tokens, and LLaMA's blocks. Both streams go through the blocks."""
     start = 706
     upper = 116
     lower = 261
@@ -213,7 +214,7 @@ def legend(x: float, y: float) -> list[str]:
 
 
 def modality_stream(y: float) -> list[str]:
-    """The two modality tokens pass the block, and the router reads them."""
+    """The two modality tokens go through the block, and the router reads them."""
     elements = [
         text(26, y - 22, "the two modality tokens, each a sequence of its own", "left note"),
         rectangle(26, y - 11, 14, 10, "trained", 2),
@@ -261,7 +262,7 @@ def main_stream(y: float) -> list[str]:
 
 
 def adapter(x: float, y: float) -> list[str]:
-    """`down`, the two experts, their weights, and the way around; y is the middle."""
+    """`down`, the two experts, their weights, and the residual connection. y is the middle."""
     upper = y - 42
     lower = y + 42
     elements = [
@@ -300,7 +301,7 @@ def adapter(x: float, y: float) -> list[str]:
 
 
 def defs() -> list[str]:
-    """The style, and an arrowhead for each colour of lines that has one."""
+    """The style, and an arrowhead for each line colour that uses one."""
     elements = [f"<style>{STYLE}</style>", "<defs>"]
     for kind in ("plain", "trained"):
         elements.append(
@@ -318,7 +319,7 @@ def draw() -> str:
         f'height="{HEIGHT}" role="img">',
         "<title>LaVIN: Mixture-of-Modality Adaptation of LLaMA and CLIP’s ViT</title>"]
     elements += defs()
-    # A ground of its own keeps the figure legible on a dark page.
+    # A white background keeps the figure legible on a dark page.
     elements.append(f'<rect width="{WIDTH}" height="{HEIGHT}" rx="14" fill="#ffffff"/>')
     elements += panel(12, 12, 896, 294, "LaVIN")
     elements += legend(440, 25)

@@ -1,13 +1,13 @@
-"""easy-VQA as data to train on: pictures of one shape, 64 pixels wide, and questions about them.
+"""easy-VQA as training data: pictures of one shape, 64 pixels wide, and questions about them.
 
     pip install easy-vqa
-    python -m examples.easy_vqa FOLDER      FOLDER/train.jsonl, test.jsonl and their pictures
+    python -m examples.easy_vqa FOLDER      write FOLDER/train.jsonl, test.jsonl and the pictures
     python train.py --data jsonl:FOLDER/train.jsonl
     python generate.py --data jsonl:FOLDER/test.jsonl --by kind
 
 A line is {"prompt": question, "image": "train/0.png", "answer": answer, "kind": "yes/no", "shape"
-or "colour"}. The package (https://pypi.org/project/easy-vqa) has 38,575 questions to train on and
-9,673 others, about 4,000 and 1,000 pictures.
+or "colour"}. The package (https://pypi.org/project/easy-vqa) has 38,575 questions on about 4,000
+pictures for training, and 9,673 questions on about 1,000 pictures for testing.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SHAPES = ("circle", "rectangle", "triangle")
 
 
 def kind_of(answer: str) -> str:
-    """What kind of question has this answer."""
+    """The kind of question that has this answer."""
     if answer in ("yes", "no"):
         return "yes/no"
     return "shape" if answer in SHAPES else "colour"
@@ -31,8 +31,8 @@ def kind_of(answer: str) -> str:
 def write_split(folder: Path, split: str, questions: tuple, pictures: dict[int, str]) -> None:
     """Write FOLDER/split.jsonl, and copy its pictures to FOLDER/split.
 
-    questions: three lists of equal length, of texts, answers and pictures' numbers.
-    pictures: {number: path}.
+    questions: three lists of equal length, with the texts, the answers and the numbers of the
+    pictures. pictures: {number: path}.
     """
     (folder / split).mkdir(parents=True, exist_ok=True)
     for number, path in pictures.items():

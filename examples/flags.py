@@ -1,4 +1,4 @@
-"""Every flag of the three scripts as a page of Markdown, from what their --help is made of.
+"""Every flag of the three scripts as a page of Markdown, made from the same texts as their --help.
 
     python -m examples.flags docs/flags.md
 """
@@ -19,10 +19,10 @@ BEGINNING = """# Every flag
 
 
 def shown(action: argparse.Action) -> str:
-    """A flag and what follows it, as --help writes it: "--weights W [W ...]"."""
+    """A flag and its value, as --help shows them: "--weights W [W ...]"."""
     names = ", ".join(action.option_strings)
     value = action.metavar or action.dest.upper()
-    if not names:                           # no flag: its place says what it is
+    if not names:                           # a positional argument
         return action.metavar or action.dest
     if action.nargs == 0:                   # a switch
         return names
@@ -36,8 +36,8 @@ def shown(action: argparse.Action) -> str:
 def section(script: str, parser: argparse.ArgumentParser) -> list[str]:
     """The lines of a script's section: a table for each group of flags."""
     lines = [f"## {script}", ""]
-    # Only argparse's private attributes list the groups. Its own text of them would depend on the
-    # terminal's width and on Python's version.
+    # Only argparse's private attributes list the groups. Its own help text depends on the width of
+    # the terminal and on the version of Python.
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if action.dest != "help"]
         if not actions:
@@ -51,11 +51,12 @@ def section(script: str, parser: argparse.ArgumentParser) -> list[str]:
 
 
 def small_world() -> list[str]:
-    """The lines about the defaults that train.py has for its small world."""
-    told = []
+    """The lines about train.py's defaults for the small world."""
+    defaults = []
     for name, value in world.DEFAULTS.items():
-        told.append(f"`--{name.replace('_', '-')} {value}`")
-    return [f"For the small world the defaults are {', '.join(told[:-1])} and {told[-1]}.", ""]
+        defaults.append(f"`--{name.replace('_', '-')} {value}`")
+    *first, last = defaults
+    return [f"For the small world the defaults are {', '.join(first)} and {last}.", ""]
 
 
 def page() -> str:

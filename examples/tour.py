@@ -1,10 +1,10 @@
-"""A tour of LaVIN's core: its real objects and what is in them, one screen after another.
+"""A tour of LaVIN's core. It shows the real objects and what is in them, one screen per file.
 
     python -m examples.tour                     all six stops, in a few seconds
     python -m examples.tour router              or one: router, adapters, vit, data, model, train
 
-Each stop shows one file. Keep that file open beside the screen. The models are those of the small
-world (tiny/world.py), and all numbers are computed while you watch. Nothing is written.
+Each stop shows one file. Keep that file open next to the screen. The models are those of the small
+world (tiny/world.py), and all numbers are computed while you watch. The tour writes no files.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def shape(tensor: torch.Tensor) -> str:
 
 
 def load_lavin() -> LaVIN:
-    """The small world's models, with trained adapters if there are any, else with fresh ones."""
+    """The small world's models, with trained adapters if there are any, otherwise fresh ones."""
     adapter = None
     if CHECKPOINT.exists():
         _, _, settings = checkpoints.read_adapter(CHECKPOINT)
@@ -50,10 +50,10 @@ def load_lavin() -> LaVIN:
         if os.path.abspath(llama) == str(world.PATHS["llama"]):
             adapter = CHECKPOINT
     if adapter:
-        print(f"The adapters are trained: they come from {CHECKPOINT}.")
+        print(f"The adapters are trained. They come from {CHECKPOINT}.")
     else:
         print(f"The adapters are fresh: there is no {CHECKPOINT} of the small world.\n"
-              "`python train.py` makes one in about three minutes. Take the tour again then.")
+              "`python train.py` makes one in about three minutes. Then take the tour again.")
     torch.manual_seed(0)
     return checkpoints.load(world.PATHS["llama"], world.PATHS["vit"], adapter,
                             max_seq_len=world.DEFAULTS["max_seq_len"], dropout=0.0)
@@ -72,7 +72,7 @@ def make_sample(item: world.Item, rng: Random) -> data.Sample:
 
 
 def two_samples() -> list[data.Sample]:
-    """A problem in words alone, and one about a picture."""
+    """A problem without a picture, and one with a picture."""
     rng = Random("two samples")
     text = make_sample(world.opposites(rng), rng)
     picture = make_sample(world.bars(rng), rng)
@@ -90,9 +90,10 @@ def print_weights(name: str, text: torch.Tensor, picture: torch.Tensor) -> None:
 
 
 def weights_in_front_of(lavin: LaVIN, sample: data.Sample) -> torch.Tensor:
-    """(L, 2): the routing weights if the modality token stands in front of a real sequence.
+    """The routing weights (L, 2) if the modality token stands in front of a real sequence.
 
-    The tokens behind it see it here, which LaVIN forbids. Its own way does not depend on that.
+    Here the other tokens see the modality token, which LaVIN forbids. But the modality token does
+    not see them, so its weights stay the same.
     """
     batch = lavin.batch([sample])
     token = lavin.modality_embedding[batch.modality[:1]]            # (1, C)
@@ -111,29 +112,30 @@ def show_router(lavin: LaVIN) -> None:
     """router.py: route
 
     LaVIN puts a small adapter in front of every attention. An adapter has two experts, and a
-    router says how much of each it takes: w = softmax((y W + b) / τ). In LLaMA, y is what a
-    learned token, "text only" or "text and a picture", has become at that layer (section 3.2
-    of the paper). So LLaMA can treat a problem with a picture differently from one without.
+    router computes their weights: w = softmax((y W + b) / τ). In LLaMA, y is the hidden state
+    of a learned token at that layer: "text only" or "text and a picture" (section 3.2 of the
+    paper). So LLaMA can treat a problem with a picture differently from one without.
     """
     routed = lavin.route()                                          # (L, 2 modalities, 2 experts)
     print(f"{'text only':>32}{'with a picture':>32}")
     print(f"{'w0':>20}{'w1':>8}{'sum':>9}{'w0':>13}{'w1':>8}{'sum':>9}")
     for i, (text, picture) in enumerate(routed, 1):
         print_weights(f"layer {i}", text, picture)
-    print("Fresh routers mix about evenly. Training gives each modality a mix of its own.\n")
+    print("Fresh routers weight both experts about equally. "
+          "Training gives each modality its own weights.\n")
 
     router = lavin.llama.layers[2].adapter.router
-    print(f"The temperature τ is {router.tau:g}. Layer 3 with others: the larger, the more even.")
+    print(f"The temperature τ is {router.tau:g}. A larger τ makes the weights more equal. Layer 3:")
     logits = routed[2].log() * router.tau       # up to a constant, which softmax ignores
     for tau in (1, 10, 100):
         print_weights(f"τ = {tau}", *torch.softmax(logits / tau, dim=-1))
 
-    print("\nThe token sees itself alone, so the weights depend on nothing but the modality.\n"
-          "With a real problem behind it, the token still gives the weights of the table:")
+    print("\nThe token attends only to itself, so the weights depend only on the modality.\n"
+          "If a real problem follows the token, the weights are still those of the table:")
     for modality, sample in enumerate(two_samples()):
         question = sample.prompt.splitlines()[0]
         compare(question, weights_in_front_of(lavin, sample), routed[:, modality])
-    print("\nNext: read `route`. It takes the short way, with sequences of length 1.")
+    print("\nNext: read `route`. It saves work: each token is a sequence of length 1.")
 
 
 def count(module: nn.Module) -> int:
@@ -162,9 +164,9 @@ def show_adapters(lavin: LaVIN) -> None:
     """adapters.py: Adapter
 
     LLaMA and CLIP stay frozen. LaVIN trains a small adapter in front of every attention:
-    A(y; w) = y + s (w0 up0(h) + w1 up1(h)) with h = dropout(down(y)), a bottleneck of r = 8
-    channels (section 3.2 of the paper). With the projector and the two modality tokens that
-    is all there is to train.
+    A(y; w) = y + s (w0 up0(h) + w1 up1(h)) with h = dropout(down(y)). It is a bottleneck of
+    r = 8 channels (section 3.2 of the paper). Apart from the adapters, only the projector
+    and the two modality tokens are trained.
     """
     text, _ = two_samples()
     y = lavin.llama.layers[0].attention_norm(lavin.embed(lavin.batch([text])))
@@ -176,7 +178,7 @@ def show_adapters(lavin: LaVIN) -> None:
     nn.init.normal_(adapter.up)
     nn.init.normal_(adapter.up_bias)
     fused = mix_experts(h, w, adapter.up, adapter.up_bias)
-    compare("Adapter.mixed, the formula, and the faster mix_experts", adapter.mixed(h, w), fused)
+    compare("the formula (Adapter.mixed) and the faster mix_experts", adapter.mixed(h, w), fused)
 
     small = count_parts(lavin)
     large = count_parts(load_7b())
@@ -185,8 +187,8 @@ def show_adapters(lavin: LaVIN) -> None:
         print(f"{part:24}{small[part]:14,}{large[part]:18,}")
     small_share = small["trained in all"] / small["the whole model"]
     large_share = large["trained in all"] / large["the whole model"]
-    print(f"{'share that is trained':24}{small_share:14.2%}{large_share:18.2%}")
-    print("\nNext: read `Adapter.expert`, and find out how its two groups halve an expert.")
+    print(f"{'trained share':24}{small_share:14.2%}{large_share:18.2%}")
+    print("\nNext: read `Adapter.expert`. How do its two groups halve an expert's parameters?")
 
 
 def print_shapes(name: str, lavin: LaVIN, pixels: torch.Tensor) -> None:
@@ -203,7 +205,7 @@ def show_vit(lavin: LaVIN) -> None:
 
     CLIP's ViT cuts a picture into patches and puts a class token in front of them. LaVIN takes
     the class token after every fourth block as one feature of the picture. The projector then
-    gives each feature LLaMA's width, and LLaMA reads it like a word.
+    maps each feature to LLaMA's width, and LLaMA reads it like a text token.
     """
     vit = lavin.vit
     rng = Random("pictures")
@@ -225,10 +227,11 @@ def show_vit(lavin: LaVIN) -> None:
             if torch.equal(x[:, 0], features[:, f]):
                 print(f"    feature {f + 1} is the class token after block {i}")
 
-    print("\nEvery token of a picture routes itself, so other pictures do not change its features:")
+    print("\nEach token of a picture gets its routing weights from its own hidden state. So the\n"
+          "features of a picture do not depend on the other pictures of a batch:")
     alone = lavin.image_features(pixels[:1])
     compare("a picture alone and in a batch of three", alone, features[:1])
-    print("\nNext: read `Block`, and what its docstring says about the authors' code.")
+    print("\nNext: read `Block`. Its docstring tells how the authors' code differs here.")
 
 
 def print_pieces(name: str, encoded: data.Encoded, part: slice, lavin: LaVIN) -> None:
@@ -246,9 +249,9 @@ def print_pieces(name: str, encoded: data.Encoded, part: slice, lavin: LaVIN) ->
 def show_data(lavin: LaVIN) -> None:
     """data.py: encode, collate
 
-    `encode` turns a sample into one sequence of tokens. Only those of the answer carry loss:
-    LaVIN learns to answer, not to ask. The features of a picture go where <feature> stands.
-    (A ▁ is SentencePiece's mark for a space.)
+    `encode` turns a sample into one sequence of tokens. Only the tokens of the answer carry
+    loss: LaVIN learns to answer, not to ask. A picture's features replace the <feature>
+    tokens. (SentencePiece writes a space as ▁.)
     """
     samples = two_samples()
     for sample in samples:
@@ -260,43 +263,45 @@ def show_data(lavin: LaVIN) -> None:
 
     batch = lavin.batch(samples)
     n = batch.lengths[0]
-    print("`collate` makes one Batch of both, one behind the other, without padding:")
+    print("`collate` concatenates both into one Batch, without padding:")
     rows = {
-        "tokens": "of both samples",
+        "tokens": "the tokens of both samples",
         "positions": f"0 to {batch.positions[n - 1]}, then 0 to {batch.positions[-1]}",
         "modality": f"{batch.modality[0]} for {n} tokens, then {batch.modality[-1]} (a picture)",
-        "answer_indices": f"tokens that carry loss, the last is token {batch.answer_indices[-1]}",
+        "answer_indices": f"tokens that carry loss; the last is token {batch.answer_indices[-1]}",
         "feature_indices": f"where the features go: {batch.feature_indices.tolist()}",
         "lengths": f"tokens of each sample: {batch.lengths.tolist()}",
     }
     for name, meaning in rows.items():
         print(f"    {name:17}{shape(getattr(batch, name)):10}{meaning}")
-    print("\nNext: read `tokenize`. Why does it not tokenize prompt and answer apart?")
+    print("\nNext: read `tokenize`. Why does it not tokenize prompt and answer separately?")
 
 
 @torch.no_grad()
 def show_model(lavin: LaVIN) -> None:
     """model.py: LaVIN.forward
 
-    One problem all the way. `embed` looks up the tokens and puts the picture's features between
-    them, LLaMA works on both alike, and `output` predicts the answer, token by token.
+    We follow one problem from start to end. `embed` looks up the embeddings of the tokens and
+    inserts the picture's features. LLaMA treats both alike. `output` predicts each token of the
+    answer.
     """
     text, picture = two_samples()
     batch = lavin.batch([picture])
     x = lavin.embed(batch)
     w = lavin.expert_weights(batch)
     hidden = lavin.llama(x, w)
-    logits = lavin.llama.output(hidden[0, batch.answer_indices - 1])    # each from the one before
+    before = batch.answer_indices - 1           # the token before predicts the answer's token
+    logits = lavin.llama.output(hidden[0, before])
     print(f"embeddings         {shape(x):16}{lavin.n_features} of the rows are picture features")
     print(f"experts' weights   {shape(w):16}for every layer and token")
-    print(f"hidden state       {shape(hidden):16}what LLaMA makes of every token")
+    print(f"hidden state       {shape(hidden):16}LLaMA's last hidden state of every token")
     print(f"logits             {shape(logits):16}answer tokens × vocabulary")
     by_hand = F.cross_entropy(logits, batch.labels[batch.answer_indices])
     print(f"The loss of lavin(batch) is {lavin(batch):.6f}. F.cross_entropy gives {by_hand:.6f}.\n")
 
     question, _, options, _ = picture.prompt.splitlines()
     print(f"{question}  {options}  Right: {picture.answer[14]}\n"
-          "The five likeliest tokens after \"The answer is\":")
+          "The five most likely tokens after \"The answer is\":")
     begun = data.Sample(picture.prompt + "The answer is", image=picture.image)
     next_token = lavin.logits(lavin.batch([begun], prompt_only=True))[0, -1]
     probabilities, tokens = next_token.softmax(-1).topk(5)
@@ -306,17 +311,17 @@ def show_model(lavin: LaVIN) -> None:
 
     alone = lavin.logits(batch)[0]
     in_company = lavin.logits(lavin.batch([text, picture]))[1, :len(alone)]
-    compare("its logits, alone and behind another sample", alone, in_company)
-    print("\nNext: read `Block.forward`, and find in `attend` why samples do not mix.")
+    compare("the logits of this sample, alone and after another one", alone, in_company)
+    print("\nNext: read `Block.forward`. Then find out in `attend` why samples do not mix.")
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter of this name belongs to: "llama", …, or "router" of an adapter."""
+    """The part of the model that has this parameter: "llama", …, or "router" in an adapter."""
     return name.split(".adapter.")[-1].split(".")[0]
 
 
 def print_steps(lavin: LaVIN, optimizer, scaler, gradients, batch: data.Batch) -> None:
-    """Take two steps on one batch, and print which tensors had a gradient and which moved."""
+    """Take two steps on one batch, and print which tensors had a gradient and which changed."""
     parameters = dict(lavin.named_parameters())
     before = {name: p.detach().clone() for name, p in parameters.items()}
     steps = []          # for each step, how many tensors of each part had a gradient
@@ -326,19 +331,19 @@ def print_steps(lavin: LaVIN, optimizer, scaler, gradients, batch: data.Batch) -
         print(f"step {step}   loss {loss:.3f}   gradient norm {norm:.3f}   learning rate {lr:.4f}")
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
         steps.append(Counter(part_of(name) for name, p in trained.items() if p.grad.any()))
-    moved = Counter(part_of(name) for name, p in parameters.items() if not p.equal(before[name]))
+    changed = Counter(part_of(name) for name, p in parameters.items() if not p.equal(before[name]))
 
-    print(f"\n{'part':20}{'tensors':>9}{'gradient in step 1':>22}{'in step 2':>12}{'moved':>9}")
+    print(f"\n{'part':20}{'tensors':>9}{'gradient in step 1':>22}{'in step 2':>12}{'changed':>9}")
     tensors = Counter(part_of(name) for name in parameters)
     for part, n in sorted(tensors.items()):
-        print(f"{part:20}{n:9}{steps[0][part]:22}{steps[1][part]:12}{moved[part]:9}")
+        print(f"{part:20}{n:9}{steps[0][part]:22}{steps[1][part]:12}{changed[part]:9}")
 
 
 def show_train(lavin: LaVIN) -> None:
     """train.py: train_step
 
-    An optimizer step takes one global batch, here 32 problems. We begin with fresh adapters and
-    take two steps on the same batch, at the learning rate that follows the warm-up.
+    An optimizer step takes one global batch, here 32 problems. We start with fresh adapters and
+    take two steps on the same batch, with the learning rate just after the warm-up.
     """
     torch.manual_seed(0)
     lavin.init_trained()
@@ -354,19 +359,19 @@ def show_train(lavin: LaVIN) -> None:
     scaler = torch.amp.GradScaler("cpu", enabled=False)             # fp32 needs none
     gradients = gradient_buffer(lavin)
     print_steps(lavin, optimizer, scaler, gradients, whole)
-    print("\nLLaMA and the ViT never move. The adapters' experts (up) begin at zero. So in step 1\n"
-          "no gradient passes through them to down, to the router or to the modality tokens.\n")
+    print("\nLLaMA and the ViT never change. The adapters' experts (up) start at zero. So in\n"
+          "step 1 no gradient flows through them to down, the router or the modality tokens.\n")
 
     for group in optimizer.param_groups:
-        group["lr"] = 0.0                                           # nothing moves any more
+        group["lr"] = 0.0                                           # no weight changes any more
     train.train_step(lavin, optimizer, scaler, gradients, [whole])
     at_once = gradients.clone()
     halves = [lavin.batch(samples[:16]), lavin.batch(samples[16:])]
     train.train_step(lavin, optimizer, scaler, gradients, halves)
     print("To save memory, a batch may be split into micro-batches. The gradient stays the same,\n"
-          f"up to rounding (its largest number is {at_once.abs().max():.2g}):")
+          f"up to rounding (its largest entry is {at_once.abs().max():.2g}):")
     compare("with one micro-batch and with two", gradients, at_once)
-    print("\nNext: read `train_step`, and how its backward pass goes in two stages.")
+    print("\nNext: read `train_step`. Find the two stages of its backward pass.")
 
 
 STOPS = {

@@ -1,4 +1,4 @@
-"""What the tests share: the golden model and its numbers, a miniature data set, and `call`."""
+"""Fixtures for all tests: the golden model and its numbers, a miniature data set, `call`."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
-# The models are tiny: on a busy machine two threads cost more in waiting than they save.
+# The models are tiny, so on a busy machine a second thread costs more time than it saves.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402
@@ -36,7 +36,7 @@ def pytest_configure(config):
 
 
 def difference(a, b) -> float:
-    """The largest absolute difference of two tensors of one size, or of a tensor and a number.
+    """The largest absolute difference between two tensors of one size, or a tensor and a number.
 
     `assert difference(a, b) < 1e-5` prints it when it fails. NaN anywhere is a failure too.
     """
@@ -50,7 +50,7 @@ def difference(a, b) -> float:
 
 
 def relative_error(ours, exact) -> float:
-    """The norm of the difference, as a part of the norm of the exact tensor."""
+    """The norm of the difference, divided by the norm of the exact tensor."""
     return ((ours - exact).norm() / exact.norm()).item()
 
 
@@ -67,7 +67,7 @@ def lavin():
 
 @pytest.fixture(scope="session")
 def samples():
-    """The golden samples: four, of which two have a picture."""
+    """The four golden samples. Two of them have a picture."""
     samples = []
     for row in json.loads((GOLDEN / "samples.json").read_text()):
         image = None
@@ -79,7 +79,7 @@ def samples():
 
 @pytest.fixture
 def sqa(tmp_path):
-    """The folder of a miniature ScienceQA, to be damaged at will."""
+    """The folder of a miniature ScienceQA, which a test may damage."""
     miniature.write(tmp_path / "sqa")
     return tmp_path / "sqa"
 
@@ -127,7 +127,7 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture
 def fails(call, tmp_path):
-    """fails(script, "--flag", value, …, says=[…]): it exits with 2 and one line on stderr.
+    """fails(script, "--flag", value, …, says=[…]): the script exits with 2 and one line on stderr.
 
     The line holds every text of `says`. The script leaves no checkpoint in tmp_path/out, and no
     temporary file anywhere.
@@ -146,7 +146,7 @@ def fails(call, tmp_path):
 
 @pytest.fixture
 def held_steps(monkeypatch):
-    """An Event that every step of the engine waits for, 20 seconds at most."""
+    """An Event. Every step of the engine waits for it, 20 seconds at most."""
     go_on = threading.Event()
     step = Engine.step
 

@@ -1,4 +1,4 @@
-"""A miniature of ScienceQA, invented, in its real layout. Half of its problems have a picture.
+"""An invented miniature ScienceQA in the real layout. Half of its problems have a picture.
 
     python tests/miniature.py DIRECTORY
 """
@@ -22,7 +22,7 @@ MOVES = {
 
 
 def problem(i, split):
-    """Even problems show a disc and ask for its colour; odd ones ask in words alone."""
+    """An even problem shows a disc and asks for its colour. An odd one has no picture."""
     common = {
         "task": "closed choice",
         "category": "Things",

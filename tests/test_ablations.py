@@ -1,4 +1,4 @@
-"""The flags that state the rows of the paper's ablation: what they train, and that it is kept."""
+"""The flags for the rows of the paper's ablation: what they train, and that checkpoints keep it."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def trained_adapter(config):
 
 
 def test_a_single_expert_is_a_plain_adapter():
-    """y + s up(down(y)), with nothing to choose."""
+    """y + s up(down(y)), without routing."""
     adapter = trained_adapter(AdapterConfig(experts=1, scale=0.5))
     y = torch.randn(2, 5, 64)
     w = adapter.router(y)
@@ -57,7 +57,7 @@ def test_a_single_expert_folds(samples):
             torch.nn.init.normal_(module.up, std=0.1)
     text = [sample for sample in samples if sample.image is None]
     batch = lavin.batch(text)
-    assert Desk(lavin, {}, compiled=False).route == []          # the page shows none
+    assert Desk(lavin, {}, compiled=False).route == []          # the page shows no routing
     with torch.no_grad():
         assert difference(fold(lavin, 0).logits(batch), lavin.logits(batch)) < 1e-4
 
@@ -67,7 +67,7 @@ def test_a_single_expert_folds(samples):
 
 @pytest.mark.parametrize("vit_config, experts, adapters, images, n_trained", [
     (VIT_B_16, 1, "llama", False, 1_704_192),       # text only
-    (VIT_B_16, 1, "llama", True, 2_331_008),        # pictures, adapters in LLaMA alone
+    (VIT_B_16, 1, "llama", True, 2_331_008),        # pictures, adapters in LLaMA only
     (VIT_B_16, 1, "all", True, 2_450_912),          # in the ViT as well
     (ViTConfig(), 1, "all", True, 2_683_456),       # a larger ViT
     (ViTConfig(), 2, "all", True, 3_781_296)])      # mixture of modality, with routing
@@ -92,7 +92,7 @@ def test_a_modality_embedding_that_nothing_reads_counts_as_frozen(call, sqa, tmp
 
 
 def test_without_pictures_none_is_looked_at(call, sqa, tmp_path):
-    """Not even their files: training, scoring and generate.py do without them."""
+    """Training, scoring and generate.py do not even open their files."""
     for path in sqa.rglob("*.png"):
         path.unlink()
     out = tmp_path / "out"
@@ -109,7 +109,7 @@ def test_without_pictures_none_is_looked_at(call, sqa, tmp_path):
     assert "12 outputs" in stdout
 
 
-# All of them together, in a checkpoint
+# All ablations together, in a checkpoint
 
 
 def test_a_run_with_other_sizes_is_remembered_loaded_and_resumed(call, sqa, tmp_path):
@@ -155,7 +155,7 @@ def test_a_long_gradient_is_cut(lavin, samples):
     _, norm = train.train_step(lavin, optimizer, scaler, buffer, [batch])
     whole = buffer.clone()
     _, norm_again = train.train_step(lavin, optimizer, scaler, buffer, [batch], clip=norm / 4)
-    assert norm_again == norm                       # it is reported as it was
+    assert norm_again == norm                       # the norm before clipping
     assert difference(buffer, whole / 4) < 1e-6
     train.train_step(lavin, optimizer, scaler, buffer, [batch], clip=norm * 4)
     assert torch.equal(buffer, whole)

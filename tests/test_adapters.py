@@ -1,4 +1,4 @@
-"""Adapter and router, against the paper's formulas in the authors' own modules."""
+"""Adapter and router are compared with the paper's formulas in the authors' own modules."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ PREFIXES = ("layers.2.adapter_attn", "backbone.visual.transformer.resblocks.5.ad
 def official_conv(state, name):
     """A convolution with the weights of the official file.
 
-    Its kernel has length 1. The down-projection conv_A has one group; the experts' up-projections,
-    conv_B and conv_D, have two, so their weights see only half of the input channels.
+    Its kernel has length 1. The down-projection conv_A has one group. The experts' up-projections,
+    conv_B and conv_D, have two groups, so each weight sees only half of the input channels.
     """
     weight = state[f"{name}.weight"]                                # (out, in / groups, 1)
     groups = 1 if name.endswith("conv_A") else 2
@@ -26,12 +26,12 @@ def official_conv(state, name):
 
 
 def apply_conv(conv, x):
-    """(B, T, in) -> (B, T, out). Conv1d wants channels in front of time."""
+    """(B, T, in) -> (B, T, out). Conv1d expects the channels before the time."""
     return conv(x.transpose(1, 2)).transpose(1, 2)
 
 
 def our_adapter(state, prefix, config):
-    """The same weights in an Adapter."""
+    """An Adapter with the same weights."""
     width = state[f"{prefix}.conv_A.weight"].shape[1]
     adapter = Adapter(width, config).eval()
     with torch.no_grad():
@@ -52,7 +52,7 @@ def state():
 
 
 def random_weights(*shape):
-    """Weights of two experts: positive, with the sum 1."""
+    """Random weights of two experts: positive, with sum 1."""
     return torch.rand(*shape, 2).softmax(-1)
 
 
@@ -61,7 +61,7 @@ def random_weights(*shape):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_fresh_adapter_is_the_identity(training):
-    """Exactly, dropout or not, whatever the weights of its experts."""
+    """This is exact, with or without dropout, for any weights of the experts."""
     torch.manual_seed(0)
     adapter = Adapter(64, AdapterConfig()).train(training)
     y = torch.randn(2, 5, 64)
@@ -72,7 +72,7 @@ def test_a_fresh_adapter_is_the_identity(training):
 @pytest.mark.parametrize("prefix", PREFIXES, ids=["LLaMA", "ViT"])
 @pytest.mark.parametrize("n_weights", [5, 1], ids=["each token", "each sample"])
 def test_mixed_is_two_grouped_convolutions(state, prefix, n_weights):
-    """Adapter.mixed against w0 conv_B(h) + w1 conv_D(h)."""
+    """Adapter.mixed equals w0 conv_B(h) + w1 conv_D(h)."""
     torch.manual_seed(0)
     adapter = our_adapter(state, prefix, AdapterConfig())
     h = torch.randn(3, 5, 8)
@@ -87,7 +87,7 @@ def test_mixed_is_two_grouped_convolutions(state, prefix, n_weights):
 @pytest.mark.parametrize("prefix", PREFIXES, ids=["LLaMA", "ViT"])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_forward_is_the_papers_formula(state, prefix, scale):
-    """A(y; w) = y + s (w0 up0(h) + w1 up1(h)), h = down(y), in convolutions."""
+    """A(y; w) = y + s (w0 up0(h) + w1 up1(h)) with h = down(y), written with convolutions."""
     torch.manual_seed(0)
     adapter = our_adapter(state, prefix, AdapterConfig(scale=scale))
     y = torch.randn(3, 5, adapter.down.in_features)
@@ -100,7 +100,7 @@ def test_forward_is_the_papers_formula(state, prefix, scale):
 
 
 def test_the_loaded_model_has_the_official_weights(lavin, state):
-    """checkpoints.load against the file: the same adapters in LLaMA and in the ViT."""
+    """checkpoints.load gives the adapters of LLaMA and of the ViT the weights in the file."""
     blocks = (lavin.llama.layers[2], lavin.vit.resblocks[5])
     for block, prefix in zip(blocks, PREFIXES):
         expected = our_adapter(state, prefix, lavin.adapter_config)
@@ -113,7 +113,7 @@ def test_the_loaded_model_has_the_official_weights(lavin, state):
 
 
 def test_weights_are_the_papers_softmax_and_sum_to_1():
-    """softmax((y W + b) / τ), in fp32 under autocast too."""
+    """softmax((y W + b) / τ), in fp32 even under autocast."""
     torch.manual_seed(0)
     router = Router(64, 5.0)
     y = torch.randn(2, 7, 64)
@@ -131,7 +131,7 @@ def test_weights_are_the_papers_softmax_and_sum_to_1():
 
 
 def test_a_larger_tau_is_closer_to_one_half():
-    """For every token: the weights at τ = 1, 5, 10, 100, in this order."""
+    """This holds for every token, from τ = 1 over 5 and 10 to 100."""
     torch.manual_seed(0)
     router = Router(64, 1.0)
     y = torch.randn(2, 7, 64)

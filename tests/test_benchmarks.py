@@ -39,8 +39,8 @@ def test_scores_are_those_computed_by_hand(mme):
     }
     scores = benchmarks.mme_scores(outputs, truths)
     assert scores == {
-        "existence": (75, 50, 125),         # 3 of 4 questions; both of one of the two pictures
-        "code_reasoning": (50, 0, 50),      # 1 of 2 questions; both of none
+        "existence": (75, 50, 125),         # 3 of 4 questions; both questions of 1 of 2 pictures
+        "code_reasoning": (50, 0, 50),      # 1 of 2 questions; both questions of no picture
         "perception": 125,
         "cognition": 50,
     }
@@ -102,7 +102,7 @@ def test_a_bad_picture_has_an_empty_caption(tmp_path, ask):
 
 
 def test_names_that_are_not_unicode_are_written(mme, tmp_path, ask):
-    """They are read as surrogates, which UTF-8 cannot hold."""
+    """Python reads such names as surrogates, which UTF-8 cannot encode."""
     for suffix in (".png", ".txt"):
         (mme / "existence" / f"a{suffix}").rename(mme / "existence" / f"caf\udce9{suffix}")
     predictions = tmp_path / "predictions.json"

@@ -1,4 +1,4 @@
-"""--tensorboard: the scalars that TensorBoard reads are the numbers of metrics.jsonl."""
+"""--tensorboard: TensorBoard reads the same numbers that are in metrics.jsonl."""
 
 import math
 import sys
@@ -33,7 +33,7 @@ def test_the_names_of_the_scalars():
 
 
 def read_board(out):
-    """{(name, step): number} of what TensorBoard shows."""
+    """The numbers that TensorBoard shows: {(name, step): number}."""
     module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = module.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
@@ -53,17 +53,17 @@ def assert_equal_numbers(out):
     found = read_board(out)
     assert found.keys() == expected.keys()
     for key, number in expected.items():
-        assert math.isclose(found[key], number, rel_tol=1e-6), key      # they are kept in fp32
+        assert math.isclose(found[key], number, rel_tol=1e-6), key      # TensorBoard stores fp32
 
 
 def test_the_scalars_are_those_of_metrics(call, sqa, tmp_path):
-    """Those of a run that goes on inside an epoch, and then of a new run in its place."""
+    """Once for a run that resumes within an epoch, and once for a new run in the same folder."""
     pytest.importorskip("tensorboard")
     out = tmp_path / "out"
     more = ("--tensorboard", "--val-fraction", 0.2, "--epochs", 2)
     assert call(train, *flags(sqa, out, *more, "--max-steps", 4))[0] == 0
     assert_equal_numbers(out)
-    # Step 4 ended nothing, but was scored as the last one. --resume goes on behind it.
+    # Step 4 did not end an epoch, but was scored as the last step. --resume continues after it.
     code, _, stderr = call(train, "--resume", "--out", out, "--max-steps", 6, "--eval-limit", 4)
     assert (code, stderr) == (0, "")
     assert_equal_numbers(out)

@@ -1,4 +1,4 @@
-"""Conversations: what the cache keeps, what the context has no room for, what a person types."""
+"""Conversations: what the cache keeps, what does not fit the context, what a person types."""
 
 import builtins
 import io
@@ -23,7 +23,7 @@ MODEL = ("--llama", LLAMA, "--vit", VIT, "--adapter", ADAPTER)
 
 @pytest.fixture
 def computed(monkeypatch):
-    """How many tokens went through the model, call by call."""
+    """The number of tokens that went through the model in each call."""
     counts = []
     prefill = Engine.prefill
     extend = Engine.extend
@@ -59,7 +59,7 @@ def test_common_prefix_length(a, b, n):
 
 @pytest.mark.parametrize("image", [None, PICTURE], ids=["words", "picture"])
 def test_a_follow_up_never_recomputes_the_past(lavin, computed, image):
-    """Each token goes through the model once, and the logits are those of the whole sequence."""
+    """Each token goes through the model once. The logits equal those of the whole sequence."""
     conversation = Conversation(lavin, image)
     for question in ("Name a metal.", "Why?", "And then?"):
         say(conversation, question)
@@ -69,10 +69,10 @@ def test_a_follow_up_never_recomputes_the_past(lavin, computed, image):
     whole = data.append_tokens(start, sequence[len(start.tokens):])
     logits = lavin.logits(data.collate([whole], lavin.resolution)).detach()[0]
     answer = conversation.turns[-1].answer
-    last = len(sequence) - len(answer)                  # in front of the answer's first token
+    last = len(sequence) - len(answer)                  # before the answer's first token
     assert logits[last].argmax() == answer[0]
     assert difference(conversation.next_logits(), logits[last]) < 1e-4
-    assert computed[-1] == 1                            # the prompt's last token, and no more
+    assert computed[-1] == 1                            # only the prompt's last token
 
 
 def test_a_turn_says_what_generate_says(lavin):
@@ -90,7 +90,7 @@ def test_whole_turns_are_dropped_from_the_front(lavin):
     assert dropped > 0 and len(conversation.turns) + dropped == 8
     questions = [turn.question for turn in conversation.turns]
     assert questions == [f"Question number {n}?" for n in range(dropped, 8)]
-    again = Conversation(lavin)                         # as if the others had never been
+    again = Conversation(lavin)                         # without the dropped turns
     again.turns = list(conversation.turns)
     assert difference(again.next_logits(), conversation.next_logits()) < 1e-4
 
@@ -198,7 +198,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(terminal, monkeypatch):
     monkeypatch.setattr(Engine, "step", interrupted)
     stdout = terminal("Name a metal.", "Why?")
     assert "(stopped)" in stdout
-    assert len(stdout.splitlines()[-2]) > 0 and len(calls) > 4          # the second was answered
+    assert len(stdout.splitlines()[-2]) > 0 and len(calls) > 4          # "Why?" was answered
 
 
 def test_chat_flags(call):
@@ -208,7 +208,7 @@ def test_chat_flags(call):
 
 
 def test_bytes_that_are_no_text(tmp_path, monkeypatch, call):
-    """They are refused as a question, but a picture may be called so."""
+    """They are refused as a question, but they may be the name of a picture."""
     folder = os.fsencode(tmp_path)
     Image.new("RGB", (8, 8)).save(os.path.join(tmp_path, "caf\udce9.png"))
     lines = [b"caf\xe9", b"/image %s/caf\xe9.png" % folder, b"/save %s/x.txt" % folder, b"\xff"]

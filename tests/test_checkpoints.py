@@ -1,4 +1,4 @@
-"""The official files: what is written is what was read, and files that do not fit are refused.
+"""The official files survive a round trip, and files that do not fit are refused.
 
 LLaMA's shards, CLIP's archives, LaVIN's adapters, and `python checkpoints.py FILE`.
 """
@@ -28,7 +28,7 @@ from vit import ViTConfig
 
 
 def copy_llama(directory):
-    """LLAMA with its tokenizer, to be damaged -> directory."""
+    """A copy of LLAMA and its tokenizer, which a test may damage -> its directory."""
     directory.mkdir()
     for path in (LLAMA / "params.json", LLAMA / "consolidated.00.pth", tokenizer_path(LLAMA)):
         shutil.copy(path, directory)
@@ -59,7 +59,7 @@ def test_truncated_files(fails, tmp_path):
 
 
 class Hostile:
-    """When it is unpickled, it makes the file `target`."""
+    """Creates the file `target` when it is unpickled."""
 
     def __init__(self, target):
         self.target = target
@@ -193,7 +193,7 @@ def test_a_name_that_one_shard_lacks_or_has_too_many(fails, tmp_path):
 
 
 def test_the_rope_frequencies_that_metas_files_carry_are_ignored(tmp_path, lavin):
-    """LLaMA-1 has them in every layer, LLaMA-2 once; the golden file is of the second kind."""
+    """LLaMA-1 has them in every layer, LLaMA-2 has them once. The golden file is like LLaMA-2's."""
     llama = copy_llama(tmp_path / "llama")
     tensors = torch.load(llama / "consolidated.00.pth", weights_only=True)
     for i in range(4):
@@ -206,7 +206,7 @@ def test_the_rope_frequencies_that_metas_files_carry_are_ignored(tmp_path, lavin
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_peak_memory_of_loading(dtype):
-    """The model in its target dtype, one tensor of each shard, and 6 MB for modules and kernels."""
+    """It is the model in its dtype, one tensor of each shard, and 6 MB for modules and kernels."""
     measured = peak_memory.measure(dtype)
     taken = measured["after"] - measured["before"]
     assert taken < measured["model"] + measured["one tensor of each shard"] + 6, measured
@@ -236,7 +236,7 @@ def test_a_shard_that_is_a_copy_of_another(fails, tmp_path, n, copied):
         f"{last}: a copy of", f"consolidated.{copied:02}.pth"])
 
 
-# What params.json holds, and what the message says of it. SIZES are those that it must hold.
+# (content of params.json, what the error says about it). SIZES are the required sizes.
 SIZES = '"dim": 64, "n_layers": 4, "n_heads": 4, "multiple_of": 32'
 PARAMS = [
     ("{", "not JSON"),
@@ -297,7 +297,7 @@ def test_params_that_are(tmp_path, more):
     ('"use_scaled_rope": false', 1), ('"use_scaled_rope": true', 8),
     ('"use_scaled_rope": true, "rope_scaling_factor": 32', 32)])
 def test_metas_scaled_rope(tmp_path, more, factor):
-    """LLaMA 3.1's file names no factor: it is 8 in Meta's code."""
+    """LLaMA 3.1's file does not state the factor. Meta's code uses 8."""
     (tmp_path / "params.json").write_text("{" + SIZES + ", " + more + "}")
     assert checkpoints.read_params(tmp_path, 512).rope_factor == factor
 
@@ -308,7 +308,7 @@ def test_a_folded_llama_of_an_older_checkpoint_is_known_by_its_biases(tmp_path):
 
 
 def test_a_model_that_is_larger_than_the_memory(monkeypatch, lavin):
-    """It is refused before it is built. 8 bits or 4 are proposed where they would be enough."""
+    """It is refused before it is built. The error proposes 8 or 4 bits if these would fit."""
     cpu = torch.device("cpu")
     size = checkpoints.weights_size(lavin, torch.float32, 16, 1)
     assert size == sum(p.nbytes for p in lavin.parameters())
@@ -332,7 +332,7 @@ def test_a_model_that_is_larger_than_the_memory(monkeypatch, lavin):
 
 
 def test_a_model_for_no_machine(fails, tmp_path):
-    """The largest sizes that params.json may say: refused at once."""
+    """The largest sizes that params.json may state are refused at once."""
     llama = copy_llama(tmp_path / "llama")
     (llama / "params.json").write_text(
         '{"dim": 131072, "n_layers": 1000, "n_heads": 64, "hidden_dim": 1048576}')
@@ -356,7 +356,7 @@ def test_clip_as_a_plain_state_dict(tmp_path, lavin):
     (32, 224, 768, 12, 3), (16, 224, 768, 12, 3), (14, 224, 1024, 24, 6), (14, 336, 1024, 24, 6)],
     ids=["ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336"])
 def test_openais_vits(tmp_path, patch, resolution, width, layers, n_features):
-    """Their sizes are read off the tensors, and an adapter has a name in each of their blocks."""
+    """Their sizes are read off the tensors, and the adapter of each block has an official name."""
     state = {
         "visual.conv1.weight": torch.zeros(width, 3, patch, patch),
         "visual.positional_embedding": torch.zeros((resolution // patch) ** 2 + 1, width)}
@@ -461,7 +461,7 @@ def test_adapters_round_trip_bit_exactly(tmp_path, lavin, prefix):
         assert torch.equal(tensor, released["model"][name]), name
     our_args = vars(ours["args"])
     for name, value in vars(released["args"]).items():
-        if name == "n_prompt":              # 6 in ViT-L; the golden ViT has 2 features
+        if name == "n_prompt":              # 6 for ViT-L; the golden ViT has 2 features
             assert "n_prompt" in our_args
         elif name == "llm_model":           # the one name that we do not write
             assert "llm_model" not in our_args
@@ -499,7 +499,7 @@ def test_rank_and_tau_come_from_the_file(tmp_path):
 
 
 def test_a_file_that_train_wrote_is_one_the_authors_code_reads(tmp_path, lavin):
-    """Official names and shapes, and nothing that torch.load refuses with weights_only."""
+    """It has official names and shapes, and torch.load with weights_only accepts it."""
     settings = train.Settings(out=str(tmp_path), lr=1e-3)
     optimizer = train.make_optimizer(lavin, settings)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -517,7 +517,7 @@ def test_a_file_that_train_wrote_is_one_the_authors_code_reads(tmp_path, lavin):
 
 
 def test_a_gradient_that_never_flowed_is_zero(lavin, samples):
-    lavin(lavin.batch([samples[1]])).backward()             # it has no picture
+    lavin(lavin.batch([samples[1]])).backward()             # without a picture
     gradients = checkpoints.to_official(lavin, grad=True)
     assert difference(gradients["adapter_proj.conv_A.weight"], 0) == 0
     assert difference(gradients["layers.0.adapter_attn.conv_A.weight"], 0) > 0
@@ -611,11 +611,11 @@ def test_sizes_that_no_adapter_has(fails, tmp_path, name, shape, said):
     fails(checkpoints, adapter, says=["a.pth", said])
 
 
-# What is wrong with a tensor, wherever it comes from: how it gets so, and what is said of it
+# Faulty tensors in any file: {fault: (how to make it, what the error says)}
 
 
 def with_one(value):
-    """A function that puts `value` into the middle of a tensor's copy."""
+    """A function that copies a tensor and puts `value` into its middle."""
     def change(tensor):
         changed = tensor.float().clone()
         changed.flatten()[changed.numel() // 2] = value
@@ -714,7 +714,7 @@ def test_what_is_in_a_released_checkpoint(call, lavin):
 
 
 def test_what_is_in_a_checkpoint_of_a_run(call, sqa, tmp_path):
-    """It remembers LLaMA's path, so the routing is shown without a flag."""
+    """The checkpoint stores LLaMA's path, so no flag is needed to show the routing."""
     assert call(train, *flags(sqa, tmp_path / "run", "--max-steps", 1))[0] == 0
     code, stdout, _ = call(checkpoints, tmp_path / "run" / "checkpoint.pth")
     assert code == 0
@@ -737,7 +737,7 @@ def test_paths_that_are_not_there(fails, tmp_path):
 
 
 def test_a_place_that_a_model_cannot_be_folded_to(fails, tmp_path, monkeypatch):
-    """It is found before LLaMA is read."""
+    """The error comes before LLaMA is read."""
     def not_read(*args, **more):
         raise AssertionError("LLaMA was read")
 
@@ -756,7 +756,7 @@ def test_odd_but_valid_values_are_shown(call, tmp_path):
     name = "layers.1.adapter_attn.conv_A.weight"
     checkpoint["model"][name] = checkpoint["model"][name].flatten()
     checkpoint["model"]["\x1b[2J"] = torch.zeros(1)
-    checkpoint["args"].temperature = 7          # a whole number
+    checkpoint["args"].temperature = 7          # an integer
     checkpoint["args"].max_seq_len = None
     checkpoint["args"].unknown = torch.zeros(2)
     checkpoint |= {"step": 10 ** 12, "epoch": 0, "config": {

@@ -1,4 +1,4 @@
-"""Prompts, tokens, pictures, and the batches that they become."""
+"""Prompts, tokens, pictures, and the batches made of them."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from files import LavinError
 
 
 def outcome(action, seconds=5):
-    """What `action()` returns, or the LavinError that it raises. It has so many seconds."""
+    """What `action()` returns, or the LavinError that it raises. It must end within `seconds`."""
     results = []
 
     def act():
@@ -35,7 +35,7 @@ def outcome(action, seconds=5):
     thread = threading.Thread(target=act, daemon=True)
     thread.start()
     thread.join(seconds)
-    assert results, "it hangs, or raised something else than LavinError"
+    assert results, "it hangs, or raised an error other than LavinError"
     return results[0]
 
 
@@ -78,7 +78,7 @@ def test_sqa_answer(text, index):
 
 
 def test_tokens_and_labels(lavin, samples, expected):
-    """The authors' code pads with 0, and puts picture and prefix in only later."""
+    """The authors' code pads with 0 and inserts the picture and its prefix only later."""
     prefix_of = {
         0: expected["prefix_nonimg"].tolist(),
         1: expected["prefix_img"].tolist() + [0, 0],        # the golden ViT has 2 features
@@ -101,7 +101,7 @@ def test_tokens_and_labels(lavin, samples, expected):
 
 
 class OtherTokens:
-    """The tokenizer with its ids turned around, so that EOS is token 0, as in SmolLM2."""
+    """The tokenizer with reversed ids, so that EOS is token 0, as in SmolLM2."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -116,14 +116,14 @@ class OtherTokens:
         return self.other(self.tokenizer.eos_id())
 
     def other(self, token):
-        """The ids up to EOS's, in reverse."""
+        """Reverses the order of the ids from 0 to EOS's."""
         eos = self.tokenizer.eos_id()
         return eos - token if token <= eos else token
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_token_0_may_be_eos(lavin, samples, number):
-    """The loss is the same as with the same rows of the embeddings under other ids."""
+    """With the embeddings reordered like the ids, the loss stays the same."""
     tokenizer = lavin.tokenizer
     expected = lavin(lavin.batch([samples[number]])).item()
     other = OtherTokens(tokenizer)
@@ -139,9 +139,9 @@ def test_token_0_may_be_eos(lavin, samples, number):
 
 
 def test_truncation(lavin, samples):
-    """Text is cut to the context, and cut again with prefix and features in it.
+    """Text is cut to the context, and again once it contains prefix and features.
 
-    One position is kept for the modality token.
+    One position is reserved for the modality token.
     """
     whole = data.encode(samples[0], lavin.tokenizer, 2, 128)
     cut = data.encode(samples[0], lavin.tokenizer, 2, 80)
@@ -168,7 +168,7 @@ def test_tokens_of_many_samples_are_kept_and_never_taken_for_others(
         return rows
 
     expected = encode_all(samples)
-    assert not list(tmp_path.iterdir())                     # few: nothing is kept
+    assert not list(tmp_path.iterdir())                     # few samples: no file is written
     monkeypatch.setattr(instructions, "MANY", 4)
     assert encode_all(samples) == expected
     with monkeypatch.context() as patch:
@@ -245,7 +245,7 @@ def test_a_transparent_palette_becomes_white(tmp_path):
 
 def test_a_turned_picture_is_put_upright(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6                                        # turned by a quarter
+    exif[0x0112] = 6                                        # rotated by 90°
     Image.new("RGB", (8, 6), "white").save(tmp_path / "turned.jpg", exif=exif)
     assert data.to_rgb(Image.open(tmp_path / "turned.jpg")).size == (6, 8)
 
@@ -269,7 +269,7 @@ showpage
 
 
 def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
-    """Pillow runs Ghostscript on an EPS file, whatever its name is."""
+    """Pillow would run Ghostscript on an EPS file, whatever its name is."""
     marker = tmp_path / "started"
     program = tmp_path / "gs"
     program.write_text(f"#!/bin/sh\ntouch {marker}\n")
@@ -327,7 +327,7 @@ def test_a_picture_in_a_file_whose_name_is_not_unicode(tmp_path):
 
 
 def test_every_epoch_is_a_permutation_in_micro_batches():
-    """45 samples in batches of 20, micro-batches of at most 8: an epoch has 20 + 20 + 5."""
+    """45 samples in batches of 20 and micro-batches of at most 8: an epoch is 20 + 20 + 5."""
     lengths = [(7 * i) % 50 for i in range(45)]
     steps = [data.global_batch(step, lengths, 20, 8, seed=3) for step in range(6)]
     for epoch in (steps[:3], steps[3:]):
@@ -398,14 +398,14 @@ def test_a_batch_is_its_samples_concatenated(lavin, samples):
 
 
 def many_batches(lavin, samples, n):
-    """A data set of which an item is n batches."""
+    """A data set whose items are n batches each."""
     encoded = [lavin.encode(samples[0])]
     return data.Batches(encoded, lambda item: [[0]] * n, lavin.resolution)
 
 
 @pytest.fixture
 def few_files():
-    """few_files(n): this process may open n more files."""
+    """few_files(n): allow this process to open only n more files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def few_files(n):
@@ -417,7 +417,7 @@ def few_files():
 
 
 def test_workers_need_no_open_file_for_each_tensor(lavin, samples, few_files):
-    """A step of 60 micro-batches has 500 tensors. A process may often open 1024 files, or 64."""
+    """A step of 60 micro-batches has 500 tensors. The limit of open files is often 1024, or 64."""
     batches = many_batches(lavin, samples, 60)
     few_files(40)
     items = outcome(lambda: list(data.prefetch(batches, range(2), workers=1)), seconds=20)
@@ -433,7 +433,7 @@ def test_more_workers_than_open_files_allow_are_refused(lavin, samples, few_file
 
 
 class Killed(torch.utils.data.Dataset):
-    """Its second item kills the process that prepares it, as the system does without memory."""
+    """Its second item kills its worker, as the system does when memory runs out."""
 
     def __getitem__(self, i):
         if i == 1:

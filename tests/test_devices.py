@@ -1,10 +1,10 @@
-"""Devices other than the CPU, as far as a machine without them can tell.
+"""Devices other than the CPU, as far as they can be tested on a machine without them.
 
-Apple's GPUs (MPS) have no float64, so no tensor of that type may be sent to one or made there.
-`NoFloat64` looks at every operation of PyTorch and fails at the first that takes or returns one.
-It sees what a run on a CPU does, where a tensor of the model's device cannot be told from one that
-stays on the CPU, so it allows neither. What PyTorch does inside a single operation, and whether MPS
-has an operation at all, it cannot see: nothing here has run on MPS.
+Apple's GPUs (MPS) have no float64, so no float64 tensor may be sent to one or made there.
+`NoFloat64` watches every operation of PyTorch and fails if one takes or returns such a tensor.
+These tests run on a CPU. There, `NoFloat64` cannot tell a tensor on the model's device from one
+that would always stay on the CPU, so it forbids both. It cannot see what PyTorch does within an
+operation, or whether MPS has that operation. Nothing here has run on MPS.
 """
 
 import pytest
@@ -43,8 +43,7 @@ def test_the_check_sees_a_float64(make):
 
 
 def test_a_training_run_makes_no_float64(call, sqa, tmp_path):
-    """From loading over two epochs, with held-out rows, a checkpoint and scores, to a resumed
-    step."""
+    """Loading, two epochs with held-out rows, a checkpoint and scores, and a resumed step."""
     more = ("--epochs", 2, "--val-fraction", 0.2, "--eval-limit", 4, "--clip", 1)
     with NoFloat64():
         code, _, stderr = call(train, *flags(sqa, tmp_path / "out", *more, "--max-steps", 5))
@@ -54,7 +53,7 @@ def test_a_training_run_makes_no_float64(call, sqa, tmp_path):
 
 
 def test_answering_makes_no_float64(call, samples, tmp_path):
-    """With the plain generate, with the engine, folded and unfolded, and from the command line."""
+    """The plain generate, the engine with a folded and an unfolded model, and the command line."""
     with NoFloat64():
         lavin = checkpoints.load(LLAMA, VIT, ADAPTER)
         lavin.generate(samples[:1], 3)
@@ -78,7 +77,7 @@ def test_sums_over_ranks_make_no_float64(monkeypatch):
 
 
 def test_auto_takes_cuda_before_mps_before_the_cpu(monkeypatch):
-    """What is taken cannot be used here, so the error names it."""
+    """The device that `auto` takes cannot be used here, so the error names it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick_device("auto", "auto") == (torch.device("cpu"), "fp32")
@@ -101,7 +100,7 @@ def test_mps_computes_in_fp32_unless_told_otherwise(monkeypatch):
     assert pick_device("mps", "fp16") == (torch.device("mps"), "fp16")
 
 
-@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is a GPU of Apple's")
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an Apple GPU")
 def test_mps_where_there_is_none(fails, sqa, tmp_path):
     says = ["--device mps: not available here"]
     fails(train, *flags(sqa, tmp_path / "out", "--device", "mps"), says=says)

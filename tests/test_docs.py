@@ -22,7 +22,7 @@ SCRIPTS = ("train.py", "generate.py")
 
 
 def code_of(text):
-    """The code in a page of Markdown: each line of its fenced blocks, and each `span`."""
+    """The code in a page of Markdown: the lines of its fenced blocks, and each `span`."""
     code = []
     is_fenced = False
     for line in text.replace("\\\n", "").splitlines():
@@ -46,7 +46,7 @@ def commands_of(text):
 
 
 def check_command(command):
-    """LavinError for a flag that does not exist, a value out of range, or flags in conflict."""
+    """LavinError for an unknown flag, a value out of range, or conflicting flags."""
     for script in SCRIPTS:
         if script in command:
             values = command[command.index(script) + 1:]
@@ -95,7 +95,7 @@ def test_the_counts_of_the_paper_page():
 
 def test_the_page_of_flags_is_up_to_date(tmp_path, monkeypatch):
     file = tmp_path / "flags.md"
-    monkeypatch.setenv("COLUMNS", "20")         # a narrow terminal changes nothing
+    monkeypatch.setenv("COLUMNS", "20")         # the terminal's width does not matter
     monkeypatch.setattr(sys, "argv", ["flags.py", str(file)])
     flags_page.main()
     committed = ROOT / "docs" / "flags.md"

@@ -1,4 +1,4 @@
-"""Generation with a cache, against the whole sequence computed at once and against each other."""
+"""Generation with a cache agrees with computing the whole sequence, whatever the batch."""
 
 import contextlib
 import functools
@@ -29,11 +29,11 @@ def first_tokens(encoded, n):
     return data.cut(encoded, n)
 
 
-# The same tokens as LaVIN.generate, which recomputes everything for each token
+# The engine gives the same tokens as LaVIN.generate, which recomputes everything for each token
 
 
 def test_generate_says_the_same_as_the_plain_loop(lavin, samples):
-    """Both modalities in one list; in any number of rows."""
+    """This holds for both modalities in one list, and for any number of rows."""
     plain = lavin.generate(samples, 20)
     assert len(set(plain)) == len(samples)
     for rows in (1, 3, 32):
@@ -42,7 +42,7 @@ def test_generate_says_the_same_as_the_plain_loop(lavin, samples):
 
 @pytest.mark.parametrize("modality", [0, 1])
 def test_generate_of_a_folded_model_says_the_same(lavin, samples, modality):
-    """The engine folded, the plain loop folded, and the plain loop with adapters."""
+    """The folded engine, the folded plain loop and the plain loop with adapters agree."""
     samples = [sample for sample in samples if (sample.image is not None) == modality]
     folded = fold(lavin, modality)
     plain = lavin.generate(samples, 20)
@@ -52,7 +52,7 @@ def test_generate_of_a_folded_model_says_the_same(lavin, samples, modality):
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (2.0, 0.5)])
 def test_generate_draws_the_same_as_the_plain_loop(lavin, samples, temperature, top_p):
-    """With one row the engine draws in the order of the plain loop: one prompt after the other."""
+    """With one row the engine draws in the same order as the plain loop: prompt by prompt."""
     torch.manual_seed(0)
     plain = lavin.generate(samples, 12, temperature, top_p)
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def test_generate_stops_at_the_end_of_the_context_as_the_plain_loop_does(lavin, 
 
 
 def test_both_stop_at_eos(lavin, samples, monkeypatch):
-    """Any of the tokens that are generated may be declared EOS: the text then ends before it."""
+    """If one of the generated tokens is declared EOS, the text ends before it."""
     prompts = encode_prompts(lavin, samples)
     ids = dict(continue_prompts(lavin, prompts, 4, 20))
     eos = ids[0][3]
@@ -87,7 +87,7 @@ def test_both_stop_at_eos(lavin, samples, monkeypatch):
 
 
 def test_sampling(lavin, samples):
-    """The same seed draws the same, and a nucleus of one token is greedy."""
+    """The same seed gives the same tokens, and a nucleus of one token is greedy decoding."""
     torch.manual_seed(0)
     first = engine.generate(lavin, samples[:1], 12, temperature=1.0, top_p=0.9)
     torch.manual_seed(0)
@@ -101,9 +101,9 @@ def test_sampling(lavin, samples):
 
 @pytest.mark.parametrize("folded", [True, False])
 def test_cached_decoding_is_recomputation(lavin, samples, folded):
-    """Prompts of ragged lengths read together, then a token at a time.
+    """Prompts of different lengths are read together, then continued token by token.
 
-    Every step's logits are compared with those of the whole sequences, computed at once.
+    The logits of each step equal those of the whole sequences, computed at once.
     """
     model = lavin
     if folded:
@@ -129,7 +129,7 @@ def test_cached_decoding_is_recomputation(lavin, samples, folded):
 
 
 def test_a_cache_that_is_extended(lavin, samples):
-    """20 tokens, 10 more, one more: the logits behind each, against those of the whole sequence."""
+    """After 20 tokens, 10 more and one more, the logits equal those of the whole sequence."""
     encoded = lavin.encode(samples[0])
     tokens = encoded.tokens.tolist()
     whole = lavin.logits(lavin.batch(samples[:1])).detach()
@@ -142,9 +142,9 @@ def test_a_cache_that_is_extended(lavin, samples):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_grouped_queries_over_the_cache(compiled):
-    """Two prompts read together, then a step of both.
+    """Two prompts are read together, then continued by one step.
 
-    Against causal attention with each key repeated for the queries that share it.
+    The result equals causal attention in which each key is repeated for the queries that share it.
     """
     torch.manual_seed(0)
     q = torch.randn(2, 4, 6, 16)
@@ -187,8 +187,9 @@ def test_a_ragged_batch_generates_what_each_sample_does_alone(lavin, samples):
 @pytest.mark.parametrize("rows", [1, 2, 3, 7])
 @pytest.mark.parametrize("folded", [True, False])
 def test_prompts_that_take_turns_in_few_rows_go_on_as_alone(lavin, monkeypatch, rows, folded):
-    """Answers of 2 to 8 tokens: rows end at different times, others move into their places, and
-    waiting prompts come in."""
+    """Answers have 2 to 8 tokens. When a row ends, another moves into its place, and a waiting
+    prompt starts.
+    """
     model = fold(lavin, 0) if folded else lavin
     prompts = encode_prompts(lavin, TEXTS)
     alone = []
@@ -216,7 +217,7 @@ def test_prompts_that_take_turns_in_few_rows_go_on_as_alone(lavin, monkeypatch, 
     for number, ids in answers.items():
         assert ids in ends
         assert ids == alone[number][:len(ids)]
-    # No row of any step is spent on a prompt that has ended.
+    # No step computes a row for a prompt that has ended.
     assert sum(widths) == sum(len(ids) - 1 for ids in answers.values())
     assert max(widths) <= rows
 
@@ -235,7 +236,7 @@ def test_generation_stops_at_the_context_and_at_done(lavin, samples):
 
 
 def test_prompts_may_come_from_an_iterator(lavin):
-    """Taken when there is a row for them; `longest` says how much room they need."""
+    """A prompt is taken once there is a row for it. `longest` says how much room they need."""
     prompts = encode_prompts(lavin, TEXTS)
     longest = max(len(prompt.tokens) for prompt in prompts)
     taken = []
@@ -260,9 +261,9 @@ def test_no_new_tokens_are_refused(lavin):
 
 
 class FakeGraph:
-    """A CUDA graph that needs no CUDA: it remembers the last one_step, and runs it again.
+    """A CUDA graph without CUDA: it remembers the last one_step and runs it again.
 
-    As of a real one, the tensors are those of the capture, and the result is written in place.
+    Like a real graph, it uses the tensors of the capture and writes the result in place.
     """
     steps = []          # every one_step so far, as a function without arguments
     n_captured = 0
@@ -303,7 +304,7 @@ def fake_cuda(monkeypatch):
 
 
 def test_steps_that_are_captured_and_replayed(lavin, fake_cuda):
-    """replay_step against step, while rows come and go: 3, 2, 4 and 3 of them."""
+    """replay_step equals step while rows come and go: first 3 rows, then 2, 4 and 3."""
     folded = fold(lavin, 0)
     plain = Engine(folded, 5, 100)
     replaying = Engine(folded, 5, 100)
@@ -335,14 +336,14 @@ def test_steps_that_are_captured_and_replayed(lavin, fake_cuda):
     compare(3)
     retire()
     compare(2)
-    assert FakeGraph.n_captured == 2            # one for 3 and 4 rows, one for 2
+    assert FakeGraph.n_captured == 2            # one graph for 3 and 4 rows, one for 2
 
 
 @pytest.fixture
 def compiler_without_code(monkeypatch):
-    """Module.compile with all of the compiler but its last part.
+    """Module.compile without the compiler's last part.
 
-    That takes half a minute to write C++; bench/speed.py runs it.
+    That part writes C++, which takes half a minute. bench/speed.py runs it.
     """
     without_code = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", without_code)
@@ -356,7 +357,7 @@ def count_graphs():
 
 @pytest.mark.parametrize("bits, rows", [(16, 1), (16, 2), (8, 1), (4, 1)])
 def test_compiled_steps_are_eager_steps(bits, rows, compiler_without_code):
-    """In bf16, where a compiled step of one row computes in fp32 what an eager one rounds."""
+    """This is in bf16. A compiled step of one row keeps fp32 where an eager step rounds."""
     lavin = checkpoints.load(LLAMA, VIT, ADAPTER, bits=bits, dtype=torch.bfloat16)
     lavin.llama.layers = lavin.llama.layers[:1]
     batch = data.collate(encode_prompts(lavin, TEXTS[:rows]), lavin.resolution)
@@ -371,9 +372,10 @@ def test_compiled_steps_are_eager_steps(bits, rows, compiler_without_code):
 
 @pytest.mark.parametrize("bits", [16, 8])
 def test_compiled_steps_share_a_few_graphs(bits, compiler_without_code):
-    """One graph for the blocks and one for `output`, whatever the layer and the position are.
+    """There is one graph for the blocks and one for `output`, for all layers and positions.
 
-    Up to 64 positions there is one shape; behind them the block is compiled once more, for any.
+    Up to 64 positions there is one shape. After that, the block is compiled once more, for any
+    number of positions.
     """
     lavin = checkpoints.load(LLAMA, VIT, ADAPTER, bits=bits, dtype=torch.bfloat16)
     assert len(lavin.llama.layers) == 4
@@ -389,7 +391,7 @@ def test_compiled_steps_share_a_few_graphs(bits, compiler_without_code):
 
 
 def test_compiled_prompts_that_take_turns_go_on_as_eager_ones(lavin, compiler_without_code):
-    """Graphs are for one row or for any number of rows, but not for each number of them."""
+    """A graph is for one row or for any number of rows. There is none for each number of rows."""
     prompts = encode_prompts(lavin, TEXTS)
     eager = dict(continue_prompts(fold(lavin, 0), prompts, 5, 12))
     n_graphs = []
@@ -405,7 +407,7 @@ def test_compiled_prompts_that_take_turns_go_on_as_eager_ones(lavin, compiler_wi
 
 
 def test_a_branch_sees_its_prompt_alone_and_leaves_no_trace(lavin, samples):
-    """What a step says of the same token behind the same prompt, before a branch and after it."""
+    """A branch gives the logits of a step with the same token, and later steps do not change."""
     batch = data.collate(encode_prompts(lavin, samples), lavin.resolution)
     tokens = [5, 6, 7, 8]
     stepped = Engine(lavin, 4, 128)

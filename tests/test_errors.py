@@ -1,4 +1,4 @@
-"""Bad flags and bad input: one line on stderr that says what, where and what to do.
+"""Bad flags and bad input give one line on stderr: what is wrong, where, and what to do.
 
 The exit code is 2. There is no traceback, and nothing half-written is left. Damaged weights are in
 test_checkpoints.py, ScienceQA's files in test_scienceqa.py.
@@ -21,14 +21,14 @@ MODEL = ("--adapter", ADAPTER, "--llama", LLAMA, "--vit", VIT, "--max-new-tokens
 
 
 def ask(*more, prompt="Name a metal.", adapter=ADAPTER, llama=LLAMA, vit=VIT):
-    """The flags of generate.py for a question."""
+    """The flags of generate.py that ask a question."""
     return [
         "--prompt", prompt, "--adapter", adapter, "--llama", llama, "--vit", vit,
         "--max-new-tokens", 2, *more]
 
 
 def edit(path, change):
-    """change(content) of a JSON file, in place."""
+    """Apply change(content) to a JSON file, in place."""
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
@@ -39,7 +39,7 @@ def edit(path, change):
 
 def test_everything_that_is_missing_is_listed_at_once(fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # With nothing there at all, the embedded default would be taken.
+    # With nothing there at all, the small world would be used.
     (tmp_path / "weights/7B").mkdir(parents=True)
     fails(train, "--data", "sqa", says=[
         "weights/7B/params.json", "weights/7B/consolidated.00.pth", "weights/7B/tokenizer.model",
@@ -52,7 +52,7 @@ def test_everything_that_is_missing_is_listed_at_once(fails, tmp_path, monkeypat
 
 
 def test_without_a_traceback_from_the_shell(tmp_path):
-    """As a person calls it, not in this process."""
+    """The script runs as a person would run it, not in this process."""
     command = [sys.executable, ROOT / "train.py", "--data", "sqa", "--llama", "nowhere"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2
@@ -75,7 +75,7 @@ def test_paths_that_cannot_be_written(fails, sqa, tmp_path):
 
 
 def test_text_that_is_not_unicode(fails, sqa, tmp_path):
-    typed = b"caf\xe9".decode(errors="surrogateescape")         # as Python reads a terminal
+    typed = b"caf\xe9".decode(errors="surrogateescape")         # as Python reads from a terminal
     fails(generate, *ask(prompt=typed), says=["the prompt", "not Unicode"])
 
     def spoil(problems):

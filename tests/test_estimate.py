@@ -1,4 +1,4 @@
-"""Memory and arithmetic of training, computed: against real tensors, and against themselves."""
+"""The computed memory and FLOPs of training agree with real tensors and with each other."""
 
 import dataclasses
 import shutil
@@ -19,14 +19,14 @@ from test_train import flags
 
 @pytest.fixture(scope="module")
 def shape():
-    """The golden model's, with a layer of LLaMA and four of the ViT."""
+    """The golden model's shape, with one layer of LLaMA and four of the ViT."""
     settings = train.Settings(llama=str(LLAMA), vit=str(VIT))
     return estimate.read_shape(settings).with_layers(1, 4)
 
 
 @pytest.fixture
 def encoded(lavin, samples):
-    """The golden samples, two of them with a picture, as a model of four ViT layers reads them."""
+    """The golden samples, encoded for a ViT of four layers. Two of them have a picture."""
     lavin.n_features = 1
     return [lavin.encode(sample) for sample in samples]
 
@@ -43,7 +43,7 @@ def text_batch(encoded, shape):
 
 
 def fake_steps(shape, settings, batch):
-    """What steps_memory finds for one batch."""
+    """The memory that steps_memory computes for one batch."""
     live = LiveBytes(shape.llama.vocab_size)
     lavin = shape.on_meta()
     batch = estimate.with_features(batch, lavin.n_features)
@@ -52,7 +52,7 @@ def fake_steps(shape, settings, batch):
 
 
 def real_steps(shape, settings, batch):
-    """The same, with tensors that hold numbers."""
+    """The same with real tensors."""
     live = LiveBytes(shape.llama.vocab_size)
     lavin = shape.on_meta()
     batch = estimate.with_features(batch, lavin.n_features)
@@ -64,7 +64,7 @@ def real_steps(shape, settings, batch):
 
 
 def test_live_bytes_of_a_product_worked_out_by_hand():
-    """a and b of 6 numbers each, the product of 4 while it lives; a view takes nothing."""
+    """a and b have 6 numbers each, and their product has 4 while it lives. A view takes nothing."""
     with LiveBytes(vocab_size=7) as live:
         a = torch.zeros(2, 3)
         b = torch.zeros(3, 2)
@@ -94,7 +94,7 @@ def test_live_bytes_are_rounded_to_blocks():
 
 
 def test_fake_tensors_take_what_real_ones_take(shape, batch):
-    """To the byte, part by part, with and without checkpointing."""
+    """They agree to the byte in every part, with and without checkpointing."""
     settings = train.Settings(dtype="fp32")
     fake = fake_steps(shape, settings, batch)
     assert fake == real_steps(shape, settings, batch)
@@ -115,12 +115,12 @@ def test_weights_and_trained_are_what_the_model_holds(shape, text_batch):
     trained = [p for p in lavin.parameters() if p.requires_grad]
     n_trained = sum(p.numel() for p in trained)
     assert memory.weights == 2 * n_frozen
-    # In fp32: a parameter, its gradient, AdamW's two moments; AdamW counts each one's steps.
+    # In fp32: a parameter, its gradient, AdamW's two moments, and a step count per parameter.
     assert memory.trained == 4 * (4 * n_trained + len(trained))
 
 
 def test_a_step_takes_as_much_as_the_training_loops(shape, batch):
-    """train.train_step holds the numbers that it looks at, a few bytes more."""
+    """train.train_step also holds the numbers that it looks at, which are a few bytes."""
     live = LiveBytes(shape.llama.vocab_size)
     with live:
         lavin = shape.on_meta()
@@ -131,7 +131,7 @@ def test_a_step_takes_as_much_as_the_training_loops(shape, batch):
         gradients = ranks.gradient_buffer(lavin)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         peaks = []
-        for _ in range(2):          # the first one makes the moments
+        for _ in range(2):          # the first step makes the moments
             live.restart()
             estimate.take_step(lavin, optimizer, gradients, batch)
         peaks.append(live.peak)
@@ -143,7 +143,7 @@ def test_a_step_takes_as_much_as_the_training_loops(shape, batch):
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_small_models_give_the_large_ones_memory(shape, batch, bits):
-    """Five layers of LLaMA and twelve of the ViT, from models of one and two, four and eight."""
+    """LLaMA has 5 layers and the ViT 12. The small models have 1 and 2, and 4 and 8 layers."""
     settings = train.Settings(dtype="bf16", bits=bits)
     large = shape.with_layers(5, 12)
     at_corners = []
@@ -160,14 +160,14 @@ def test_a_gpu_takes_more_rows_of_logits_and_rounds_up(shape, text_batch):
     on_cpu = real_steps(shape, settings, text_batch)[key]
     for name, size in vars(on_cpu).items():
         assert getattr(on_gpu, name) >= size, name
-    # Logits in bf16, and twice in fp32: before the softmax and behind it.
+    # Logits in bf16, and twice in fp32: before the softmax and after it.
     n_rows = min(text_batch.n_answer, 1024)
     if on_gpu.logits:
         assert on_gpu.logits == pytest.approx(10 * n_rows * shape.llama.vocab_size, abs=1536)
 
 
 def test_the_largest_micro_batch():
-    memory = {1: 10.0, 4: 16.0, 8: 36.0}        # 2 a sample up to 4, then 5
+    memory = {1: 10.0, 4: 16.0, 8: 36.0}        # 2 per sample up to 4 samples, then 5
     assert estimate.largest_micro_batch(memory, 9.9) == 0
     assert estimate.largest_micro_batch(memory, 10) == 1
     assert estimate.largest_micro_batch(memory, 13.9) == 2
@@ -187,7 +187,7 @@ def test_the_peak_is_that_of_loading_where_this_takes_more():
 
 
 def test_operations_are_those_that_torch_counts(samples):
-    """But for the attention, of which torch counts both halves, and the adapters' mixed experts."""
+    """Except for attention, where torch counts both halves, and the adapters' mixed experts."""
     lavin = checkpoints.load(LLAMA, VIT).train()
     batch = lavin.batch(samples)
     routed = lavin.route().detach().requires_grad_()
@@ -206,7 +206,7 @@ def test_hours():
 
 
 def test_a_dry_run_for_a_gpu_that_is_not_here(call, sqa, tmp_path, monkeypatch):
-    """params.json and the tokenizer suffice; without CLIP's file, ViT-L/14 is meant."""
+    """params.json and the tokenizer are enough. Without CLIP's file, ViT-L/14 is assumed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     folder = tmp_path / "llama"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Scores and tables, and when an answer is complete."""
+"""Scores, tables, and the point at which an answer is complete."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def problems():
 
 
 def test_scores(problems):
-    """Of the problems that are predicted; the fifth is not."""
+    """Only problems with a prediction count. The fifth has none."""
     scores = evaluate.sqa_scores(problems, {"1": 0, "2": 0, "3": 2, "4": -1})
     assert np.isclose(scores.pop("AVG"), 50)
     assert scores == {
@@ -82,14 +82,14 @@ def test_the_table_by_a_field_counts_every_value():
 
 
 class ScriptedEngine:
-    """In place of fast.engine.Engine: to every prompt it says SAID."""
+    """Replaces fast.engine.Engine. It answers every prompt with SAID."""
 
     SAID = "The answer is B. BECAUSE: it is so."
 
     def __init__(self, lavin, rows, max_tokens, compiled=False):
         self.script = [*lavin.tokenizer.encode(self.SAID), lavin.tokenizer.eos_id()]
         self.vocab_size = lavin.llama.config.vocab_size
-        self.n_said = []                    # tokens, of each row in use
+        self.n_said = []                    # tokens generated so far by each row
 
     def logits(self):
         tokens = [self.script[n] for n in self.n_said]
@@ -110,7 +110,7 @@ class ScriptedEngine:
 
 
 def test_a_sample_ends_as_soon_as_its_letter_is_out(sqa, monkeypatch):
-    """Where the format has the answer first. Where the reasons come first, all of it is needed."""
+    """This holds if the format puts the answer first. If not, all of it is generated."""
     monkeypatch.setattr(engine, "Engine", ScriptedEngine)
     lavin = checkpoints.load(LLAMA, VIT, max_seq_len=300)
     problems, samples = load_sqa(sqa, "test")
@@ -126,7 +126,7 @@ def test_a_sample_ends_as_soon_as_its_letter_is_out(sqa, monkeypatch):
 
 
 def test_a_letter_that_is_no_choice_is_not_an_answer(sqa, monkeypatch, capsys):
-    """No problem of the miniature has five choices."""
+    """No problem of the miniature has five choices, so E is never an answer."""
     lavin = checkpoints.load(LLAMA, VIT, max_seq_len=300)
     problems, samples = load_sqa(sqa, "test")
 
@@ -158,7 +158,7 @@ BAD = ("34", "40")
 
 @pytest.fixture
 def test_split(sqa):
-    """(problems, samples) of the test split. Two of its six pictures have changed since."""
+    """(problems, samples) of the test split. Two of its six pictures were damaged since."""
     problems, samples = load_sqa(sqa, "test")
     vanished, overwritten = BAD
     (sqa / "images" / "test" / vanished / "image.png").unlink()
@@ -183,7 +183,7 @@ def test_a_bad_picture_costs_its_own_answer_alone(
         answers.check()
     for pid in BAD:
         assert outputs[pid] == "" and predictions[pid] == -1
-    # The others are answered as if the bad ones were not there.
+    # The answers to the others do not depend on the bad ones.
     others = [sample for sample in samples if sample.id not in BAD]
     _, alone = evaluate.score(lavin, problems, others, "QCM-ALE", **how)
     alone.check()
@@ -191,7 +191,7 @@ def test_a_bad_picture_costs_its_own_answer_alone(
 
 
 def test_answers_outlast_what_ends_the_run(test_split, monkeypatch):
-    """Whatever is raised, and wherever."""
+    """Answers given before an interruption are kept, and the others are missing."""
     lavin = checkpoints.load(LLAMA, VIT, max_seq_len=300)
     _, samples = test_split
     prefill = Engine.prefill
@@ -213,7 +213,7 @@ def test_answers_outlast_what_ends_the_run(test_split, monkeypatch):
 
 
 def test_the_engine_has_no_rows_that_nobody_needs(test_split, monkeypatch):
-    """--batch-size 100000 asks for a cache of that many rows, however few samples there are."""
+    """--batch-size 100000 asks for that many rows of cache, even if there are few samples."""
     lavin = checkpoints.load(LLAMA, VIT, max_seq_len=300)
     problems, samples = test_split
     rows = []
@@ -250,7 +250,7 @@ def test_the_routing_is_printed_with_how_far_apart_the_modalities_are(capsys, tm
     assert written == f"written: {tmp_path / 'routing.png'}"
 
 
-# The likeliest of given answers
+# The most likely of the given choices
 
 
 CHOICES = ["Iron.", "yes", "The answer is A.", "yes, of course", "yes"]
@@ -268,7 +268,7 @@ def brute_force(lavin, sample, choice):
 
 @torch.no_grad()
 def score_in_branches(lavin, samples, choices_of):
-    """The scores of all choices of all samples, in order, over one engine."""
+    """The scores of all choices of all samples, in order, from one engine."""
     engine = Engine(lavin, len(samples), 128)
     starts = []
     waiting = []
@@ -286,7 +286,7 @@ def score_in_branches(lavin, samples, choices_of):
 @pytest.mark.parametrize("most_tokens", [3, 1024], ids=["in parts", "at once"])
 def test_scores_in_branches_are_those_of_whole_sequences(
         lavin, samples, monkeypatch, modality, folded, most_tokens):
-    """Rows have choices of their own here, and the two equal choices must get equal scores."""
+    """Each row has its own choices. Two equal choices must get equal scores."""
     monkeypatch.setattr(choices, "MOST_TOKENS", most_tokens)
     samples = [sample for sample in samples if (sample.image is not None) == modality]
     choices_of = [CHOICES, CHOICES[:1]]
@@ -298,9 +298,9 @@ def test_scores_in_branches_are_those_of_whole_sequences(
 
 
 def test_the_likeliest_choice_is_taken(lavin, samples):
-    """Of every sample's own choices, pictures and text in one list, in batches of one and of all.
+    """Each sample has its own choices. One list has pictures and text, in batches of 1 and of all.
 
-    Its score is that of the training loss.
+    The training loss prefers the same choice.
     """
     numbered = [replace(sample, id=str(i)) for i, sample in enumerate(samples)]
     choices_of = {"0": CHOICES, "1": CHOICES[1:], "2": CHOICES[:3], "3": CHOICES}

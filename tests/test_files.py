@@ -1,4 +1,4 @@
-"""Reading damaged files, and writing without leaving half of one."""
+"""Damaged files are read or refused, and no write leaves half a file."""
 
 import math
 import os
@@ -22,7 +22,7 @@ def damage(original, i, generator):
     n_overwritten = generator.choice((0, 1, 30)) if damaged else 0
     for _ in range(n_overwritten):
         reach = len(damaged)
-        if i % 2 == 0:                      # at the end, where a zip file has its directory
+        if i % 2 == 0:                      # near the end, where a zip file has its directory
             reach = min(reach, 4000)
         from_the_end = generator.randrange(reach)
         damaged[-1 - from_the_end] = generator.randrange(256)
@@ -36,7 +36,7 @@ def damage(original, i, generator):
     (files.read_checkpoint, ADAPTER),
 ], ids=["read_adapter", "read_clip", "read_json", "read_checkpoint"])
 def test_damaged_bytes_end_in_one_kind_of_error(tmp_path, read, path):
-    """Cut, overwritten and empty files: each is read, or refused by a LavinError."""
+    """Cut, overwritten and empty files are either read or refused by a LavinError."""
     generator = random.Random(0)
     original = path.read_bytes()
     damaged = tmp_path / "damaged"
@@ -51,7 +51,7 @@ def test_damaged_bytes_end_in_one_kind_of_error(tmp_path, read, path):
     assert n_refused > 50
 
 
-# Files of torch that are none
+# Files that torch did not write
 
 
 def test_compressed_entries_are_refused(tmp_path):
@@ -64,7 +64,7 @@ def test_compressed_entries_are_refused(tmp_path):
 
 
 def test_entries_that_lie_over_each_other_are_refused(tmp_path):
-    """torch.load would read the same bytes again and again, each time into memory of its own."""
+    """torch.load would read the same bytes again and again, each time into new memory."""
     path = tmp_path / "a.pth"
     torch.save({"a": torch.zeros(2**16)}, path)
     list_again(path, "a/data/0", [f"a/data/{i}" for i in range(1, 10)])
@@ -97,7 +97,7 @@ def test_what_is_no_file_is_not_opened(tmp_path):
 
 
 def test_a_file_that_one_may_not_read(tmp_path, monkeypatch):
-    """It is not called truncated. (The tests may run as root, who may read everything.)"""
+    """The error does not call it truncated. (If root runs the tests, it can read everything.)"""
     path = tmp_path / "a.pth"
     path.write_bytes(ADAPTER.read_bytes())
 

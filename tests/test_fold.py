@@ -1,4 +1,4 @@
-"""Folding: LLaMA with merged adapters against LLaMA with adapters, in memory and as files."""
+"""Folding: LLaMA with merged adapters equals LLaMA with adapters, in memory and as files."""
 
 import json
 
@@ -15,14 +15,14 @@ MODEL = ("--llama", LLAMA, "--vit", VIT)
 
 
 def of_modality(samples, modality):
-    """The samples without (0) or with (1) a picture."""
+    """The samples of a modality: without (0) or with (1) a picture."""
     return [sample for sample in samples if (sample.image is not None) == modality]
 
 
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("modality", [0, 1])
 def test_folded_is_unfolded(samples, modality, dtype, allowed):
-    """The logits of a folded LaVIN, against those of the unfolded one and against exact ones."""
+    """The logits of a folded LaVIN are compared with the unfolded one's and with exact ones."""
     lavin = checkpoints.load(LLAMA, VIT, ADAPTER, dtype=dtype)
     batch = lavin.batch(of_modality(samples, modality))
     unfolded_logits = lavin.logits(batch).detach()
@@ -31,7 +31,7 @@ def test_folded_is_unfolded(samples, modality, dtype, allowed):
     assert not any(isinstance(module, Adapter) for module in folded.llama.modules())
     assert relative_error(logits, unfolded_logits) < allowed
 
-    # Rounding the merged matrices costs about as much as rounding the others did.
+    # Rounding the merged matrices costs about as much accuracy as rounding the original ones.
     exact = checkpoints.load(LLAMA, VIT, ADAPTER).logits(batch).detach()
     usual_error = relative_error(unfolded_logits, exact)
     assert relative_error(logits, exact) < 1.2 * usual_error + 1e-5
@@ -60,7 +60,7 @@ def test_what_was_folded_stays_as_it_was_and_shares_what_was_not_changed(samples
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_folded_quantized_is_unfolded_quantized(samples, bits):
-    """In front of quantized matrices, adapters become ConstantAdapters."""
+    """If the matrices are quantized, folding replaces the adapters by ConstantAdapters."""
     lavin = checkpoints.load(LLAMA, VIT, ADAPTER, bits=bits)
     batch = lavin.batch(samples[:1])
     assert difference(fold(lavin, 1).logits(batch), lavin.logits(batch)) < 1e-4
@@ -85,7 +85,7 @@ def test_what_cannot_be_folded(lavin):
 
 
 def test_a_folded_llama_can_be_saved_and_loaded(lavin, samples, call, tmp_path):
-    """Written, loaded, folded once more, quantized: each against the model with adapters."""
+    """It is written, loaded, folded again and quantized. Each time it equals the adapted model."""
     directory = tmp_path / "folded"
     code, stdout, stderr = call(checkpoints, ADAPTER, *MODEL, "--fold", directory)
     assert (code, stderr) == (0, "")
@@ -104,7 +104,7 @@ def test_a_folded_llama_can_be_saved_and_loaded(lavin, samples, call, tmp_path):
 
 
 def test_a_folded_llama_that_nobody_could_use_is_refused(lavin, call, sqa, tmp_path):
-    """For pictures; with adapters once more; over another model; to be trained."""
+    """Folded for pictures, folded a second time, written over another model, or trained."""
     directory = tmp_path / "folded"
     with pytest.raises(ValueError, match="no place for the ViT"):
         checkpoints.save_folded(fold(lavin, 1), directory)

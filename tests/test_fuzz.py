@@ -1,9 +1,9 @@
-"""Thousands of wrong inputs, made from the descriptions of the right ones: each ends cleanly.
+"""Thousands of wrong inputs, made from descriptions of the right ones. Each ends cleanly.
 
-    python tests/test_fuzz.py 20000 7          so many cases, drawn from this seed
+    python tests/test_fuzz.py 20000 7          20000 cases, drawn from seed 7
 
 A case is a wrong flag, a checkpoint with a wrong setting, a file with a wrong tensor, JSON with a
-wrong field, or a hostile name. It ends within five seconds, and either is accepted or gives exit
+wrong field, or a hostile name. It ends within five seconds. It is either accepted, or it gives exit
 code 2 and one line of text that a terminal can show. Nothing is written.
 """
 
@@ -29,7 +29,7 @@ from random import Random
 import pytest
 import torch
 
-from conftest import ADAPTER, GOLDEN, LLAMA, VIT    # before our modules: it says where they are
+from conftest import ADAPTER, GOLDEN, LLAMA, VIT    # first: it puts our modules on sys.path
 
 import checkpoints
 import generate
@@ -39,10 +39,10 @@ from extras import benchmarks, hf, instructions, scienceqa, serve, terminal
 from extras.values import ADAPTER_ARGS, LLAMA_PARAMS, PROGRESS, QUESTION, SETTINGS
 from files import LavinError, tokenizer_path
 
-pytestmark = pytest.mark.filterwarnings("ignore")       # PyTorch's, about the odd tensors made here
+pytestmark = pytest.mark.filterwarnings("ignore")       # PyTorch warns of these odd tensors
 
 DEADLINE = 5            # seconds
-MEMORY = 12 * 2**30     # bytes of address space: more than that, and the machine would be in danger
+MEMORY = 12 * 2**30     # bytes of address space, to protect the machine
 UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -68,7 +68,7 @@ TEXTS = (
 
 
 def junk(rng):
-    """A wrong value, at times within another."""
+    """A wrong value, sometimes nested in another one."""
     value = rng.choice(JUNK)
     if rng.random() < 0.1:
         value = [value, rng.choice(JUNK)]
@@ -158,7 +158,7 @@ SPOILERS = (
 
 
 def spoil(state, rng):
-    """{name: tensor} with one of its tensors made wrong, missing, or under another name."""
+    """A copy of {name: tensor} in which one tensor is wrong, missing, or renamed."""
     state = dict(state)
     name = rng.choice(sorted(state))
     kind = rng.randrange(len(SPOILERS) + 2)
@@ -172,7 +172,7 @@ def spoil(state, rng):
 
 
 def spoil_json(content, rng):
-    """A copy of JSON content with junk in the place of one of its values, or of all."""
+    """A copy of JSON content in which junk replaces one value or everything."""
     if not isinstance(content, dict | list) or not content or rng.random() < 0.15:
         return junk(rng)
     changed = copy.copy(content)
@@ -188,7 +188,7 @@ def spoil_json(content, rng):
 
 
 def write_json(path, content, rng):
-    """Write it; sometimes as text that is not JSON, or hard to read."""
+    """Write it, but sometimes as text that is not JSON or is hard to parse."""
     text = json.dumps(content)
     damage = rng.randrange(20)
     if damage == 0:
@@ -209,7 +209,7 @@ def write_json(path, content, rng):
 
 
 class Place:
-    """A folder with a small data set and hostile names, and the models to write spoiled ones of."""
+    """A folder with a small data set and hostile names, and the models to be spoiled."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -226,7 +226,7 @@ class Place:
         self.checkpoint = torch.load(self.run / "checkpoint.pth", weights_only=False)
 
     def make_names(self):
-        """Names of things that are no plain file, and of things that are not there."""
+        """Names of things that are not plain files, and of things that do not exist."""
         odd = self.folder / "odd"
         odd.mkdir()
         os.mkfifo(odd / "pipe")
@@ -257,7 +257,7 @@ class Place:
 
 
 class Hang(BaseException):
-    """Not caught by anything that catches errors."""
+    """A BaseException, so code that catches errors does not catch it."""
 
 
 def hear_alarm(*_):
@@ -276,7 +276,7 @@ def deadline():
 
 
 def end_of(script, *args):
-    """-> (exit code, stderr) of a script that is run in this process."""
+    """Run a script in this process -> (exit code, stderr)."""
     argv = sys.argv
     sys.argv = [f"{script.__name__}.py", *args]
     stderr = io.StringIO()
@@ -304,7 +304,7 @@ def assert_clean_end(code, stderr):
 
 
 def assert_clean(action, *args):
-    """Reading something gives a value, or a LavinError with a message."""
+    """Check that an action returns, or raises a LavinError with a message."""
     try:
         with deadline(), contextlib.redirect_stdout(io.StringIO()):
             return action(*args)
@@ -316,7 +316,7 @@ def assert_clean(action, *args):
 # The families of cases. Each function runs one case, drawn from a generator.
 
 NOT_RUN = ("resume", "check", "dry_run", "captions", "multi_turn", "skip_bad", "routing",
-           "compile", "checkpointing", "fsdp")             # switches: they take no value
+           "compile", "checkpointing", "fsdp")             # switches take no value
 
 
 def flag_of_train(rng, place):
@@ -344,14 +344,14 @@ def flag_of_generate(rng, place):
         if name in ("by", "batch_size"):
             args += ["--split", "exam"]
     elif name in ("serve", "host"):
-        args += ["--serve", "0", "--image", "x"]        # a contradiction: it is not to listen
+        args += ["--serve", "0", "--image", "x"]        # a contradiction, so that it does not serve
     elif name not in ("data", "prompt"):
         args += ["--prompt", "x"]
     assert_clean_end(*end_of(generate, *args))
 
 
 def setting_of_a_checkpoint(rng, place):
-    """A wrong value for a setting, an argument or the progress, read by both scripts."""
+    """A checkpoint with a wrong setting, argument or progress, read by both scripts."""
     checkpoint = dict(place.checkpoint)
     part = rng.choice(["config", "config", "args", "progress", "whole"])
     if part == "config":
@@ -448,7 +448,7 @@ def json_of_sqa(name):
         return json.loads(Path(folder, "sqa", name).read_text())
 
 
-# Hugging Face's name for each of Meta's tensors that is not a layer's.
+# {Meta's name: Hugging Face's}, without the number of the layer.
 HF_NAMES = {name: hf_name for hf_name, name in hf.LLAMA_NAMES.items()}
 
 
@@ -558,7 +558,7 @@ def name_for_train(rng, place):
     else:
         args += [rng.choice(["--dry-run", "--check"])]
     code, stderr = end_of(train, *args)
-    if code == 1 and "--check" in args:         # it has found bad rows, and said so
+    if code == 1 and "--check" in args:         # --check found bad rows and said so
         code = 0
     assert_clean_end(code, stderr)
 
@@ -597,7 +597,7 @@ FAMILIES = {
     question_of_a_page: 300,
     name_for_train: 100,
     name_for_generate: 100,
-}                                                           # and how many cases are tested
+}                                                           # {family: number of cases in the test}
 
 
 @contextlib.contextmanager
@@ -631,7 +631,7 @@ def test_every_wrong_input_ends_cleanly(family, place, monkeypatch):
 
 
 def main() -> None:
-    """As many cases as asked for, of all families in turn; print what fails and how often."""
+    """Run as many cases as asked for, from each family in turn. Print what fails, and how often."""
     n, seed = sys.argv[1:3]
     failed = Counter()
     ended = Counter()

@@ -1,4 +1,4 @@
-"""Answers and scores from the command line, with what a training run left behind."""
+"""Answers and scores from the command line, with the output of a training run."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_what_training_knew_need_not_be_said_again(call, sqa, tmp_path, monkeypa
     code, _, _ = call(train, *flags(
         sqa, tmp_path / "out", "--format", "CQM-A", "--max-steps", 2, "--captions"))
     assert code == 0
-    monkeypatch.chdir(tmp_path)             # out/checkpoint.pth is what --adapter is by default
+    monkeypatch.chdir(tmp_path)             # the default of --adapter is out/checkpoint.pth
     code, stdout, stderr = call(
         generate, "--data", "sqa", "--split", "test", "--predictions", "p.json",
         "--max-new-tokens", 8)
@@ -96,7 +96,7 @@ def test_prompts_that_do_not_fit_count_as_wrong(call, sqa):
 
 
 def test_letters_are_what_greedy_generation_says_where_the_answer_comes_first(call, tmp_path):
-    """On the small world's LLaMA, which answers in words alone without an adapter."""
+    """The model is the small world's LLaMA, which answers text questions without an adapter."""
     root = tmp_path / "world"
     world.write_world(root, sizes=(1, 1, 60))
 
@@ -127,12 +127,12 @@ def test_letters_need_a_data_set_with_choices(call):
     assert call(generate, "--data", "sqa", "--temperature", 1, *letters)[0] == 2
 
 
-# Rows of one's own
+# Rows of your own
 
 
 @pytest.fixture
 def ask_rows(call, tmp_path, samples):
-    """ask_rows("--flag", value, …): of three rows, two have an answer and one a picture."""
+    """ask_rows("--flag", value, …): ask three rows. Two have an answer, one has a picture."""
     path = tmp_path / "mine.jsonl"
     (tmp_path / "a.png").write_bytes(samples[0].image.read_bytes())
     path.write_text("""
@@ -191,12 +191,12 @@ def test_flags_that_rows_do_not_go_with_are_one_line(ask_rows, fails, sqa, tmp_p
     fails(generate, "--data", "jsonl:no.jsonl", *MODEL, says=["no.jsonl: no such file"])
 
 
-# Answers that are kept
+# Answers that are saved
 
 
 @pytest.fixture
 def ask_sqa(call, sqa, tmp_path):
-    """ask_sqa("--flag", value, …): answer the test split with --predictions tmp_path/p.json."""
+    """ask_sqa("--flag", value, …): answer the test split, with --predictions tmp_path/p.json."""
     def ask_sqa(*flags):
         return call(generate, "--data", "sqa", "--data-root", sqa, *MODEL, "--max-seq-len", 256,
                     "--predictions", tmp_path / "p.json", *flags)
@@ -267,7 +267,7 @@ def test_a_run_without_answers_leaves_older_ones_alone(ask_sqa, tmp_path, monkey
     assert (tmp_path / "p.json").read_text() == "older"
 
 
-# From the shell
+# As a process of its own
 
 
 def start(*args, **more):
@@ -276,7 +276,7 @@ def start(*args, **more):
 
 
 def test_a_reader_who_has_read_enough_is_one_line():
-    """generate.py … | head -1"""
+    """It is like generate.py … | head -1."""
     reading, writing = os.pipe()
     process = start("--prompt", "Name a metal.", *MODEL, stdout=writing)
     os.close(writing)

@@ -1,4 +1,4 @@
-"""GGUF files: the same model and the same tokens as from the layouts that they were made from.
+"""A GGUF file gives the same model and the same tokens as the layout that it was made from.
 
 They need the package gguf, and tokenizers for vocabularies of byte pairs. A real file is read in
 test_smollm2.py.
@@ -31,7 +31,7 @@ def library():
 
 
 def golden_tensors():
-    """{llama.cpp's name: array} of LLAMA."""
+    """LLAMA's tensors, as {llama.cpp's name: array}."""
     tensors = {}
     for name, tensor in torch.load(LLAMA / "consolidated.00.pth", weights_only=True).items():
         if name != "rope.freqs":
@@ -40,7 +40,7 @@ def golden_tensors():
 
 
 def sentencepiece_fields():
-    """The vocabulary of LLAMA's tokenizer."""
+    """The fields with the vocabulary of LLAMA's tokenizer."""
     tokenizer = checkpoints.load_tokenizer(LLAMA)
     tokens = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size())]
     types = []
@@ -55,7 +55,7 @@ def sentencepiece_fields():
 
 
 def sizes(architecture="llama"):
-    """The sizes of LLAMA."""
+    """The fields with LLAMA's sizes."""
     values = {
         "embedding_length": 64, "block_count": 4, "feed_forward_length": 192,
         "attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-6,
@@ -64,7 +64,7 @@ def sizes(architecture="llama"):
 
 
 def write(library, path, tensors, fields):
-    """A GGUF file of fields {name: value} and tensors {name: array or (array, type)} -> path."""
+    """Write a GGUF file of fields {name: value}, tensors {name: array or (array, type)} -> path."""
     fields = dict(fields)
     writer = library.GGUFWriter(path, fields.pop("general.architecture", "llama"))
     for name, value in fields.items():
@@ -92,7 +92,7 @@ def write(library, path, tensors, fields):
 def golden(library, tmp_path):
     """golden(tensors={…}, fields={…}): LLAMA as a GGUF file with these changes -> its path.
 
-    A tensor or field that is None is left out.
+    A tensor or field whose value is None is left out.
     """
     def golden(tensors={}, fields={}):
         kept = {}
@@ -177,7 +177,7 @@ def meta_names():
 
 
 def test_scaled_rope(golden):
-    """The file holds by how much each pair is slowed down, and not the settings."""
+    """The file does not hold the settings, but the factor that divides each frequency."""
     shape = {"dim": 64, "n_heads": 4, "rope_theta": 10000.0}
     plain = rope_frequencies(LLaMAConfig(**shape))
     scales = plain / rope_frequencies(LLaMAConfig(**shape, rope_factor=8.0))
@@ -194,9 +194,9 @@ def test_scaled_rope(golden):
 
 @pytest.fixture
 def byte_pairs(library, tmp_path):
-    """byte_pairs(name of the cut) -> the tokenizer of a file with that cut.
+    """byte_pairs(name of the pre-tokenizer) -> the tokenizer of a file that names it.
 
-    Its pairs make words of digits, letters and spaces as long as the cut allows.
+    Its pairs merge digits, letters and spaces into words as far as the pre-tokenizer allows.
     """
     tokenizers = pytest.importorskip("tokenizers", reason="needs pip install tokenizers")
 
@@ -233,7 +233,7 @@ def test_how_a_text_is_cut(byte_pairs, cut, digits):
     assert tokenizer.bos_id() == tokenizer.eos_id() == 0
     for text in AWKWARD:
         expected = text
-        if cut == "qwen2":                      # it composes accents
+        if cut == "qwen2":                      # Qwen2 composes accents
             expected = text.replace("e\u0301", "\u00e9")
         assert tokenizer.decode(tokenizer.encode(text)) == expected
     assert 0 not in tokenizer.encode("<|endoftext|>")
@@ -287,7 +287,7 @@ def test_damaged_files(golden, fails):
 
 
 def test_damaged_bytes_end_in_one_line(golden):
-    """Or in a model: not every byte is missed. Nothing else is raised, and nothing takes long."""
+    """Damage that is not noticed gives a model. There is no other error, and nothing takes long."""
     path = golden()
     content = path.read_bytes()
     rng = Random(0)

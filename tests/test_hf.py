@@ -1,7 +1,7 @@
-"""Hugging Face's folders: our loader and model compute from them what transformers computes.
+"""Hugging Face's folders: with our loader, our model computes the same as transformers.
 
-Parity needs transformers and safetensors (pip install transformers safetensors), as nothing else
-does. What is refused is tested without them.
+These comparisons need transformers and safetensors (pip install transformers safetensors). Nothing
+else does: the tests of what is refused run without them.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ from vit import VisionTransformer
 
 @pytest.fixture(scope="session")
 def transformers():
-    return pytest.importorskip("transformers", reason="parity with Hugging Face needs "
+    return pytest.importorskip("transformers", reason="the comparison with Hugging Face needs "
                                "pip install transformers safetensors")
 
 
 def save_random_model(transformers, folder, kind="Llama", **changes):
-    """A tiny random LLaMA or Qwen2 with grouped queries, as in TinyLlama -> the model."""
+    """Save a tiny random LLaMA or Qwen2 with grouped queries, as in TinyLlama -> the model."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3,
@@ -45,7 +45,7 @@ def save_random_model(transformers, folder, kind="Llama", **changes):
     config = getattr(transformers, f"{kind}Config")(**sizes | changes)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     for name, p in model.named_parameters():
-        if name.endswith("bias"):                       # they begin at zero
+        if name.endswith("bias"):                       # they are initialized to zero
             torch.nn.init.normal_(p)
     model.save_pretrained(folder)
     shutil.copy(tokenizer_path(LLAMA), folder)
@@ -70,7 +70,7 @@ CONFIG = {
 
 
 def to_hf(name, tensor):
-    """(name, tensor) of Meta's layout with heads 16 wide -> those of Hugging Face's."""
+    """(name, tensor) in Meta's layout, with heads 16 wide -> the same in Hugging Face's layout."""
     if name.endswith(("wq.weight", "wk.weight")):
         heads = tensor.unflatten(0, (-1, 8, 2))                     # (H, D/2, 2, C)
         tensor = heads.transpose(1, 2).flatten(0, 2)
@@ -82,7 +82,7 @@ def to_hf(name, tensor):
 
 
 def write_golden_folder(folder):
-    """LLAMA in Hugging Face's layout, in a .bin and without a tokenizer -> its tensors."""
+    """Write LLAMA in Hugging Face's layout, as a .bin without a tokenizer -> its tensors."""
     folder.mkdir()
     tensors = {}
     for name, tensor in torch.load(LLAMA / "consolidated.00.pth", weights_only=True).items():
@@ -116,7 +116,7 @@ def test_both_layouts_are_the_same_model(golden_folder):
 
 
 def test_a_delta_needs_no_config(golden_folder):
-    """The base doubled: only tensors of Hugging Face's layout are taken from a delta."""
+    """Only tensors are read from a delta. Here the delta equals the base, so the sum is doubled."""
     folder, _ = golden_folder
     (folder / "config.json").unlink()
     doubled = checkpoints.load(LLAMA, VIT, delta=folder).llama
@@ -165,7 +165,7 @@ def test_other_architectures_give_the_same_logits(transformers, tmp_path, kind, 
 
 
 def test_rope_is_scaled_as_in_older_and_in_newer_files(transformers, tmp_path):
-    """Against transformers' own frequencies. Some are kept, some slower, some in between."""
+    """The frequencies equal transformers'. Some are kept, some divided, some are in between."""
     model = save_random_model(transformers, tmp_path, rope_parameters=SCALED)
     theirs = model.model.rotary_emb.inv_freq
     config = checkpoints.read_params(tmp_path, 512)
@@ -180,7 +180,7 @@ def test_rope_is_scaled_as_in_older_and_in_newer_files(transformers, tmp_path):
 
 
 def save_in_metas_layout(llama, folder, tokenizer):
-    """The frozen weights of the LLaMA of llama_folder as one shard."""
+    """Write the frozen weights of llama_folder's LLaMA as one shard."""
     folder.mkdir()
     state = {name: p.clone() for name, p in frozen_parameters(llama).items()}
     torch.save(state, folder / "consolidated.00.pth")
@@ -192,7 +192,7 @@ def save_in_metas_layout(llama, folder, tokenizer):
 
 @torch.no_grad()
 def test_a_delta_is_added_in_the_right_order_of_rows(llama_folder, tmp_path, transformers):
-    """The base is in Meta's layout and the delta in Hugging Face's, as Vicuna's are given out."""
+    """The base is in Meta's layout and the delta in Hugging Face's, as for Vicuna's deltas."""
     folder, base = llama_folder
     meta_folder = tmp_path / "meta"
     llama = checkpoints.load(folder, VIT).llama
@@ -225,11 +225,11 @@ def test_an_unpermuted_delta_is_added_as_it_stands(golden_folder):
 
 
 def test_a_checkpoint_remembers_that_its_delta_was_unpermuted(call, golden_folder, sqa, tmp_path):
-    """So that generate.py and --fold build the base that the adapters were trained on."""
+    """So generate.py and --fold build the same base on which the adapters were trained."""
     folder, _ = golden_folder
     out = tmp_path / "out"
     run = flags(sqa, out, "--delta", folder, "--delta-unpermuted", "--max-steps", 1)
-    assert call(train, *run)[0] == 0                # the first step of a warm-up changes nothing
+    assert call(train, *run)[0] == 0                # the first step of a warm-up changes no weight
     checkpoint = out / "checkpoint.pth"
     expected = checkpoints.load(LLAMA, VIT, delta=folder, delta_unpermuted=True)
     name = "layers.0.attention.wq.weight"
@@ -282,7 +282,7 @@ def test_clip_gives_the_same_hidden_states(
         p.copy_(state[name])
     pixels = torch.randn(2, 3, resolution, resolution)
     hf_vit = getattr(hf_clip, "vision_model", hf_clip)
-    hidden = hf_vit(pixels, output_hidden_states=True).hidden_states    # [0]: before any block
+    hidden = hf_vit(pixels, output_hidden_states=True).hidden_states    # [0] is before any block
     class_tokens = [hidden[i][:, 0] for i in range(4, layers + 1, 4)]
     assert difference(vit(pixels), torch.stack(class_tokens, dim=1)) < 1e-5
 
@@ -302,7 +302,7 @@ def tied_folder(golden_folder):
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_a_tied_output_is_one_tensor(tied_folder, samples, bits):
-    """In the model, quantized or not, and in a folded copy; in a file it is there once or twice."""
+    """This holds for a quantized and a folded model, and if the file has the tensor twice."""
     folder, tensors = tied_folder
     lavin = checkpoints.load(folder, VIT, ADAPTER, bits=bits)
     embeddings = lavin.llama.tok_embeddings.weight
@@ -338,7 +338,7 @@ def test_a_tied_llama_is_folded_into_a_file_and_trained_on(tied_folder, samples,
 
 
 def qwen_tensors():
-    """Biases in q, k and v for LLAMA -> ({Hugging Face's name: tensor}, {Meta's name: tensor})."""
+    """LLAMA's new biases in q, k, v -> ({Hugging Face's name: tensor}, {Meta's name: tensor})."""
     theirs = {}
     biases = {}
     generator = torch.Generator().manual_seed(0)
@@ -354,7 +354,7 @@ def qwen_tensors():
 
 @pytest.fixture
 def qwen_folder(golden_folder):
-    """golden_folder with biases in q, k and v -> (its folder, the biases by Meta's names)."""
+    """golden_folder with biases in q, k and v -> (its folder, {Meta's name: bias})."""
     folder, tensors = golden_folder
     theirs, biases = qwen_tensors()
     tensors |= theirs
@@ -445,7 +445,7 @@ def test_what_is_not_supported_is_named(golden_folder, changes, reason):
 @pytest.mark.filterwarnings("ignore")           # quantized and nested tensors are deprecated
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_tensor(golden_folder, fault):
-    """In a model and in a delta."""
+    """It is refused in a model and in a delta."""
     change, said = FAULTS[fault]
     folder, tensors = golden_folder
     for name in ("model.layers.2.self_attn.k_proj.weight", "model.norm.weight"):
@@ -470,7 +470,7 @@ def test_a_wrong_tensor_in_safetensors(golden_folder, fault):
 
 
 def clip_folder(folder, change, part):
-    """VIT in Hugging Face's layout, a matrix changed: the one of q_proj, k_proj or fc1."""
+    """VIT in Hugging Face's layout. One matrix is changed: that of q_proj, k_proj or fc1."""
     tensors = {}
     for name, tensor in checkpoints.read_clip_state(VIT).items():
         name = name.removeprefix("visual.")
@@ -511,7 +511,7 @@ def test_a_wrong_tensor_of_clip(tmp_path, fault):
 def test_a_sum_that_is_too_large_for_the_dtype(golden_folder):
     folder, tensors = golden_folder
     name = "model.layers.2.self_attn.k_proj.weight"
-    tensors[name] = torch.full_like(tensors[name], 65_500)          # of fp16, up to 65,504
+    tensors[name] = torch.full_like(tensors[name], 65_500)          # fp16 goes up to 65,504
     torch.save(tensors, folder / "pytorch_model.bin")
     checkpoints.load(LLAMA, VIT, delta=folder)
     tensors[name] = tensors[name].float() + 1000
@@ -521,7 +521,7 @@ def test_a_sum_that_is_too_large_for_the_dtype(golden_folder):
 
 
 @pytest.mark.parametrize("name", [
-    "layers.0.attention.wq.weight",         # Meta's: its rows would be permuted a second time
+    "layers.0.attention.wq.weight",         # Meta's name: rows would be permuted again
     "tok_embeddings.weight", "model.layers.0.attention.wq.weight", "model.layers.0.self_attn",
     "layers.x.self_attn.q_proj.weight", "weight"])
 def test_an_unknown_name_is_refused(fails, golden_folder, name):

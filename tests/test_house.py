@@ -1,7 +1,7 @@
-"""The house: which file stands on which floor, and that imports only ever point to a lower one.
+"""Every file stands on a floor, and imports only files on lower floors.
 
-So a file can be understood from the files below it, and there is no circle. model.py, for one,
-needs nothing of fast/ but the operations of fast/ops.py, and nothing of extras/.
+So a file can be understood from the files below it, and no imports form a circle. For example,
+model.py needs only the operations of fast/ops.py from fast/, and nothing from extras/.
 """
 
 import ast
@@ -35,11 +35,11 @@ LONGEST_LINE = 100          # characters
 LONGEST_FUNCTION = 45       # lines
 
 
-# What the checks are made of. A file goes by its path without ".py": "fast/ops".
+# Parts of the checks. A file is named by its path without ".py": "fast/ops".
 
 
 def read_sources():
-    """{file: its source} of every .py file, but for folders that are not part of the repository."""
+    """{file: its source} for every .py file that is part of the repository."""
     sources = {}
     for path in sorted(ROOT.rglob("*.py")):
         file = path.relative_to(ROOT).with_suffix("").as_posix()
@@ -49,7 +49,7 @@ def read_sources():
 
 
 def is_ignored(file):
-    """Is it in one of the folders that .gitignore lists?"""
+    """Is the file in one of the folders that .gitignore lists?"""
     folder, _, rest = file.partition("/")
     if not rest:
         return False
@@ -65,7 +65,7 @@ def is_package(file):
 
 
 def housed(sources):
-    """The sources that need a floor: all but tests and the packages' __init__.py."""
+    """The sources that need a floor: all except the tests and the packages' __init__.py."""
     kept = {}
     for file, source in sources.items():
         if not is_test(file) and not is_package(file):
@@ -74,7 +74,7 @@ def housed(sources):
 
 
 def imports_of(source, files):
-    """Which of `files` a source imports, inside functions too."""
+    """The members of `files` that a source imports, including imports within functions."""
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -98,7 +98,7 @@ def floor_of(file):
 
 
 def find_faults(imports):
-    """{file: the files that it imports} -> what is wrong with it, a line each."""
+    """{file: the files that it imports} -> one line for each fault."""
     faults = []
     for file, imported in imports.items():
         floor = floor_of(file)
@@ -114,10 +114,10 @@ def find_faults(imports):
 
 
 def find_circle(imports):
-    """{file: the files that it imports} -> the files of a circle, the first one twice, or []."""
+    """{file: the files that it imports} -> a circle of files, which ends with its first, or []."""
     remaining = dict(imports)
     while True:
-        free = []           # what imports nothing that remains is part of no circle
+        free = []           # a file that imports no remaining file is in no circle
         for file, imported in remaining.items():
             if not imported & remaining.keys():
                 free.append(file)
@@ -217,7 +217,7 @@ for name, module in sorted(sys.modules.items()):
 
 
 def test_a_reader_of_the_model_needs_six_other_files():
-    """What `import model` loads of ours in a fresh process, the package fast counted."""
+    """These are our modules that `import model` loads in a fresh process, besides package fast."""
     result = subprocess.run([sys.executable, "-c", LOADED], cwd=ROOT, capture_output=True,
                             text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Instruction data: every kind of file, mixtures, conversations, and rows that are wrong."""
+"""Instruction data: every kind of file, mixtures, conversations, and faulty rows."""
 
 import json
 import os
@@ -47,7 +47,7 @@ MINE = [
 
 @pytest.fixture
 def folder(tmp_path):
-    """One file of each kind, and three pictures."""
+    """A folder with one file of each kind and three pictures."""
     for name in ("a.png", "COCO_train2014_b.jpg", "train/7/image.png"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def call_train(tmp_path, call):
-    """call_train("--flag", value, …): two epochs of the golden model, into tmp_path/out."""
+    """call_train("--flag", value, …): train the golden model for two epochs, into tmp_path/out."""
     def call_train(*flags, out=tmp_path / "out"):
         model = ("--llama", LLAMA, "--vit", VIT)
         run = ("--out", out, "--batch-size", 4, "--workers", 0, "--epochs", 2, "--dropout", 0)
@@ -85,7 +85,7 @@ def call_train(tmp_path, call):
 ], ids=["empty input", "input", "double space", "three spaces", "spaces at the seams",
         "newline", "whole prompt", "whole prompt as it is"])
 def test_the_prompt_is_the_references_to_the_letter(instruction, more, expected):
-    """As the authors make it of an Alpaca row, which has no picture."""
+    """The authors' code makes this prompt from an Alpaca row, which has no picture."""
     assert instruction_prompt(instruction, more) == expected
 
 
@@ -95,7 +95,7 @@ def test_the_prompt_is_the_references_to_the_letter(instruction, more, expected)
     ("Add.", "2 and 3", "Instruction: Add. 2 and 3\nResponse:"),
 ], ids=["question", "double space", "input"])
 def test_with_a_picture_no_space_is_left(instruction, more, expected):
-    """As the authors make it of LLaVA's conversations, which all have a picture."""
+    """The authors' code makes this prompt from LLaVA's conversations, which all have a picture."""
     assert instruction_prompt(instruction, more, has_picture=True) == expected
 
 
@@ -103,7 +103,7 @@ def test_with_a_picture_no_space_is_left(instruction, more, expected):
 
 
 def read_rows(folder, kind, name):
-    """(prompt, answer, picture) of every sample, the picture relative to the folder."""
+    """(prompt, answer, picture) of every sample. The picture's path is relative to the folder."""
     samples, bad_rows = read_instructions(f"{kind}:{folder / name}")
     assert not bad_rows
     rows = []
@@ -136,9 +136,9 @@ def test_every_kind_of_file(folder):
 
 
 def test_loss_of_a_conversation_is_that_of_its_turns_with_their_history(folder, lavin):
-    """One sequence with loss on every answer, against a sequence for each answer.
+    """One sequence with loss on every answer equals the sum over one sequence per answer.
 
-    In the latter, the answers before it carry no loss.
+    In the latter, earlier answers carry no loss.
     """
     samples, _ = read_instructions(f"llava:{folder / 'llava.json'}", multi_turn=True)
     (sample,) = samples
@@ -185,13 +185,13 @@ def test_a_mixture_has_its_weights_shares_and_is_drawn_from_seed_and_epoch_alone
     seen = set()
     for n in range(12):
         seen.update(i for i in epoch(n) if i < 60)
-    assert len(seen) > 55                       # what one epoch leaves out comes in a later one
+    assert len(seen) > 55                       # later epochs use what one epoch leaves out
 
 
 def test_training_on_a_mixture_writes_held_out_losses_and_resumes(
         folder, sqa, tmp_path, call, call_train):
     mine = f"jsonl:{folder / 'mine.jsonl'}"
-    alpaca = f"alpaca:{folder / 'alpaca.json'}"         # of its 2 samples, none is held out
+    alpaca = f"alpaca:{folder / 'alpaca.json'}"         # none of its 2 samples is held out
     mixed = ["--data", "sqa", mine, alpaca, "--weights", 2, 1, 1, "--data-root", sqa,
              "--val-fraction", 0.25, "--eval-limit", 2]
     whole_run = tmp_path / "whole"
@@ -218,7 +218,7 @@ def test_training_on_a_mixture_writes_held_out_losses_and_resumes(
 
 
 def test_instructions_alone_train_by_their_own_schedule(folder, tmp_path, call):
-    """No ScienceQA is asked for, nor scored."""
+    """ScienceQA is neither required nor scored."""
     out = tmp_path / "out"
     code, stdout, stderr = call(
         train, "--data", f"llava:{folder / 'llava.json'}", "--multi-turn", "--out", out,
@@ -229,7 +229,7 @@ def test_instructions_alone_train_by_their_own_schedule(folder, tmp_path, call):
     assert config["warmup"] == 0.2 and config["multi_turn"]
 
 
-# Scores of one's own rows
+# Scores of your own rows
 
 
 KINDS_OF_ROWS = [
@@ -283,7 +283,7 @@ def test_rows_are_counted_in_all_and_by_a_field(write_rows):
 
 
 def test_every_kind_of_file_can_be_scored(folder):
-    """Of a conversation, the first question is asked."""
+    """In a conversation, the first question is asked."""
     for source, answers in (
             (f"alpaca:{folder / 'alpaca.json'}", ["5", "Iron."]),
             (f"llava:{folder / 'llava.json'}", ["A star."]),
@@ -327,7 +327,7 @@ def test_the_question_of_a_sample_to_train_on_is_its_last_turn(folder, lavin):
 
 
 def test_held_out_rows_are_answered_rightly_or_not(lavin, samples, monkeypatch):
-    """Of ScienceQA's, the letter counts alone. --eval-limit says how many rows are asked."""
+    """For ScienceQA, only the letter counts. --eval-limit is the number of rows that are asked."""
     said = ["red", "The answer is B", "perhaps"]
 
     def say(lavin, prompts, n_rows, max_new_tokens, done):
@@ -349,7 +349,7 @@ def test_held_out_rows_are_answered_rightly_or_not(lavin, samples, monkeypatch):
 
 
 def fake_easy_vqa(picture):
-    """What examples/easy_vqa.py needs of the package."""
+    """Replaces the package easy_vqa, as far as examples/easy_vqa.py needs it."""
     questions = (["what color is the shape?", "is it a circle?", "what shape is it?"],
                  ["red", "yes", "circle"], [4, 4, 4])
     return SimpleNamespace(
@@ -373,7 +373,7 @@ def test_without_the_package_one_line_says_what_to_install(fails, tmp_path, monk
     fails(easy_vqa, tmp_path / "easy", says=["pip install easy-vqa"])
 
 
-# What is wrong
+# Faulty data
 
 
 BAD = [
@@ -422,7 +422,7 @@ def test_bad_rows_are_named_refused_or_skipped(folder, call_train, line, reason)
 
 
 def test_a_link_to_a_picture_elsewhere_is_followed(folder, tmp_path_factory):
-    """Whoever made the folder made the link, where a name in a row may be anybody's."""
+    """The link was made by the folder's owner. A name in a row may come from anybody."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (folder / "a.png").rename(elsewhere / "a.png")
     (folder / "a.png").symlink_to(elsewhere / "a.png")
@@ -480,7 +480,7 @@ def test_bad_sources_are_one_line(folder, call_train):
 
 
 def damage_bytes(content, rng):
-    """A few bytes, or some more, changed at random."""
+    """The content with 1, 3 or 20 bytes changed at random."""
     content = bytearray(content)
     for _ in range(rng.choice((1, 3, 20))):
         content[rng.randrange(len(content))] = rng.randrange(256)
@@ -504,7 +504,7 @@ def damage_values(value, rng):
 
 
 def test_damaged_files_end_in_clean_errors_only(folder):
-    """Thousands of damaged rows and files: each is read, or a BadRow, or a LavinError."""
+    """Of thousands of damaged rows and files, each is read, or gives a BadRow or a LavinError."""
     rng = random.Random(0)
     names = {"alpaca": "alpaca.json", "llava": "llava.json", "all_data": "all_data.json",
              "jsonl": "mine.jsonl"}
@@ -564,7 +564,7 @@ def test_check_looks_at_scienceqa_too(sqa, call_train):
 def test_what_carries_loss_is_shown_between_marks(folder, lavin):
     samples, _ = read_instructions(f"llava:{folder / 'llava.json'}", multi_turn=True)
     shown = instructions.show(samples[0], lavin.encode(samples[0]), lavin.tokenizer)
-    assert shown.count("[picture]") == 1            # for both features
+    assert shown.count("[picture]") == 1            # one mark for both features
     assert shown.count("»") == shown.count("«") == 2
     assert "»A star.</s>«" in shown and "»Red, I think.</s>«" in shown
 

@@ -1,4 +1,4 @@
-"""The model: its sizes, and that it equals itself by every other way of computing it."""
+"""The model: its sizes, and that different ways to compute it give the same result."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from vit import ViTConfig
 
 
 def test_norms_are_computed_in_fp32_whatever_the_products_are():
-    """Autocast computes some sums in bf16, those of linalg.vecdot for one. A norm's must not be."""
+    """Autocast computes some sums in bf16, such as linalg.vecdot's. A norm's sum stays in fp32."""
     norm = RMSNorm(128, 1e-5)
     norm.weight.data.fill_(1.0)
     x = torch.randn(7, 128) * 3
@@ -30,7 +30,7 @@ def test_norms_are_computed_in_fp32_whatever_the_products_are():
 # Sizes
 
 
-# 40 LLaMA adapters, those of the ViT, projector, modality embedding
+# 40 adapters of LLaMA, all adapters of the ViT, the projector, the modality embedding
 TRAINED_13B = (
     40 * ((5120 * 8 + 8) + 2 * (5120 * 4 + 5120) + (5120 * 2 + 2))
     + 491_760
@@ -60,7 +60,7 @@ PARAMS_70B = {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "mult
     (PARAMS_70B, 28672, 8),
 ], ids=["7B", "13B", "LLaMA-2 70B"])
 def test_params_json(tmp_path, params, hidden, kv):
-    """Meta's files -> the sizes that their checkpoints have."""
+    """From Meta's params.json we compute the sizes that the checkpoints have."""
     (tmp_path / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
     config = checkpoints.read_params(tmp_path, 32000)
     assert config.hidden_dim == hidden
@@ -84,7 +84,7 @@ def random_llama(config, seed=0):
 
 
 def test_grouped_query_attention_is_attention_with_repeated_keys():
-    """2 key heads for 4 query heads, against 4 key heads of which two and two are equal."""
+    """2 key heads for 4 query heads give the same as 4 key heads that are equal in pairs."""
     grouped = random_llama(SMALL)
     full = random_llama(dataclasses.replace(SMALL, n_kv_heads=4))
     state = grouped.state_dict()
@@ -112,7 +112,7 @@ def test_rope_theta_is_honoured_and_only_differences_of_positions_matter():
 
 
 def test_samples_in_a_row_are_samples_alone():
-    """attend with lengths, against one call for each sample."""
+    """attend with lengths gives the same as one call for each sample."""
     torch.manual_seed(0)
     q = torch.randn(1, 4, 9, 16)
     k = torch.randn(1, 2, 9, 16)
@@ -130,7 +130,7 @@ def test_samples_in_a_row_are_samples_alone():
 
 
 def masked_attention(attention, y, rope, mask):
-    """Attention written out: softmax(q k / sqrt(D)) v, where the mask is False not at all."""
+    """Attention, written out: softmax(q k / sqrt(D)) v, with weight 0 where the mask is False."""
     q = attention.wq(y).unflatten(-1, (-1, attention.head_dim))     # (B, T, H, D)
     k = attention.wk(y).unflatten(-1, (-1, attention.head_dim))
     v = attention.wv(y).unflatten(-1, (-1, attention.head_dim))
@@ -143,10 +143,10 @@ def masked_attention(attention, y, rope, mask):
 
 
 def test_the_modality_token_may_be_left_out_of_the_sequence(lavin, samples):
-    """The paper's way against ours.
+    """The paper's way gives the same logits as ours.
 
-    There the token stands in front of the sequence, a mask hides it, and every layer reads the
-    experts' weights off it.
+    In the paper, the token stands in front of the sequence, and a mask hides it. Every layer
+    computes the experts' weights from it.
     """
     batch = lavin.batch(samples[:1])
     token = lavin.modality_embedding[batch.modality[:1]]            # (1, C)
@@ -202,7 +202,7 @@ def test_logits_are_computed_only_where_there_is_a_label(lavin, samples, monkeyp
 
 
 def test_the_loss_is_the_mean_over_the_labels_of_the_logits(lavin, samples):
-    """forward, which computes no logits, against logits and F.cross_entropy."""
+    """The loss of forward equals the loss computed from all logits."""
     batch = lavin.batch(samples)
     logits = lavin.logits(batch)
     log_p = []
@@ -217,7 +217,7 @@ def test_the_loss_is_the_mean_over_the_labels_of_the_logits(lavin, samples):
 
 
 def test_fresh_adapters_are_the_identity():
-    """What is random in them does not change a loss: routers, down-projections, modality tokens."""
+    """Their random weights do not change a loss: routers, down-projections, modality tokens."""
     losses = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -229,7 +229,7 @@ def test_fresh_adapters_are_the_identity():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(samples, expected, dtype):
-    """Frozen weights in half precision, trained ones in fp32; the loss is within 2 % of fp32's."""
+    """Frozen weights have this dtype and trained ones fp32. The loss is within 2 % of fp32's."""
     lavin = checkpoints.load(LLAMA, VIT, ADAPTER, dtype=dtype)
     for name, p in lavin.named_parameters():
         expected_dtype = torch.float32 if p.requires_grad else dtype
@@ -244,7 +244,7 @@ def test_half_precision(samples, expected, dtype):
 
 
 def test_checkpointing_changes_nothing(lavin, samples):
-    """Gradients with recomputed activations against those with kept ones, to the last bit."""
+    """Gradients are equal to the bit, with recomputed and with stored activations."""
     batch = lavin.batch(samples)
     lavin(batch).backward()
     plain = {}
@@ -267,7 +267,7 @@ def test_pick_takes_the_likeliest_at_temperature_0():
 
 
 def test_pick_draws_from_the_nucleus_in_proportion():
-    """Probabilities 0.5, 0.3, 0.15, 0.05: top_p 0.7 leaves the first two, five to three."""
+    """Of the probabilities 0.5, 0.3, 0.15 and 0.05, top_p 0.7 keeps the first two, as 5 to 3."""
     torch.manual_seed(0)
     p = torch.tensor([0.05, 0.5, 0.15, 0.3])
     logits = p.log().expand(4000, 4)

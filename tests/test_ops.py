@@ -1,4 +1,4 @@
-"""fast/ops.py: every function against the few plain lines that it equals."""
+"""fast/ops.py: every function gives the same as a few plain lines."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from conftest import ROOT, difference, relative_error
 from fast.ops import cross_entropy, is_one_token, mix_experts, one_token_product, rotate
 from model import LLaMAConfig, rope_angles, rope_frequencies
 
-BF16_ERROR = 2**-8      # of a number that is rounded to bf16, relative
+BF16_ERROR = 2**-8      # the relative error of rounding to bf16
 
 
 # rotate
@@ -32,7 +32,7 @@ def plain_rotate(x, cos, sin):
 
 
 def compile_recording(function):
-    """-> (the compiled function, a list that receives the source of every graph)."""
+    """Compile a function -> (the compiled function, a list that gets the source of every graph)."""
     sources = []
 
     def backend(graph_module, inputs):
@@ -49,7 +49,7 @@ def compile_recording(function):
 ], ids=["one row of positions", "one for each sample"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_rotate(positions, compiled):
-    """Both branches, values and gradients, against the plain lines in fp32."""
+    """Values and gradients of both branches equal those of the plain lines in fp32."""
     function = rotate
     sources = []
     if compiled:
@@ -68,12 +68,12 @@ def test_rotate(positions, compiled):
     assert difference(x_grad, expected_grad) < 1e-6
     if compiled:
         assert len(sources) == 1
-        assert "complex" not in sources[0]          # the branch that the compiler can compile
+        assert "complex" not in sources[0]          # the branch for the compiler
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_rotate_computes_in_fp32(compiled):
-    """bf16 in, bf16 out: only the result is rounded."""
+    """Input and output are in bf16. Only the result is rounded."""
     function = rotate
     if compiled:
         function, _ = compile_recording(rotate)
@@ -91,7 +91,7 @@ def test_rotate_computes_in_fp32(compiled):
 
 
 def with_gradients(function, h, w, adapter, out_grad):
-    """-> the function's result, and its gradients to h, w and the adapter's two parameters."""
+    """-> the function's result, and the gradients of h, w and the adapter's two parameters."""
     h = h.clone().requires_grad_()
     w = w.clone().requires_grad_()
     y = function(h, w)
@@ -103,7 +103,7 @@ def with_gradients(function, h, w, adapter, out_grad):
 @pytest.mark.parametrize("n_weights", [7, 1], ids=["each token", "each sample"])
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 def test_mix_experts(n_weights, dtype, allowed):
-    """Against Adapter.mixed, the paper's formula; bf16 as under autocast."""
+    """It equals Adapter.mixed, the paper's formula. bf16 means autocast."""
     torch.manual_seed(0)
     adapter = Adapter(64, AdapterConfig())
     for p in (adapter.up, adapter.up_bias):
@@ -129,7 +129,7 @@ def test_mix_experts(n_weights, dtype, allowed):
 @pytest.mark.parametrize("n_weights", [7, 1], ids=["each token", "each sample"])
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 def test_an_adapter_mixes_as_the_paper_does(n_weights, dtype, allowed):
-    """Adapter.forward, which calls mix_experts, against y + s · Adapter.mixed."""
+    """Adapter.forward, which calls mix_experts, equals y + s · Adapter.mixed."""
     torch.manual_seed(0)
     adapter = Adapter(64, AdapterConfig(scale=0.5)).eval()
     for p in (adapter.up, adapter.up_bias):
@@ -149,7 +149,7 @@ def test_an_adapter_mixes_as_the_paper_does(n_weights, dtype, allowed):
 @pytest.mark.parametrize("n", [0, 1, 128, 300])
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_cross_entropy(n, dtype, allowed):
-    """Against F.cross_entropy: the loss, its gradient times a factor, and the loss alone."""
+    """The loss equals F.cross_entropy's: with a gradient that is scaled, and without a gradient."""
     torch.manual_seed(0)
     x = torch.randn(n, 32).to(dtype).requires_grad_()
     weight = torch.randn(500, 32).to(dtype)
@@ -159,7 +159,7 @@ def test_cross_entropy(n, dtype, allowed):
 
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = cross_entropy(x, weight, targets)
-        with torch.no_grad():                       # no gradient is made then
+        with torch.no_grad():                       # then no gradient is computed
             assert cross_entropy(x, weight, targets) == loss
     x_grad, = torch.autograd.grad(3 * loss, x)
     assert loss.shape == ()
@@ -180,7 +180,7 @@ def test_cross_entropy(n, dtype, allowed):
     (torch.bfloat16, torch.bfloat16),
 ])
 def test_one_token_product(n_out, x_dtype, weight_dtype):
-    """Against F.linear in fp32. Only a bf16 result is rounded; the sum is not."""
+    """It equals F.linear in fp32. The sum is not rounded, only the result if it is bf16."""
     torch.manual_seed(0)
     x = torch.randn(1, 1, 128).to(x_dtype)
     weight = torch.randn(n_out, 128).to(weight_dtype)
@@ -204,7 +204,7 @@ def test_one_token_product_rounds_less_than_a_product_in_bf16():
 
 
 def test_only_a_compiled_step_of_one_row_is_one_token():
-    """(1, 1, C), compiled and without gradients: nothing else."""
+    """The shape has to be (1, 1, C), the step compiled, and gradients off."""
     def answer(x):
         return x + 1 if is_one_token(x) else x
 
@@ -245,7 +245,7 @@ print(growth())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_freed_memory_is_kept():
-    """The MB that a tensor of 64 MB leaves behind when it is freed: before the call, after it."""
+    """Measure the MB that stay after a tensor of 64 MB is freed, before the call and after it."""
     result = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True,
                             text=True, timeout=60)
     assert result.returncode == 0, result.stderr

@@ -1,9 +1,9 @@
-"""The page in a real browser: Debian's chromium, driven by playwright. Skipped without both.
+"""The page in a real browser: Debian's chromium, driven by playwright. Skipped without them.
 
     apt install chromium && pip install playwright
 
 As a script, `python tests/test_page.py URL FOLDER` asks a running `python generate.py --serve`
-about examples/magnets.png. It leaves pictures of the page in FOLDER: desktop and phone, light and
+about examples/magnets.png. It saves screenshots of the page in FOLDER: desktop and phone, light and
 dark.
 """
 
@@ -20,7 +20,7 @@ import pytest
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MAGNETS = Path(__file__).parent.parent / "examples" / "magnets.png"
 FLAGS = [
-    "--no-sandbox",             # as root, chromium starts in no other way
+    "--no-sandbox",             # chromium needs it to run as root
     "--host-resolver-rules=MAP other.test 127.0.0.1",
 ]
 
@@ -38,7 +38,7 @@ DROP_A_FILE = """() => {
   document.querySelector("#drop").dispatchEvent(event);
 }"""
 
-# WCAG's contrast of the texts with what is behind them.
+# The contrast of texts with their backgrounds, as WCAG defines it.
 CONTRASTS = """() => {
   const linear = c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
   const luminance = colour => {
@@ -72,7 +72,7 @@ def browser():
 
 @pytest.fixture
 def server():
-    """The small world's LLaMA, which needs no adapter to answer in words."""
+    """A server with the small world's LLaMA, which answers text questions without an adapter."""
     import checkpoints
     from extras import serve
     from tiny import world
@@ -87,7 +87,7 @@ def server():
 
 @pytest.fixture
 def page(browser, server):
-    """An open page. The test fails if a script on it has."""
+    """An open page. The test fails if a script on the page raises an error."""
     errors = []
     context = browser.new_context(has_touch=True)
     page = context.new_page()
@@ -104,7 +104,7 @@ def page(browser, server):
 
 @pytest.fixture
 def world_page(page, server):
-    """The page as the small world's: with a shelf and a drawing pad."""
+    """The small world's page, which has a shelf and a drawing pad."""
     from tiny import shelf, world
 
     server.colours = world.COLOURS
@@ -116,7 +116,7 @@ def world_page(page, server):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """[(question, turns, pixels), …] as they come to the desk."""
+    """[(question, turns, pixels), …] in the order in which the desk gets them."""
     from extras import serve
 
     asked = []
@@ -131,7 +131,7 @@ def asked(monkeypatch):
 
 
 def ask(page, question, wait=True):
-    """Ask -> the texts of all answers on the page."""
+    """Ask a question -> the texts of all answers on the page."""
     page.fill("#question", question)
     page.press("#question", "Enter")
     if wait:
@@ -152,7 +152,7 @@ def test_ask_and_follow_up_and_start_over(page):
     page.click("#reset")
     assert page.locator("#turns .answer").count() == 0
     assert page.evaluate("turns.length") == 0
-    assert ask(page, "Which colour is the sky?") == first       # nothing is left of what was said
+    assert ask(page, "Which colour is the sky?") == first       # the earlier turns have no effect
 
 
 def test_a_picture_is_shown_asked_about_and_removed(page):
@@ -172,7 +172,7 @@ def test_a_picture_is_shown_asked_about_and_removed(page):
 
 def test_dropping_a_file(page):
     page.evaluate(DROP_A_FILE)
-    page.wait_for_selector("#remove", state="visible")          # taken, though it is no picture
+    page.wait_for_selector("#remove", state="visible")          # taken, though not a picture
     ask(page, "What is it?")
     assert "not a picture" in error_text(page)
 
@@ -283,7 +283,7 @@ def test_nothing_is_wider_than_the_window_and_text_can_be_read(page, width, sche
 GROUND = (248, 248, 248)
 N_DRAWN = """ink.getImageData(0, 0, 128, 128).data
   .filter((channel, i) => i % 4 === 1 && channel < 144).length"""
-# What a stamp covers, in squares as wide as it is from its centre to its edge.
+# The area of a stamp, in squares whose side is the distance from its centre to its edge.
 AREAS = {
     "circle": math.pi,
     "square": 4,
@@ -299,7 +299,7 @@ def choose(page, tool, colour):
 
 
 def on_screen(page, x, y):
-    """Where the canvas's pixel (x, y) is in the window."""
+    """The position of the canvas's pixel (x, y) in the window."""
     page.locator("#canvas").scroll_into_view_if_needed()
     box = page.locator("#canvas").bounding_box()
     return box["x"] + x * box["width"] / 128, box["y"] + y * box["height"] / 128
@@ -317,18 +317,18 @@ def drag(page, start, end):
 
 
 def colour_at(page, x, y):
-    """(red, green, blue) of the canvas's pixel (x, y)."""
+    """The colour (red, green, blue) of the canvas's pixel (x, y)."""
     pixel = page.evaluate(f"[...ink.getImageData({x}, {y}, 1, 1).data]")
     return tuple(pixel[:3])
 
 
 def n_drawn(page):
-    """How many pixels of the canvas are nearer to red than to the ground: their green is low."""
+    """The number of canvas pixels that are closer to red than to the background: little green."""
     return page.evaluate(N_DRAWN)
 
 
 def sees(page, asked):
-    """Was the last question asked about the drawing as it is?"""
+    """Did the last question come with the current drawing?"""
     import torch
 
     from extras import serve
@@ -396,7 +396,7 @@ def test_undo_and_clear(world_page):
     world_page.click("#undo")
     assert colour_at(world_page, 30, 30) != GROUND and colour_at(world_page, 90, 90) == GROUND
     world_page.click("#undo")
-    world_page.click("#undo")                                   # there is nothing left to undo
+    world_page.click("#undo")                                   # there is nothing more to undo
     assert n_drawn(world_page) == 0
 
 
@@ -429,7 +429,7 @@ def test_drawing_with_a_finger(world_page):
         fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
     for y in (60, 85, 110):
         assert colour_at(world_page, 20, y) != GROUND
-    assert world_page.evaluate("scrollY") == scrolled           # it drew and did not scroll
+    assert world_page.evaluate("scrollY") == scrolled           # the touch drew, without scrolling
 
 
 def test_asking_about_the_drawing(world_page, asked):
@@ -454,7 +454,7 @@ def test_a_question_means_the_picture_that_came_last(world_page, asked):
     ask(world_page, "Which colour is there?")
     assert sees(world_page, asked)
     ask(world_page, "Why?")
-    assert sees(world_page, asked) and len(asked[-1][1]) == 1   # the same drawing: it goes on
+    assert sees(world_page, asked) and len(asked[-1][1]) == 1   # same drawing, next turn
     click(world_page, 90, 90)
     world_page.set_input_files("#file", MAGNETS)
     world_page.wait_for_function("image && image.length > 0 && turns.length === 0")

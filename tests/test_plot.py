@@ -1,4 +1,4 @@
-"""The charts: what a reader must find in them, and what must not spoil them."""
+"""The charts: what a reader must find in them, and which inputs must not break them."""
 
 import json
 import math
@@ -14,7 +14,7 @@ NAN = float("nan")
 
 
 def n_pixels(path, colour):
-    """How many pixels of a picture have exactly this colour."""
+    """The number of pixels of a picture with exactly this colour."""
     picture = Image.open(path)
     counts = {rgb: n for n, rgb in picture.getcolors(picture.width * picture.height)}
     return counts.get(ImageColor.getrgb(colour), 0)
@@ -94,7 +94,7 @@ def test_size_and_colours(chart):
 
 def test_the_first_series_lies_on_top(chart):
     draw(chart, Series("a", [0, 10], [1, 1], BLUE), Series("b", [0, 10], [1, 1], ORANGE))
-    assert n_pixels(chart, BLUE) > 5 * n_pixels(chart, ORANGE)      # ORANGE: in the legend
+    assert n_pixels(chart, BLUE) > 5 * n_pixels(chart, ORANGE)      # ORANGE is only in the legend
 
 
 def test_a_dashed_line_has_gaps(chart):
@@ -110,7 +110,7 @@ def test_a_marker_is_drawn_at_every_point(chart, marker):
     ys = [1] * 11
     without = n_pixels(draw(chart, Series("a", range(11), ys, BLUE)), BLUE)
     some = n_pixels(draw(chart, Series("a", range(11), ys, BLUE, marker=marker)), BLUE)
-    each = (some - without) / 12                                    # 11, and one in the legend
+    each = (some - without) / 12                                    # 11, and 1 in the legend
     assert 100 < each < 400
 
 
@@ -119,7 +119,7 @@ def test_what_is_not_finite_is_left_out(chart, tmp_path):
     draw(chart, Series("a", [1, 2, 3, 4, 5], [1, NAN, float("inf"), -1e308, 2], BLUE))
     draw(other, Series("a", [1, 5], [1, 2], BLUE))
     assert chart.read_bytes() == other.read_bytes()
-    draw(chart, Series("a", [1, 2], [NAN, NAN], BLUE))              # nothing remains
+    draw(chart, Series("a", [1, 2], [NAN, NAN], BLUE))              # no point remains
 
 
 def test_a_single_point_and_a_constant_can_be_seen(chart):
@@ -130,7 +130,7 @@ def test_a_single_point_and_a_constant_can_be_seen(chart):
 
 def test_marks_are_vertical_lines(chart):
     series = Series("a", [0, 10], [0, 1], BLUE)
-    without = n_pixels(draw(chart, series), LINE_GREY)      # in the smooth edges of letters
+    without = n_pixels(draw(chart, series), LINE_GREY)      # antialiased letters have this grey
     draw(chart, series, marks={2.5: "first", 5: "second"})
     assert n_pixels(chart, LINE_GREY) > without + 2 * 600
 
@@ -152,7 +152,7 @@ def test_a_chart_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def write_metrics(out, n_steps, steps_per_epoch, sources=()):
-    """metrics.jsonl of a run whose loss falls as 1 / step, with noise."""
+    """Write metrics.jsonl for a run whose loss falls like 1 / step, with noise."""
     lines = []
     for step in range(1, n_steps + 1):
         loss = (1 + 0.3 * math.sin(step ** 2)) / step
@@ -166,7 +166,7 @@ def write_metrics(out, n_steps, steps_per_epoch, sources=()):
 def test_the_losses_of_a_run(tmp_path):
     write_metrics(tmp_path, n_steps=30, steps_per_epoch=10, sources=["sqa", "jsonl:rows.jsonl"])
     runs.draw_losses(tmp_path)
-    for colour in (BLUE, PALE_BLUE, ORANGE, GREEN, LINE_GREY):      # LINE_GREY: ends of epochs
+    for colour in (BLUE, PALE_BLUE, ORANGE, GREEN, LINE_GREY):      # LINE_GREY: epochs' ends
         assert n_pixels(tmp_path / "loss.png", colour) > 500, colour
 
 
@@ -175,14 +175,14 @@ def test_a_run_that_held_nothing_out_and_ended_no_epoch(tmp_path):
     runs.draw_losses(tmp_path)
     assert n_pixels(tmp_path / "loss.png", BLUE) > 500
     for colour in (ORANGE, GREEN, LINE_GREY):
-        assert n_pixels(tmp_path / "loss.png", colour) < 100, colour    # an edge of a letter
+        assert n_pixels(tmp_path / "loss.png", colour) < 100, colour    # few: only edges of letters
 
 
 def test_many_steps_and_epochs_make_no_large_file(tmp_path):
     write_metrics(tmp_path, n_steps=5000, steps_per_epoch=50, sources=["sqa"])
     runs.draw_losses(tmp_path)
     assert (tmp_path / "loss.png").stat().st_size < 150_000
-    assert n_pixels(tmp_path / "loss.png", LINE_GREY) < 12 * 800    # of 100 epochs, 10 are marked
+    assert n_pixels(tmp_path / "loss.png", LINE_GREY) < 12 * 800    # 10 of 100 epochs are marked
 
 
 def test_the_running_mean_is_over_the_steps_on_both_sides():
@@ -199,12 +199,12 @@ def test_the_routing_of_a_model(tmp_path, n_layers):
                           [0.48] * n_layers)
     for colour in (BLUE, ORANGE, PALE_BLUE, PALE_ORANGE):
         assert n_pixels(path, colour) > 50, colour
-    assert n_pixels(path, LINE_GREY) > 300 * n_layers               # the distances
+    assert n_pixels(path, LINE_GREY) > 300 * n_layers               # the lines of the distances
     assert path.stat().st_size < 150_000
 
 
 def test_modalities_that_are_routed_alike_can_both_be_seen(tmp_path):
-    """As without routing: all weights are one half. Squares stand out from below the circles."""
+    """Without routing, all weights are one half. The squares can be seen under the circles."""
     path = tmp_path / "routing.png"
     visible = []
     for n_layers in (1, 2):

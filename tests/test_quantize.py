@@ -1,4 +1,4 @@
-"""LLaMA's matrices in 8 and 4 bits: how far off they are, the same gradient, the same model."""
+"""LLaMA's matrices in 8 and 4 bits: the size of the errors, the gradient, and the model."""
 
 import weakref
 
@@ -14,7 +14,7 @@ from tiny import pretrain, world
 
 
 def dequantized(linear):
-    """The whole matrix (out, in) of a QuantizedLinear, which never makes it itself."""
+    """The whole matrix (out, in) of a QuantizedLinear, which itself never makes all of it."""
     parts = []
     for rows in linear.tiles:
         parts.append(quantize.dequantize(rows, linear.in_features, *linear.buffers()))
@@ -22,7 +22,7 @@ def dequantized(linear):
 
 
 def test_levels_are_qloras():
-    """Against the list in its appendix E."""
+    """They equal the list in appendix E of the QLoRA paper."""
     published = [
         -1, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0,
         0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1]
@@ -34,8 +34,9 @@ def test_levels_are_qloras():
 def test_error_of_every_number_is_bounded(bits, shape):
     """Rows of very different sizes.
 
-    8 bits: an error is at most half a step of the row's scale. 4 bits: at most half the widest gap
-    between two levels, times the block's scale, which is itself off by half a step of its own.
+    With 8 bits, an error is at most half a step of the row's scale. With 4 bits, it is at most half
+    the widest gap between two levels, times the block's scale. That scale is itself off by at most
+    half a step.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator) * torch.logspace(-3, 3, shape[0])[:, None]
@@ -96,7 +97,7 @@ def test_nothing_in_full_size_is_kept_for_backward():
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantized_model_is_the_one_whose_matrices_were_rounded(bits, samples):
-    """Loss and gradients of a quantized LaVIN, against those of dequantized matrices in fp32."""
+    """A quantized LaVIN has the loss and gradients of one with dequantized matrices in fp32."""
     quantized = checkpoints.load(LLAMA, VIT, ADAPTER, bits=bits)
     rounded = checkpoints.load(LLAMA, VIT, ADAPTER)
     n_matrices = 0
@@ -109,7 +110,7 @@ def test_a_quantized_model_is_the_one_whose_matrices_were_rounded(bits, samples)
             n_numbers += linear.weight.numel()
     assert n_matrices == 7 * len(quantized.llama.layers)
     assert n_numbers == quantize.n_quantized(quantized)
-    quantized.llama.checkpointing = True        # which allows to ask for what was kept only once
+    quantized.llama.checkpointing = True        # saved tensors can then be read only once
 
     loss = quantized(quantized.batch(samples))
     loss.backward()

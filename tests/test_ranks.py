@@ -34,8 +34,8 @@ BARS = ("answering:", "choosing:")          # how a line of a progress bar begin
 def flags(sqa, out, *more):
     """Six steps of ten samples, three in a micro-batch.
 
-    So ranks get different numbers of answer tokens, of pictures and, at the end of an epoch, of
-    micro-batches.
+    So the ranks get different numbers of answer tokens and of pictures. At the end of an epoch,
+    they also get different numbers of micro-batches.
     """
     flags = [
         "--data", "sqa", "--data-root", sqa, "--llama", LLAMA, "--vit", VIT, "--out", out,
@@ -71,7 +71,7 @@ def assert_equal_runs(out, other_out):
 
 
 def test_two_and_four_ranks_do_what_one_does(sqa, tmp_path, call):
-    """With and without --fsdp, and a run that changes its number of ranks from 2 to 4 to 1."""
+    """This includes --fsdp, and a run that changes its number of ranks from 2 to 4 to 1."""
     alone = tmp_path / "alone"
     two = tmp_path / "two"
     two_fsdp = tmp_path / "two-fsdp"
@@ -92,7 +92,7 @@ def test_two_and_four_ranks_do_what_one_does(sqa, tmp_path, call):
         ["train", *flags(sqa, changed, "--resume", "--max-steps", 4, "--fsdp")]]
     result = start(__file__, json.dumps(on_two), json.dumps(on_four))
     assert result.returncode == 0, result.stderr
-    for count in (2, 4):                        # once for each run: rank 0 alone prints
+    for count in (2, 4):                        # once per run, as only rank 0 prints
         line = f"batch    10 in micro-batches of 3 · context 160 tokens · {count} ranks"
         assert result.stdout.count(line) == 3
     assert call(train, *flags(sqa, changed, "--resume"))[0] == 0
@@ -102,7 +102,7 @@ def test_two_and_four_ranks_do_what_one_does(sqa, tmp_path, call):
 
 
 def test_a_rank_that_dies_ends_the_run_with_its_own_error(sqa, tmp_path):
-    """One of the ranks comes to a broken picture while the other waits for its gradients."""
+    """One rank finds a broken picture while the other one waits for its gradients."""
     picture = next((sqa / "images" / "train").glob("*/image.png"))
     picture.write_bytes(b"no picture")
     out = tmp_path / "out"
@@ -287,7 +287,7 @@ def test_torchrun_is_for_data_sets(fails, monkeypatch, mode):
 
 
 def check_sharded(block):
-    """--fsdp cuts the frozen matrices, and must leave all else whole."""
+    """--fsdp shards the frozen matrices. It must leave everything else whole."""
     sharded = set()
     frozen_matrices = set()
     for name, p in block.named_parameters():
@@ -337,7 +337,7 @@ def run_rank(rank, count, meeting, runs):
 
 
 def run_ranks(count, runs):
-    """-> whether all of the ranks ended well."""
+    """Run all ranks -> whether all of them succeeded."""
     context = torch.multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         processes = []

@@ -1,6 +1,6 @@
-"""Our numbers against the authors' code: tests/golden/expected.npz, which it computed in fp32.
+"""Our numbers equal those of the authors' code in fp32, which are in tests/golden/expected.npz.
 
-    python -m pytest -q -s tests/test_reference.py      prints the largest difference of each
+    python -m pytest -q -s tests/test_reference.py      print the largest differences
 
 The prompts of all 23 formats are compared in test_data.py.
 """
@@ -33,7 +33,7 @@ def test_routing(lavin, expected):
 
 
 def test_logits_of_every_real_position(lavin, samples, expected):
-    """Theirs are padded to 128 tokens, and begin with the modality token's."""
+    """Theirs are padded to 128 tokens, and the modality token's logits come first."""
     batch = lavin.batch(samples)
     logits = lavin.logits(batch)
     for i, length in enumerate(batch.lengths.tolist()):
@@ -67,7 +67,7 @@ def test_every_gradient(lavin, samples, expected):
 
 
 def test_five_steps_of_adamw(lavin, samples, expected):
-    """The loss before each step, and after the last."""
+    """The loss before each step and after the last one."""
     batch = lavin.batch(samples)
     optimizer = train.make_optimizer(lavin, train.Settings())
     for group in optimizer.param_groups:
@@ -83,7 +83,7 @@ def test_five_steps_of_adamw(lavin, samples, expected):
 
 
 def test_greedy_tokens(lavin, samples, expected):
-    """Twelve new tokens of each sample: the engine's, then those of both forms of generate."""
+    """Twelve new tokens of each sample, from the engine and from both forms of generate."""
     prompts = [lavin.encode(sample, prompt_only=True) for sample in samples]
     new_ids = dict(engine.continue_prompts(lavin, prompts, len(samples), 12))
     ours = [new_ids[i] for i in range(len(samples))]

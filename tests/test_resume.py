@@ -1,4 +1,4 @@
-"""--resume believes nothing: a run goes on as it was, or ends in one line and loses nothing."""
+"""--resume checks everything: a run goes on as before, or ends in one line and loses nothing."""
 
 import json
 import resource
@@ -51,13 +51,13 @@ def test_a_resumed_run_cannot_become_another(fails, sqa, finished_run):
 
 
 def test_the_hash_of_the_data_is_that_of_older_checkpoints(lavin, samples):
-    """In which a label without loss is 0."""
+    """In older checkpoints, a label without loss is 0."""
     encoded = [lavin.encode(sample) for sample in samples]
     assert runs.TrainingSet(encoded, [4], {}).hash() == "8b0705faf8be406d"
 
 
 def write_narrow_llama(directory):
-    """A LLaMA of half LLAMA's width, cut out of it."""
+    """Write a LLaMA of half the width, cut out of LLAMA."""
     directory.mkdir()
     params = json.loads((LLAMA / "params.json").read_text()) | {"dim": 32}
     (directory / "params.json").write_text(json.dumps(params))
@@ -132,7 +132,7 @@ def test_another_model_of_the_same_shape_is_not_trained_on(call, fails, sqa, tmp
 
 
 def change_moments(change):
-    """-> a function that changes exp_avg of the first parameter in a checkpoint."""
+    """A function that changes exp_avg of the first parameter in a checkpoint."""
     def apply(checkpoint):
         state = checkpoint["optimizer"]["state"][0]
         state["exp_avg"] = change(state["exp_avg"])
@@ -189,7 +189,7 @@ def to_a_number(moment):
     (state_of_one_parameter_less, "no optimizer state for this model"),
     (state_without_a_moment, "no optimizer state for this model")])
 def test_a_state_of_the_optimizer_that_is_not_the_models(fails, finished_run, damage, says):
-    """Moments of another shape made the fused AdamW write to memory of others, and crash."""
+    """With moments of the wrong shape, the fused AdamW wrote out of bounds and crashed."""
     path = finished_run / "checkpoint.pth"
     checkpoint = read_checkpoint(finished_run)
     damage(checkpoint)
@@ -200,7 +200,7 @@ def test_a_state_of_the_optimizer_that_is_not_the_models(fails, finished_run, da
 
 
 def test_a_state_in_odd_memory_is_copied(call, sqa, tmp_path):
-    """Moments that lie in one storage, or in another order, give the run that plain ones give."""
+    """Moments that share a storage or have other strides give the same run as plain ones."""
     run = tmp_path / "run"
     other = tmp_path / "other"
     assert call(train, *flags(sqa, run, "--max-steps", 2))[0] == 0
@@ -288,7 +288,7 @@ with runs.alone_in(train.Settings(out={str(tmp_path)!r})):
         assert not list(tmp_path.glob("*.tmp"))
 
 
-# What surrounds a run
+# The environment of a run
 
 
 def open_full_disk(out, first_step):
@@ -342,7 +342,7 @@ def test_a_folder_that_is_deleted_in_the_run(call, sqa, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_for_the_checkpoint(call, finished_run):
-    """A limit on the size of files does to writing what a full disk does."""
+    """A limit on the file size has the same effect on a write as a full disk."""
     before = read_checkpoint(finished_run)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -359,7 +359,7 @@ def test_a_full_disk_for_the_checkpoint(call, finished_run):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_the_first_step_is_done_ends_the_run(sqa, tmp_path, number):
-    """Where a first step hangs there is nothing to save, and nothing to wait for."""
+    """If the first step hangs, there is nothing to save and nothing to wait for."""
     code = """
 import sys, time, train
 def hang(*args):

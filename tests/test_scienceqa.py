@@ -1,4 +1,4 @@
-"""ScienceQA's files: what is read, and what is wrong with damaged ones."""
+"""ScienceQA's files: what is read from them, and the errors for damaged ones."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from test_train import flags
 
 @pytest.fixture
 def fails_to_train(fails, sqa, tmp_path):
-    """fails_to_train("--flag", value, …, says=[…]): `fails` of train.py on `sqa`."""
+    """fails_to_train("--flag", value, …, says=[…]): `fails` for train.py with `sqa`."""
     def fails_to_train(*more, says):
         fails(train, *flags(sqa, tmp_path / "out", *more), says=says)
     return fails_to_train
@@ -123,7 +123,7 @@ def test_ids_may_be_numbers(sqa):
 
 @pytest.mark.parametrize("pid", ["../../../../../etc", "/etc", "..", "x\0", "\ud800", "x" * 99_999])
 def test_an_id_that_is_no_folder_of_the_data_set(sqa, pid):
-    """A picture is looked for in a folder called like its problem."""
+    """A picture is in a folder that is named after its problem."""
     edit(sqa / "problems.json", lambda problems: problems.update({pid: problems["0"]}))
     edit(sqa / "pid_splits.json", lambda splits: splits["train"].append(pid))
     with pytest.raises(LavinError, match="problems.json: problem .*(leads out|no such|cannot)"):
@@ -162,7 +162,7 @@ def test_a_caption_that_is_no_text(fails_to_train, sqa, caption):
 
 @pytest.mark.parametrize("depth", [900, 100_000])
 def test_json_that_is_too_deep(fails_to_train, sqa, depth):
-    """At 900 it can still be read, but perhaps not be shown."""
+    """At depth 900 it can still be read, but perhaps not printed."""
     deep = "[" * depth + "]" * depth
     problems = json.loads((sqa / "problems.json").read_text())
     problems["6"]["image"] = "DEEP"

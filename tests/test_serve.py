@@ -1,4 +1,4 @@
-"""The page's server: answers, a queue, and requests that harm nobody else."""
+"""The server of the page: answers, the queue, and bad requests, which harm nobody else."""
 
 import base64
 import contextlib
@@ -29,7 +29,7 @@ METAL = {"question": "Name a metal."}
 
 @pytest.fixture
 def server(capsys):
-    """The golden model, served by a thread. The test fails if one of its threads does."""
+    """The golden model, served by a thread. The test fails if a thread of the server fails."""
     lavin = checkpoints.load(LLAMA, VIT, ADAPTER)
     with serve.listen("127.0.0.1", 0, "tiny") as server:
         server.desk = serve.Desk(lavin, dict(HOW), compiled=False)
@@ -40,7 +40,7 @@ def server(capsys):
 
 
 def get(server, path):
-    """-> (status, body)."""
+    """GET -> (status, body)."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
     connection.request("GET", path)
     response = connection.getresponse()
@@ -48,7 +48,7 @@ def get(server, path):
 
 
 def post(server, body, kind="application/json", path="/ask"):
-    """-> (status, the events)."""
+    """POST -> (status, the events)."""
     if not isinstance(body, bytes):
         body = json.dumps(body).encode()
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
@@ -62,16 +62,16 @@ def connect(server):
 
 
 def header(length):
-    """The start of a request, for what http.client would not send."""
+    """The start of a raw request, for cases that http.client would not send."""
     return (f"POST /ask HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {length}\r\n\r\n").encode()
 
 
 def exchange(server, request):
-    """Send these bytes and no more -> (status, headers, body)."""
+    """Send exactly these bytes -> (status, headers, body)."""
     answered = b""
     with connect(server) as connection, contextlib.suppress(ConnectionError):
-        # A server that closes before it has read everything resets the connection.
+        # If the server closes before it has read everything, the connection is reset.
         connection.settimeout(20)
         connection.sendall(request)
         connection.shutdown(socket.SHUT_WR)
@@ -95,7 +95,7 @@ def text(events):
 
 
 def answer(server, body):
-    """The text that the server answers."""
+    """The text of the server's answer."""
     _, events = post(server, body)
     return text(events)
 
@@ -105,7 +105,7 @@ def to_base64(picture):
 
 
 def said(server, question="Name a metal.", image=None):
-    """What a conversation in the terminal says."""
+    """The answer of a conversation in the terminal."""
     conversation = Conversation(server.desk.lavin, image)
     return "".join(conversation.say(question, **HOW))
 
@@ -136,10 +136,10 @@ def test_the_examples_are_pictures_with_questions():
     for example in examples:
         picture = Image.open(io.BytesIO(base64.b64decode(example["picture"])))
         assert picture.format == "PNG" and picture.size == (128, 128)
-        assert len(picture.getcolors(128 * 128)) > 1            # something is drawn on it
+        assert len(picture.getcolors(128 * 128)) > 1            # not an empty picture
         assert example["question"].endswith("?")
     assert len({example["picture"] for example in examples}) == len(examples)
-    assert shelf.examples() == examples                         # the same each time
+    assert shelf.examples() == examples                         # the same every time
 
 
 @pytest.mark.parametrize("image", [None, PICTURE], ids=["words", "picture"])
@@ -255,7 +255,7 @@ def test_one_who_leaves_while_waiting_makes_room(server, held_steps):
         connection.sendall(header(len(body)) + body)
         while len(server.desk.queue.waiting) < 2:
             time.sleep(0.01)
-    while len(server.desk.queue.waiting) == 2:          # the next notice finds nobody
+    while len(server.desk.queue.waiting) == 2:          # until the next notice reaches nobody
         time.sleep(0.01)
     held_steps.set()
     asking.join()
@@ -266,7 +266,7 @@ def test_one_who_leaves_while_waiting_makes_room(server, held_steps):
 
 
 def bomb():
-    """A small file of a picture of 64 million pixels."""
+    """A small file that holds a picture of 64 million pixels."""
     file = io.BytesIO()
     Image.new("1", (8_000, 8_000)).save(file, "png")
     return file.getvalue()
@@ -329,7 +329,7 @@ LENGTH = b"Content-Length: %d\r\n" % len(QUESTION)
 
 
 @pytest.mark.parametrize("request_bytes, status", [
-    (b"GET /\r\n\r\n", 421),                            # HTTP/0.9 knew no Host
+    (b"GET /\r\n\r\n", 421),                            # HTTP/0.9 has no Host
     (b"GET http://localhost/about HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
     (b"CONNECT localhost:22 HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),
     (b"GET / HTTP/9.9\r\n\r\n", 505),
@@ -359,7 +359,7 @@ def test_a_malformed_request_is_answered_with_a_status(server, request_bytes, st
     (b'{"question": "x", "turns": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", 400),
     (b'{"question": "x", "turns": [["\\udfff", "y"]]}', 400),
     ('{"question": "\ud800"}'.encode("utf-16-le", "surrogatepass"), 400),
-    (b'{"question": 1, "question": "x"}', 200),             # JSON's readers take the last one
+    (b'{"question": 1, "question": "x"}', 200),             # JSON parsers take the last one
     (b'{"question": "x", "n": NaN, "image": null}', 200),
 ])
 def test_peculiar_json(server, body, status):
@@ -393,7 +393,7 @@ def test_an_eps_file_starts_no_program(server, monkeypatch):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:8000", "localhost:9000", "LOCALHOST"])
 def test_the_server_is_asked_by_its_names_at_any_port(server, host):
-    """`ssh -L 9000:127.0.0.1:8000` makes the port another one."""
+    """The port may differ: `ssh -L 9000:127.0.0.1:8000` changes it."""
     assert get_from(server, "/", f"Host: {host}") == 200
     assert get_from(server, "/about", f"Host: {host}", f"Origin: http://{host}") == 200
 
@@ -456,7 +456,7 @@ def test_no_answer_can_be_framed_loaded_or_guessed_at(server, request_bytes, sta
 
 @pytest.fixture
 def listening():
-    """listening(host): a server there that nobody runs, for what it says about names."""
+    """listening(host): a server at this host that does not run, to ask it about names."""
     servers = []
 
     def listen(host):
@@ -489,7 +489,7 @@ def test_the_server_goes_by_the_name_and_the_address_of_host(listening):
     assert server.goes_by("[::1]:8000") and not server.goes_by("[::2]")
 
 
-# Clients that take their time
+# Slow clients
 
 
 def test_connections_are_limited_in_number(server, monkeypatch):
@@ -506,7 +506,7 @@ def test_connections_are_limited_in_number(server, monkeypatch):
 
 
 def drip(connection, content):
-    """Send a byte every tenth of a second, for two seconds at most -> how many the server took."""
+    """Send a byte every 0.1 seconds, for at most two seconds -> how many bytes the server took."""
     for i in range(20):
         try:
             connection.sendall(content[i:i + 1])
@@ -544,7 +544,7 @@ def test_a_large_picture_may_take_longer_to_come(server, monkeypatch):
 
 
 def test_a_client_that_reads_too_slowly_frees_the_desk(server, monkeypatch):
-    """Its connection is never silent, and yet its 20 MB would take ten seconds."""
+    """The connection is never idle, but its 20 MB would take ten seconds."""
     sent = []
     say = serve.Desk.say
 
@@ -608,7 +608,7 @@ def test_an_empty_host_is_not_everybody(fails):
 
 @pytest.fixture
 def served(call, monkeypatch):
-    """served("--flag", value, …) -> what `generate.py --serve 0` prints, and its server."""
+    """served("--flag", value, …) -> the output of `generate.py --serve 0`, and its server."""
     servers = []
 
     def serve_forever(server):

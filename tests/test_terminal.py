@@ -1,4 +1,4 @@
-"""What reaches the person's terminal: only text that can be shown, and one line for an error."""
+"""What reaches the user's terminal: only text that it can show, and one line for an error."""
 
 import io
 import json
@@ -20,7 +20,7 @@ HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b31m\x08\x7f\0\u202e\u2066"
 
 
 def written(text, encoding="utf-8"):
-    """What a Terminal of this encoding writes for a text, decoded."""
+    """The text that a Terminal with this encoding writes for a text."""
     raw = io.BytesIO()
     stream = Terminal(io.TextIOWrapper(raw, encoding=encoding, newline=""), "standard output")
     assert stream.write(text) == len(text)
@@ -55,7 +55,7 @@ def test_what_the_terminal_cannot_show_is_replaced(encoding):
 
 @pytest.fixture
 def error_line(capsys):
-    """error_line(exception): what stderr says where a script raises it, and its exit code is 2."""
+    """error_line(exception): the line on stderr if a script raises it. The exit code must be 2."""
     def error_line(exception):
         def main():
             raise exception
@@ -81,7 +81,7 @@ def test_an_error_is_no_longer_than_a_person_reads(error_line):
     assert line.startswith("error: start") and line.endswith(" end")
 
 
-# Streams that end
+# Streams that fail
 
 
 class Full(io.StringIO):
@@ -102,7 +102,7 @@ class Full(io.StringIO):
 
 
 def test_only_the_first_write_that_fails_raises():
-    """What is printed on the way out must not raise again, in the place of the error itself."""
+    """Text that is printed during the exit must not raise again and hide the first error."""
     stream = Full(1)
     shown = Terminal(stream, "standard output")
     shown.write("a")
@@ -125,7 +125,7 @@ def test_the_models_words_are_not_sent_raw(call, monkeypatch):
 
 
 def start(script, *args):
-    """Run a script in a terminal that shows nothing but ASCII -> (code, stdout, stderr)."""
+    """Run a script in a terminal that shows only ASCII -> (code, stdout, stderr)."""
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     command = [sys.executable, ROOT / script, *map(str, args)]
     result = subprocess.run(command, capture_output=True, env=environment, timeout=60)
@@ -149,11 +149,11 @@ def test_generate_says_what_is_wrong_in_any_terminal():
         "--adapter", ADAPTER, "--image", "\udce9\x1b[2J.png")
     assert code == 2 and len(stderr.splitlines()) == 1
     assert "no such picture" in stderr and "\x1b" not in stderr
-    assert " ? CLIP " in stdout             # a middle dot
+    assert " ? CLIP " in stdout             # instead of a middle dot
 
 
 def test_logits_that_are_not_finite_are_one_line(call, monkeypatch):
-    """fp16 may overflow. Where a token is drawn, PyTorch finds no probabilities to draw by."""
+    """fp16 may overflow. Then torch.multinomial fails, as the probabilities are NaN."""
     def overflow(logits, temperature, top_p):
         probabilities = torch.full_like(logits, float("nan"))
         return torch.multinomial(probabilities, 1)

@@ -28,7 +28,7 @@ SIZES = (64, 12, 40)
 
 @pytest.fixture
 def small_world(tmp_path, monkeypatch):
-    """Where the scripts will draw their data, a smaller world than usual, in an empty directory."""
+    """The folder into which the scripts will write their data: a smaller world, not yet there."""
     root = tmp_path / "world"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(world.PATHS, "data_root", root)
@@ -52,7 +52,7 @@ def test_the_world_has_scienceqas_layout(tmp_path):
         assert len(with_picture) == size // 2
         for sample in with_picture:
             assert problems[sample.id]["image"]
-            assert "Context: N/A" not in sample.prompt          # the caption is there
+            assert "Context: N/A" not in sample.prompt          # the context is the caption
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 4 + sum(SIZES) // 2
 
@@ -69,7 +69,7 @@ def test_the_world_is_a_function_of_its_seed(tmp_path):
 def test_a_version_of_the_world_never_changes(tmp_path):
     """The tables in docs/small-world.md were measured on version 2.
 
-    Pictures draw from the same generator as the questions do, so a change to either shows.
+    Pictures and questions use the same random generator, so a change to either is found.
     """
     world.write_world(tmp_path, sizes=SIZES)
     digest = hashlib.sha256((tmp_path / "problems.json").read_bytes()).hexdigest()
@@ -78,10 +78,10 @@ def test_a_version_of_the_world_never_changes(tmp_path):
 
 
 def test_nothing_can_be_guessed_from_the_text():
-    """Every choice of a picture question is equally often the answer, wherever it stands."""
+    """In picture questions, each choice and each position is the right one about equally often."""
     rng = Random(0)
-    answers = defaultdict(Counter)      # {(question, choices): {the right choice: how often}}
-    positions = defaultdict(Counter)    # {number of choices: {position of the right one: …}}
+    answers = defaultdict(Counter)      # {(question, choices): {right choice: count}}
+    positions = defaultdict(Counter)    # {number of choices: {right position: count}}
     for _ in range(60_000):
         item = world.picture_item(rng)
         problem = world.problem(item, rng, "train")
@@ -125,15 +125,15 @@ def test_the_same_hint_is_the_truth_in_words_and_misleads_beside_a_picture(tmp_p
             assert scene != captions[pid] + ".", problem
         else:
             assert problem["skill"] == "described scenes"
-    assert 400 < n_hints["image.png"] < 600            # half of those with a picture
-    assert 250 < n_hints[None] < 450                   # a third of those in words alone
+    assert 400 < n_hints["image.png"] < 600            # half of those with pictures
+    assert 250 < n_hints[None] < 450                   # a third of those without
 
 
 def shows_new_pair(caption):
-    """Does a caption name a shape and a colour that are kept for the test split?"""
-    remarks = caption.split(", ")
-    shapes = [word for word in remarks if word in world.SHAPES]
-    colours = [word for word in remarks if word in world.COLOURS]
+    """Does a caption name a pair (shape, colour) that is kept for the test split?"""
+    parts = caption.split(", ")
+    shapes = [word for word in parts if word in world.SHAPES]
+    colours = [word for word in parts if word in world.COLOURS]
     return bool(shapes and colours) and world.is_new(shapes[0], colours[0])
 
 
@@ -176,7 +176,7 @@ def test_the_pencil_keeps_the_ground_and_hatches_the_things():
     drawn = drawing.pencil(flat, Random(0))
     inside = [drawn.getpixel((x, 65)) for x in range(45, 85)]
     n_red = sum(pixel == (220, 40, 40) for pixel in inside)
-    assert 8 < n_red < 32                               # strokes, and paper between them
+    assert 8 < n_red < 32                               # strokes with paper between them
     edge = [drawn.getpixel((x, 65)) for x in range(37, 43)]
     assert min(max(pixel) for pixel in edge) < 150      # the outline is dark
     outside = [drawn.getpixel((x, 20)) for x in range(128)]
@@ -184,7 +184,7 @@ def test_the_pencil_keeps_the_ground_and_hatches_the_things():
 
 
 def test_a_group_of_the_album_is_hard_to_tell_apart():
-    """Within a group most of the captions' words are the same."""
+    """Within a group, most words of the captions are the same."""
     rng = Random(0)
     for _ in range(30):
         captions = [caption for _, caption in album.group(16, rng)]
@@ -214,7 +214,7 @@ def test_a_described_scene_stands_where_a_picture_would(lavin):
     start = row.description.start
     end = row.description.stop
     assert row.tokens[start:end] == lavin.tokenizer.encode("one star")
-    # Around the description, all is as around two features.
+    # Around the description, everything is the same as around two features.
     assert row.tokens[:start] == shown.tokens[:start].tolist()
     assert row.tokens[end:] == shown.tokens[start + 2:].tolist()
     assert row.labels[end:] == shown.labels[start + 2:].tolist()
@@ -254,7 +254,7 @@ def test_pretraining_writes_models_that_lavin_reads(tmp_path, monkeypatch):
 
 
 def test_the_committed_tokenizer_is_what_pretraining_makes():
-    """So the corpus is still the one that the committed LLaMA was trained on."""
+    """So the corpus is still the one on which the committed LLaMA was trained."""
     committed = data.load_tokenizer(world.PATHS["llama"])
     made = SentencePieceProcessor(model_proto=corpus.train_tokenizer(seed=0))
     ids = list(range(1024))
@@ -262,7 +262,7 @@ def test_the_committed_tokenizer_is_what_pretraining_makes():
 
 
 def test_the_committed_llama_answers_questions_about_described_scenes():
-    """The frozen LLaMA alone, without LaVIN's training."""
+    """This is the frozen LLaMA, without LaVIN's training."""
     lavin = checkpoints.load(world.PATHS["llama"], world.PATHS["vit"])
     scores = pretrain.letter_scores(lavin.llama, lavin.tokenizer, n=3)
     assert sum(scores.values()) / len(scores) > 90, scores
@@ -281,7 +281,7 @@ def test_train_and_generate_take_the_small_world_by_default(call, small_world):
     code, stdout, _ = call(
         train, "--data", "sqa", "--epochs", 1, "--workers", 0, "--eval-limit", 4)
     assert code == 0
-    assert "embedded default" in stdout and "ViT-tiny.pt" in stdout and "lr 0.006" in stdout
+    assert "using the small world" in stdout and "ViT-tiny.pt" in stdout and "lr 0.006" in stdout
     assert (small_world / "world.json").exists()
     assert Image.open("out/loss.png").size == (1600, 900)
 
@@ -290,7 +290,7 @@ def test_train_and_generate_take_the_small_world_by_default(call, small_world):
         "--predictions", "out/predictions.json")
     assert code == 0
     assert "described scenes" in stdout
-    assert "drawing" not in stdout                              # the world was there already
+    assert "drawing" not in stdout                              # the world already existed
     predictions = read_results("out/predictions.json")
 
     code, _, _ = call(
@@ -339,7 +339,10 @@ def test_a_half_made_world_is_never_left(small_world, monkeypatch, error):
 
 
 def test_two_processes_make_one_world(tmp_path):
-    """The second waits for the first and takes what it made. What a killed one left is removed."""
+    """The second process waits for the first and uses its world.
+
+    What a killed process left behind is removed.
+    """
     folder = tmp_path / "world"
     left_over = tmp_path / "world.77.tmp"
     left_over.mkdir()
@@ -376,7 +379,7 @@ def test_a_world_of_another_version_says_how_to_make_it_anew(call, small_world):
     code, _, stderr = call(train, "--data", "sqa")
     assert code == 2
     assert "another version" in stderr
-    assert "python -m tiny.world makes it anew" in stderr
+    assert "`python -m tiny.world` makes it anew" in stderr
 
 
 def test_a_llama_of_another_version_says_how_to_make_it_anew(small_world, monkeypatch):
@@ -385,13 +388,13 @@ def test_a_llama_of_another_version_says_how_to_make_it_anew(small_world, monkey
     (llama / "params.json").write_text('{"version": 0}')
     monkeypatch.setitem(world.PATHS, "llama", llama)
     args = SimpleNamespace(data=None, llama=None, vit=None, data_root=None)
-    with pytest.raises(LavinError, match="python -m tiny.pretrain makes it anew"):
+    with pytest.raises(LavinError, match="`python -m tiny.pretrain` makes it anew"):
         world.prepare(args)
 
 
 @pytest.mark.parametrize("remembered", [
     {"vit": str(world.PATHS["vit"]), "vit_hash": "0123456789abcdef"},
-    {"vit": str(world.PATHS["vit"])},           # written before there was a hash
+    {"vit": str(world.PATHS["vit"])},           # from before hashes were stored
 ], ids=["another hash", "no hash"])
 def test_adapters_of_another_version_say_how_to_train_new_ones(remembered):
     args = SimpleNamespace(data=None, llama=None, vit=None, data_root=None)
@@ -399,7 +402,7 @@ def test_adapters_of_another_version_say_how_to_train_new_ones(remembered):
         world.prepare(args, remembered)
 
 
-# The ablations of train.py, for which bench/ablations.py needs the small world
+# The flags of train.py with which bench/ablations.py trains ablations on the small world
 
 TRAINED = {
     "projector only": (["--adapters", "none"], {"projector"}),
@@ -419,7 +422,7 @@ def test_ablations_train_what_they_say(call, small_world, flags, trained):
     llama = world.PATHS["llama"]
     vit = world.PATHS["vit"]
     after = checkpoints.load(llama, vit, "out/checkpoint.pth")
-    torch.manual_seed(data.mixed_seed(0, 0))                    # as train.py starts
+    torch.manual_seed(data.mixed_seed(0, 0))                    # the seed that train.py starts with
     before = dict(checkpoints.load(llama, vit).named_parameters())
     changed = set()
     for name, p in after.named_parameters():
@@ -428,7 +431,7 @@ def test_ablations_train_what_they_say(call, small_world, flags, trained):
     if "--no-routing" in flags:
         half = torch.full_like(after.route(), 0.5)
         assert torch.equal(after.route(), half)
-        changed = {name for name in changed if ".router." not in name}      # these became zero
+        changed = {name for name in changed if ".router." not in name}      # set to zero
     assert {name.split(".")[0] for name in changed} == trained
 
     other = "all" if "llama" in flags else "llama"

@@ -1,6 +1,6 @@
-"""tokenizer.json: the same tokens as its own library's, BOS and EOS from the files beside it.
+"""tokenizer.json: the same tokens as from its own library, and BOS and EOS from files next to it.
 
-They need the package tokenizers, but for what is said where it is missing.
+The tests need the package tokenizers, except the test of the error if it is missing.
 """
 
 import base64
@@ -37,7 +37,7 @@ def tokenizers():
 
 @pytest.fixture(scope="session")
 def small_model(tokenizers):
-    """The text of a tokenizer.json of 400 byte pairs. Token 0 ends a text, as in SmolLM2."""
+    """The text of a tokenizer.json with 400 tokens. Token 0 is <|endoftext|>, as in SmolLM2."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -57,7 +57,7 @@ SAMPLES = [
 
 @pytest.fixture
 def folder(tmp_path, small_model):
-    """A LLaMA in Hugging Face's layout with tokenizer.json alone."""
+    """A LLaMA in Hugging Face's layout, with no tokenizer but tokenizer.json."""
     folder = tmp_path / "smol"
     write_golden_folder(folder)
     (folder / "tokenizer.json").write_text(small_model)
@@ -107,7 +107,10 @@ def test_a_text_cannot_end_itself(folder):
     ({"generation_config.json": {"eos_token_id": 1}}, "<|im_end|>", "<|im_end|>"),
 ])
 def test_bos_and_eos_are_found(tmp_path, small_model, files, bos, eos):
-    """In this order: tokenizer_config.json, config.json, generation_config.json. BOS may be EOS."""
+    """The order is tokenizer_config.json, config.json, generation_config.json.
+
+    If no file names BOS, it is EOS.
+    """
     (tmp_path / "tokenizer.json").write_text(small_model)
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
@@ -184,7 +187,7 @@ def test_tokenizer_json_stands_in_for_it(folder):
 
 
 def test_training_and_generation(folder, call):
-    """Token 0 is EOS: it carries loss, ends an answer, and holds no picture's place."""
+    """Token 0 is EOS: it carries loss and ends an answer. It does not mark a picture's place."""
     lavin = checkpoints.load(folder, VIT)
     batch = lavin.batch(SAMPLES)
     ends = batch.lengths.cumsum(0) - 1
@@ -194,7 +197,7 @@ def test_training_and_generation(folder, call):
     assert lavin.projector.conv_A.weight.grad.abs().sum() > 0
     code, stdout, stderr = call(generate, *ask(adapter="none", llama=folder))
     assert (code, stderr) == (0, "") and stdout
-    with torch.no_grad():                       # EOS becomes the likeliest token
+    with torch.no_grad():                       # equal logits: argmax is token 0, EOS
         lavin.llama.output.weight.zero_()
     assert lavin.generate(SAMPLES, 4) == ["", ""]
 
@@ -224,7 +227,7 @@ def test_what_check_shows(folder):
 
 
 def test_a_folded_model_takes_its_tokenizer_along(folder, tmp_path):
-    """Meta's layout has as many tokens as the tokenizer."""
+    """In Meta's layout, the model has exactly as many tokens as the tokenizer."""
     tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = tensors[name][:400].clone()

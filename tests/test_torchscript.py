@@ -1,4 +1,4 @@
-"""TorchScript archives are read as data: the tensors are torch.jit.load's, and no code runs."""
+"""TorchScript archives are read as data: the same tensors as torch.jit.load, and no code runs."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 
 
 def save(module, path):
-    """The archive of a module -> path."""
+    """Save a module as an archive -> its path."""
     torch.jit.script(module).save(path)
     return path
 
@@ -31,7 +31,7 @@ def read_entries(path):
 
 
 def write_entries(path, entries):
-    """{name: content} as a zip file of stored entries -> path."""
+    """Write {name: content} as a zip file of uncompressed entries -> its path."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in entries.items():
             archive.writestr(name, content)
@@ -102,7 +102,7 @@ def test_attributes_shared_storages_offsets_and_strides(tmp_path):
     path = save(Tower(), tmp_path / "tower.pt")
     ours = torchscript.read_tensors(path)
     assert_same(ours, torch.jit.load(path).state_dict())
-    assert ours["whole"].data_ptr() == ours["turned"].data_ptr()        # read once
+    assert ours["whole"].data_ptr() == ours["turned"].data_ptr()        # one storage, read once
     assert ours["part"].stride() == (6, 1)
 
 
@@ -130,7 +130,7 @@ def overwrite(target: str) -> int:
 
 
 class Hooks(nn.Module):
-    """state_dict() asks nn.Module's hooks for `values`, and so this submodule in their place."""
+    """state_dict() calls `values` of nn.Module's hooks. This submodule takes the place of hooks."""
 
     def __init__(self, target):
         super().__init__()
@@ -153,7 +153,7 @@ class Hooks(nn.Module):
 
 
 class Restoring(nn.Module):
-    """It restores itself by code of its own."""
+    """It has its own code that restores it."""
 
     def __init__(self, target):
         super().__init__()
@@ -185,7 +185,7 @@ class Property(nn.Module):
 
 
 class Custom:
-    """A class that is no module."""
+    """A class that is not a module."""
 
     def __init__(self, target: str):
         self.target = target
@@ -220,7 +220,7 @@ def target(tmp_path):
 
 
 def renamed(path, name):
-    """The archive with its attribute `inner` called `name`, which nn.Module itself forbids."""
+    """The archive with its attribute `inner` renamed to `name`, which nn.Module would forbid."""
     entries = {}
     for entry, content in read_entries(path).items():
         if entry.endswith(".pkl"):
@@ -257,13 +257,13 @@ def test_what_restores_itself_is_refused(fails, tmp_path, target, module):
 
 def test_a_property_is_not_asked(tmp_path, target):
     path = save(Outer(Property(str(target))), tmp_path / "v.pt")
-    target.write_text("before")                     # torch.jit.script has asked it
+    target.write_text("before")                     # torch.jit.script read the property
     assert "inner.weight" in torchscript.read_tensors(path)
     assert target.read_text() == "before"
 
 
 def test_code_is_never_read(tmp_path):
-    """Neither damaged code nor what unpacks to a gigabyte keeps the tensors from being read."""
+    """The tensors are read even if the code is damaged, or unpacks to a huge file."""
     path = save(Outer(nn.Linear(2, 2)), tmp_path / "v.pt")
     expected = torchscript.read_tensors(path)
     entries = read_entries(path)
@@ -285,7 +285,7 @@ def text(string):
     return b"X" + len(string).to_bytes(4, "little") + string.encode()
 
 
-MODULE = b"c__torch__ M\nM\n)\x81"               # an empty one
+MODULE = b"c__torch__ M\nM\n)\x81"               # an empty module
 EMPTY_TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(NK\0))tR"
 
 
@@ -304,7 +304,7 @@ class Hostile:
 
 
 def test_functions_are_not_called(tmp_path):
-    """Whatever a pickle would call, with the instructions of any protocol."""
+    """This holds for the instructions of every pickle protocol."""
     executed = tmp_path / "executed"
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         path = with_pickle(tmp_path, pickle.dumps({"a": Hostile(executed)}, protocol))
@@ -318,7 +318,7 @@ def test_functions_are_not_called(tmp_path):
 
 
 def nested(depth):
-    """Modules of which each holds the next one twice: 2 ** depth paths."""
+    """Nested modules. Each holds the next one twice, so there are 2 ** depth paths."""
     instructions = [MODULE]
     for _ in range(depth):
         instructions += [b"q\0", MODULE, b"}(", text("a"), b"h\0", text("b"), b"h\0", b"ub"]
@@ -341,7 +341,7 @@ def test_a_pickle_that_is_none_of_torchscript(tmp_path, content, said):
         torchscript.read_tensors(with_pickle(tmp_path, content))
 
 
-# A tuple that holds another one twice, and so on. Its hash, or its text, would take for ever.
+# A tuple that holds a tuple twice, and so on. Its hash or its text would take forever.
 DEEP = b")q\0" + b"h\0h\0\x86q\0" * 100
 
 
@@ -363,7 +363,7 @@ def test_no_tuples_are_hashed_or_shown(tmp_path, storage):
 
 
 def record(size=4, offset=0, shape=(4,), strides=(1,), dtype="FloatStorage", key="0"):
-    """The instructions for a tensor."""
+    """The pickle instructions for a tensor."""
     def number(n):
         return b"\x8a\x09" + n.to_bytes(9, "little", signed=True)
 
@@ -377,7 +377,7 @@ def record(size=4, offset=0, shape=(4,), strides=(1,), dtype="FloatStorage", key
 
 
 def archive_with(tmp_path, instructions, more=()):
-    """An archive with a module of one tensor, and a storage of 4 floats -> its path."""
+    """Write an archive of a module with one tensor, and a storage of 4 floats -> its path."""
     content = pickled(MODULE, b"}(", text("a"), instructions, b"ub")
     entries = {"v/data.pkl": content, "v/constants.pkl": b"", "v/data/0": bytes(16)}
     return write_entries(tmp_path / "v.pt", entries | dict(more))
@@ -432,13 +432,13 @@ def test_compressed_entries_are_refused(tmp_path):
 
 
 def list_again(path, name, more):
-    """Let a zip file's directory list the bytes of the entry `name` under `more` names too."""
+    """Change a zip file: its directory lists the entry `name` under the names `more`, too."""
     with zipfile.ZipFile(path, "a") as archive:
         for another in more:
             entry = copy.copy(archive.getinfo(name))
             entry.filename = another
             archive.filelist.append(entry)
-        archive.comment = b"changed"                # so the directory is written anew
+        archive.comment = b"changed"                # so the directory is rewritten
 
 
 def test_entries_that_lie_over_each_other_are_refused(tmp_path):
@@ -448,7 +448,7 @@ def test_entries_that_lie_over_each_other_are_refused(tmp_path):
         torchscript.read_tensors(path)
 
 
-# As CLIP
+# An archive as CLIP
 
 
 def test_of_clip_only_the_image_encoder_is_read(lavin):

@@ -1,4 +1,4 @@
-"""The tour runs, every stop shows what it promises, and its screens are of a screen's size."""
+"""The tour runs, every stop shows what it promises, and each fits on one screen."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from tiny import world
 
 @pytest.fixture(scope="module")
 def screens(tmp_path_factory):
-    """{stop: its screen} of the whole tour, with fresh adapters."""
+    """The whole tour with fresh adapters, as {stop: its screen}."""
     with (pytest.MonkeyPatch.context() as monkeypatch,
           contextlib.redirect_stdout(io.StringIO()) as printed):
         monkeypatch.chdir(tmp_path_factory.mktemp("no_checkpoint"))
@@ -42,7 +42,7 @@ def differences(out):
 
 
 def numbers(out, first):
-    """The numbers behind `first` in the line that begins with it."""
+    """The numbers after `first` in the line that begins with it."""
     for line in out.splitlines():
         if line.startswith(first):
             return [float(number) for number in line.removeprefix(first).split()]
@@ -78,7 +78,7 @@ def test_vit(screens):
 
 def test_data(screens):
     out = screens["data"]
-    assert out.count(" <feature>") == 3 + 1         # once in the introduction
+    assert out.count(" <feature>") == 3 + 1         # one is in the introduction
     n_tokens = int(re.search(r"tokens +\((\d+),\)", out)[1])
     first, second = map(int, re.search(r"tokens of each sample: \[(\d+), (\d+)\]", out).groups())
     assert first + second == n_tokens

@@ -1,4 +1,4 @@
-"""The training loop: however a step is split or a run is interrupted, the same numbers."""
+"""The training loop gives the same numbers, however steps are split and runs interrupted."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ MODEL = ("--llama", LLAMA, "--vit", VIT)
 
 
 def flags(sqa, out, *more):
-    """A run of 12 steps, 3 an epoch, without scoring, unless `more` says otherwise."""
+    """The flags of a run of 12 steps, 3 per epoch, without scoring. `more` may change that."""
     return [
         "--data", "sqa", "--data-root", sqa, *MODEL, "--out", out, "--epochs", 4, "--batch-size", 8,
         "--max-seq-len", 160, "--workers", 0, "--eval-limit", 0, *more]
@@ -40,7 +40,7 @@ def read_metrics(out):
 
 
 def assert_same_run(a, b):
-    """The folders of two runs hold the same to the bit: weights, optimizer, losses."""
+    """Two runs have exactly the same weights, optimizer state and losses."""
     left = read_checkpoint(a)
     right = read_checkpoint(b)
     assert left["step"] == right["step"]
@@ -85,7 +85,7 @@ def test_micro_batches_do_not_change_the_gradient(sqa):
 
 
 def test_schedule():
-    """The authors': linear from 0 over 2 of 20 epochs, then half a cosine to 0, step by step."""
+    """It is the authors': linear from 0 over 2 of 20 epochs, then half a cosine to 0."""
     settings = train.Settings(epochs=20, lr=1.0, warmup=2)
     rates = [train.learning_rate(step, 10, settings) for step in range(201)]
     assert rates[0] == 0
@@ -167,12 +167,12 @@ def test_a_new_run_keeps_what_an_older_one_left(call, sqa, tmp_path):
 
 
 def kept_epochs(out):
-    """The numbers of the epochs whose checkpoints are kept."""
+    """The numbers of the epochs whose checkpoints were kept."""
     return sorted(int(path.stem.split("-")[1]) for path in out.glob("checkpoint-*.pth"))
 
 
 def test_every_whole_epoch_is_kept(call, sqa, tmp_path):
-    """A run of 3 steps an epoch, in two parts. The first of them ends inside an epoch."""
+    """The run has 3 steps per epoch and two parts. The first part ends within an epoch."""
     out = tmp_path / "out"
     assert call(train, *flags(sqa, out, "--keep-epochs", "--max-steps", 7))[0] == 0
     assert kept_epochs(out) == [0, 1]
@@ -183,13 +183,13 @@ def test_every_whole_epoch_is_kept(call, sqa, tmp_path):
 
     assert call(train, "--resume", "--out", out, "--max-steps", 9)[0] == 0
     assert kept_epochs(out) == [0, 1, 2]
-    assert second.stat().st_ino == before.st_ino            # a file written anew would be another
+    assert second.stat().st_ino == before.st_ino            # the file was not rewritten
     assert second.stat().st_mtime_ns == before.st_mtime_ns
     assert (out / "checkpoint-2.pth").read_bytes() == (out / "checkpoint.pth").read_bytes()
 
     code, stdout, _ = call(train, *flags(sqa, out, "--keep-epochs", "--max-steps", 3))
     assert code == 0
-    assert "checkpoint-2.pth is now" in stdout              # of the earlier run
+    assert "checkpoint-2.pth is now" in stdout              # the earlier run's
     assert kept_epochs(out) == [0]
     assert (out / "checkpoint-2.pth.old").exists()
 
@@ -220,9 +220,9 @@ def test_fp16_scales_its_loss(call, sqa, tmp_path):
 
 
 def test_compiled_blocks_train_the_same(call, sqa, tmp_path, monkeypatch):
-    """All of the compiler but its last part, which takes a minute to write C++.
+    """The compiler runs without its last part, which writes C++ and takes a minute.
 
-    bench/speed.py runs that as well.
+    bench/speed.py runs that part, too.
     """
     compile_module = torch.nn.Module.compile
 
@@ -231,14 +231,14 @@ def test_compiled_blocks_train_the_same(call, sqa, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_without_cpp)
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()        # those of other tests
+    torch._dynamo.utils.counters.clear()        # from other tests
     run = ("--max-steps", 8, "--batch-size", 7, "--dropout", 0)
     code, stdout, _ = call(train, *flags(sqa, tmp_path / "compiled", *run, "--compile"))
     assert code == 0
-    # Not a graph for each length or number of samples: one for the ViT's block, and two for
-    # LLaMA's, up to its attention and behind it, each of them in a few variants.
+    # There is one graph for the ViT's block and two for LLaMA's, up to its attention and after it.
+    # Each has a few variants.
     n_graphs = int(stdout.partition("compile  ")[2].partition(" graphs")[0])
-    # 13 today. What must not happen is one for every length or number of samples.
+    # It is 13 today. There must not be one for each length or number of samples.
     assert n_graphs <= 13, stdout
     assert call(train, *flags(sqa, tmp_path / "eager", *run, "--no-compile"))[0] == 0
     compiled = [line["loss"] for line in read_metrics(tmp_path / "compiled")]
@@ -279,7 +279,7 @@ def test_a_run_in_two_parts_is_the_unbroken_run(call, sqa, tmp_path, cut):
     parts = tmp_path / "parts"
     assert call(train, *flags(sqa, whole, "--max-steps", 8))[0] == 0
     assert call(train, *flags(sqa, parts, "--max-steps", cut))[0] == 0
-    # All else is in the checkpoint.
+    # --resume takes all other settings from the checkpoint.
     assert call(train, "--resume", "--out", parts, "--max-steps", 8)[0] == 0
     assert_same_run(whole, parts)
 
@@ -287,7 +287,7 @@ def test_a_run_in_two_parts_is_the_unbroken_run(call, sqa, tmp_path, cut):
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=["SIGKILL", "Ctrl-C", "SIGTERM"])
 def test_a_killed_run_resumes_as_if_nothing_had_happened(call, sqa, tmp_path, number):
-    """In the middle of an epoch, with a worker.
+    """The run is killed in the middle of an epoch, with a worker.
 
     The signal goes to the whole process group, as a terminal sends it.
     """
@@ -308,7 +308,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(call, sqa, tmp_path, nu
     step = read_checkpoint(out)["step"]
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
-        assert step % 2 == 0 or step % 3 == 0           # after every second step and every epoch
+        assert step % 2 == 0 or step % 3 == 0           # saved every second step and every epoch
     else:
         assert process.returncode == 128 + number
         assert f"stopped after step {step}" in stdout
@@ -337,7 +337,7 @@ def test_a_finished_run_whose_log_was_deleted_resumes(call, sqa, tmp_path):
     assert "saved" in stdout
 
 
-# Settings that the checkpoints of earlier versions do not name.
+# Settings that are missing in the checkpoints of earlier versions.
 ADDED_WITH_SEVERAL_SOURCES = (
     "weights", "multi_turn", "skip_bad", "val_fraction", "warmup", "delta", "adapter", "adapters",
     "routing", "bits", "fsdp", "dry_run")
@@ -372,7 +372,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes(call, sqa, tmp_path, missing
 
 
 def test_an_earlier_version_is_held_to_its_settings_as_well(call, sqa, tmp_path):
-    """What its checkpoint does not name was the default."""
+    """If its checkpoint does not name a setting, the setting had its default."""
     out = tmp_path / "out"
     assert call(train, *flags(sqa, out, "--max-steps", 1))[0] == 0
     checkpoint = read_checkpoint(out)
@@ -384,7 +384,7 @@ def test_an_earlier_version_is_held_to_its_settings_as_well(call, sqa, tmp_path)
 
 
 def test_every_setting_is_fixed_or_taken_anew_or_free_at_resume():
-    """A new setting needs this decision. Those that are free may change, and nothing asks why."""
+    """Each new setting needs this decision. A free setting may change without an error."""
     free = {"skip_bad", "micro_batch", "weight_decay", "betas", "llama", "vit", "delta",
             "data_root", "checkpointing", "workers", "save_every", "keep_epochs", "tensorboard",
             "eval_limit", "n_samples", "data_hash", "llama_hash", "vit_hash"}

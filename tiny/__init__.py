@@ -1,1 +1,1 @@
-"""The embedded default: a small world with its data and two small base models."""
+"""The small world: a toy data set and two base models, used if no others are there."""

@@ -1,14 +1,14 @@
-"""Pictures and captions for CLIP's pre-training, far more various than the small world's.
+"""Pictures and captions for CLIP's pre-training, far more varied than the small world's.
 
     python -m tiny.album PNG             draw a few of them on a sheet
 
-A picture shows equal things, or two different ones side by side. A thing has a shape, a colour and
-a size, and a place. How it is turned and stretched, whether it is filled or an outline, and what is
-behind it differs from picture to picture and is not in the caption: CLIP has to see past it.
+A picture shows equal things, or two different ones side by side. A thing has a shape, a colour, a
+size and a place. Its rotation, its stretch, its style (filled or an outline) and its background
+vary from picture to picture. The caption does not mention them, so CLIP has to ignore them.
 
-CLIP learns from contrasts: which of the captions of a batch belongs to this picture? If the
-pictures of a batch differ in everything, their colours alone tell. So pictures come in groups that
-are hard to tell apart: all but two properties are the same, or nearly the same, within a group.
+CLIP learns by contrast: which caption of the batch belongs to this picture? If the pictures of a
+batch differ in everything, their colours alone give the answer. So pictures come in groups that are
+hard to tell apart. Within a group, all properties but two are the same, or nearly the same.
 """
 
 import math
@@ -28,7 +28,7 @@ SHAPES = (
     "circle", "square", "triangle", "star", "cross", "rectangle", "oval", "diamond", "ring",
     "hexagon", "half circle", "frame")
 LETTERS = tuple("ABEFHKLMNPRTXYZ234579")
-# Never drawn here: what was learned of shapes is measured by these as well (bench/probe.py).
+# Pre-training never shows these. bench/probe.py uses them to test what CLIP learned about shapes.
 UNSEEN_SHAPES = ("heart", "moon", "arrow", "pentagon", "trapezoid", "drop")
 COLOURS = {
     "red": drawing.COLOURS["red"],
@@ -96,7 +96,7 @@ def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float
 
 
 def unseen_outline(shape: str) -> list[tuple[float, float]]:
-    """The corners of one of UNSEEN_SHAPES around (0, 0), its edge about 1 from there."""
+    """The corners of one of UNSEEN_SHAPES around (0, 0), with its edge about 1 from there."""
     if shape == "heart":
         points = []
         for i in range(36):
@@ -143,10 +143,10 @@ def paint(canvas: ImageDraw.ImageDraw, rng: Random, thing: Thing, x, y, r, behin
     angle = rng.gauss(0, 0.15)
     if rng.random() < 0.15:
         angle = rng.uniform(-math.pi, math.pi)
-    if thing.shape in ("square", "diamond"):        # turned far, one looks like the other
+    if thing.shape in ("square", "diamond"):        # a large angle turns one into the other
         angle = rng.uniform(-0.2, 0.2)
     stretch = rng.uniform(0.85, 1.18)
-    if thing.shape in ("circle", "ring", "square", "frame"):    # an oval, a rectangle: other shapes
+    if thing.shape in ("circle", "ring", "square", "frame"):    # stretched: an oval, a rectangle
         stretch = 1
     elif thing.shape in ("triangle", "rectangle", "oval"):
         stretch = rng.uniform(1, 1.6)
@@ -178,10 +178,10 @@ def tone(colour: str, rng: Random, spread: int = 32) -> tuple[int, ...]:
 
 
 def background(rng: Random, colours: list[str]) -> tuple[Image.Image, tuple[int, ...]]:
-    """A picture without things, and its colour in the middle: none of these colours."""
+    """A picture without things, and its main colour. It avoids the given colours."""
     others = [colour for colour in COLOURS if colour not in colours]
     if "white" not in colours and rng.random() < 0.5:
-        others = ["white"]                          # light paper is what is most often drawn on
+        others = ["white"]                          # most drawings are on light paper
     first = tone(rng.choice(others), rng)
     side = (SIDE, SIDE)
     picture = Image.new("RGB", side, first)
@@ -200,7 +200,7 @@ def background(rng: Random, colours: list[str]) -> tuple[Image.Image, tuple[int,
 
 
 def places_for(rng: Random, n: int, place: str, r: float) -> list[tuple[float, float]]:
-    """n points around a place that are at least 2 r apart, at random."""
+    """n random points around a place, at least 2 r apart."""
     dx, dy = PLACES[place]
     reach = 14 if n == 1 else 1.6 * r * math.sqrt(n)
     points = []
@@ -211,7 +211,7 @@ def places_for(rng: Random, n: int, place: str, r: float) -> list[tuple[float, f
         y = min(127 - r, max(r, y))
         if all(math.hypot(x - a, y - b) > 2.3 * r for a, b in points):
             points.append((x, y))
-        reach *= 1.03                               # room is found in the end
+        reach *= 1.03                               # so that there is room in the end
     return points
 
 
@@ -268,9 +268,9 @@ def pair(rng: Random, one: Thing, other: Thing) -> tuple[Image.Image, str]:
 
 
 def group(n: int, rng: Random) -> list[tuple[Image.Image, str]]:
-    """n pictures with their captions, (picture, caption), all but two of whose properties agree.
+    """n pairs (picture, caption). All properties but two are the same, or nearly the same.
 
-    Shape is nearly always one of the two: it is what is hardest to see.
+    Shape is nearly always one of those two, because it is the hardest to see.
     """
     pools = {
         "shape": LETTERS if rng.random() < 0.1 else SHAPES,
@@ -295,7 +295,7 @@ def draw_several(rng, pools):
     thing = draw_thing(rng, pools)
     n = rng.choice(pools["n"])
     place = rng.choice(pools["place"])
-    if n > 1 and thing.size == "large":             # there is room for one large thing
+    if n > 1 and thing.size == "large":             # there is room for only one large thing
         thing.size = "middle"
     return several(rng, thing, n, place)
 
@@ -305,7 +305,7 @@ def draw_pair(rng, pools):
 
 
 def draw_thing(rng: Random, pools) -> Thing:
-    """A thing from the pools, but none of the pairs that the world keeps for its test split."""
+    """A thing from the pools, but never a pair that the world keeps for its test split."""
     while True:
         thing = Thing(
             rng.choice(pools["shape"]), rng.choice(pools["colour"]), rng.choice(pools["size"]))

@@ -1,7 +1,7 @@
-"""The text that the small world's LLaMA is pre-trained on, and the tokenizer that is made of it.
+"""The text on which the small world's LLaMA is pre-trained, and the tokenizer trained on that text.
 
-A document is a register of options, or a question of the world whose picture, if it has one, is
-described in words. Documents get harder in stages (CURRICULUM).
+A document is either a register of options or a question of the world. If the question is about a
+picture, words describe the picture. Documents get harder in stages (CURRICULUM).
 """
 
 import io
@@ -22,17 +22,17 @@ from tiny.world import (
 
 @dataclass
 class Stage:
-    """A stretch of LLaMA's pre-training, and the shares of its texts."""
+    """A stage of LLaMA's pre-training, and how its texts are mixed."""
     end: float                  # the step at which it ends
-    registers: float            # share of registers, the rest are questions
+    registers: float            # share of registers; the rest are questions
     links: tuple[str, ...]      # what stands between a word and its letter in a register
     drills: float               # share of drills among the questions
     taught: float = 0           # share of TAUGHT among the other questions
-    new: float = 0              # among scenes, share of the pairs that are kept for the test split
+    new: float = 0              # share, among scenes, of pairs that are kept for the test split
 
 
-# By far the hardest thing to learn here is to choose a letter, and everything rests on it. So it is
-# taught in stages, from its densest form to the questions themselves.
+# Choosing a letter is by far the hardest thing to learn here, and every answer depends on it. So
+# the stages teach it first in its densest form, and at last in the questions themselves.
 LINKS = (" is ", "? The answer is ", ". The answer is ")
 CURRICULUM = (
     Stage(end=360, registers=1, links=(" ",), drills=0),
@@ -42,11 +42,11 @@ CURRICULUM = (
     Stage(end=math.inf, registers=0.03, links=LINKS, drills=1 / 7, taught=0.2, new=1 / 6),
 )
 TAUGHT = (opposites, past_tense, kinds, kinds)      # skills with more facts than the others
-FORMS = {"QCM-ALE": 8, "QCM-A": 3, "QCM-EA": 2, "Instruction": 2}       # with their weights
+FORMS = {"QCM-ALE": 8, "QCM-A": 3, "QCM-EA": 2, "Instruction": 2}       # and their weights
 
 
 def all_words():
-    """Every word that is the choice of some question."""
+    """Every word that is a choice in some question."""
     words = [
         *COLOURS, *SHAPES, *COUNTS, *POSITIONS, *DIRECTIONS, *NAMES, *GOODS, *OBJECTS, *MATERIALS,
         *KINDS]
@@ -61,7 +61,7 @@ WORDS = all_words()
 
 
 def register(rng: Random, links: tuple[str, ...]) -> Sample:
-    """Options, and then ten times a word of theirs and its letter: "cup is B. hat is A. …"."""
+    """A list of options, then ten of its words, each with its letter: "cup is B. hat is A. …"."""
     n = rng.randrange(2, 5)
     words = rng.sample(WORDS, n)
     link = rng.choice(links)
@@ -76,7 +76,7 @@ def register(rng: Random, links: tuple[str, ...]) -> Sample:
 
 
 def drill(rng: Random) -> Item:
-    """A register's task as a question: find a word among options."""
+    """The task of a register, asked as a question: find a word among the options."""
     n = rng.randrange(2, 5)
     words = rng.sample(WORDS, n)
     return Item(
@@ -86,7 +86,7 @@ def drill(rng: Random) -> Item:
 
 
 def draw_question(rng, stage):
-    """A drill, a fact or a question of the world, as often as the stage says."""
+    """Draw a drill, a fact or a question of the world, with the probabilities of the stage."""
     if rng.random() < stage.drills:
         return drill(rng)
     if stage.taught > 0 and rng.random() < stage.taught:
@@ -100,18 +100,18 @@ def draw_question(rng, stage):
 
 
 def document(rng: Random, stage: Stage) -> tuple[str | None, Sample]:
-    """A text of the world -> (the words in the picture's place or None, Sample).
+    """Draw a document -> (the words that replace the picture, or None; the Sample).
 
-    A scene's words are the remarks of its caption in any order, since a picture has no order.
+    These words are the parts of the scene's caption in random order, as a picture has no order.
     """
     if rng.random() < stage.registers:
         return None, register(rng, stage.links)
     item = draw_question(rng, stage)
     form = rng.choices(list(FORMS), list(FORMS.values()))[0]
-    remarks = item.caption.split(", ")
-    words = ", ".join(rng.sample(remarks, len(remarks))) or None
+    parts = item.caption.split(", ")
+    words = ", ".join(rng.sample(parts, len(parts))) or None
     if form == "Instruction":
-        # The form of a question about a picture, for those in words alone as well.
+        # Questions without a picture take the form of those with a picture, too.
         prompt = instruction_prompt(item.question, has_picture=True)
         return words, Sample(prompt, item.solution)
     written = problem(item, rng, "corpus")
@@ -129,9 +129,9 @@ TOKENIZER_STAGE = Stage(end=math.inf, registers=0.1, links=LINKS, drills=0.3)
 
 
 def train_tokenizer(seed: int) -> bytes:
-    """sentencepiece's model file.
+    """Train the tokenizer -> sentencepiece's model file.
 
-    The settings are LLaMA's: BPE, single bytes for what is unknown, numbers split into digits.
+    The settings are LLaMA's: BPE, single bytes for unknown characters, numbers split into digits.
     """
     rng = Random(f"{seed} tokenizer")
     lines = []
@@ -152,6 +152,6 @@ def train_tokenizer(seed: int) -> bytes:
         character_coverage=1.0,
         allow_whitespace_only_pieces=True,
         minloglevel=2,
-        # One token each, so that a letter stands right in front of its option.
+        # "(A)" is one token, so that a letter stands directly in front of its option.
         user_defined_symbols=[f"▁({letter})" for letter in data.LETTERS])
     return model.getvalue()

@@ -1,9 +1,9 @@
-"""How the small world's pictures are drawn: its colours, its shapes, its scenes, and two hands.
+"""How the small world's pictures are drawn: colours, shapes, scenes, and two styles.
 
-A scene is drawn flat first, in plain colours on light ground. CLIP's pre-training shows flat
-pictures only. The problems' pictures are then redrawn by another hand: `pencil` puts outlines and
-hatching on squared paper. CLIP has never seen that, just as ScienceQA's diagrams are unlike the
-photographs of the web. All coordinates are pixels, with y pointing down.
+A scene is first drawn flat, in plain colours on a light background. CLIP's pre-training shows only
+flat pictures. The problems' pictures are then redrawn in another style: `pencil` puts outlines and
+hatching on squared paper. CLIP has never seen this style, just as ScienceQA's diagrams look unlike
+the photographs of the web. All coordinates are in pixels, with y pointing down.
 """
 
 import math
@@ -29,13 +29,13 @@ LIGHTS = ("red", "yellow", "green")     # of a traffic light, from the top
 
 
 def shade(colour: str, rng: Random) -> tuple[int, ...]:
-    """A colour of the palette, a little off, as (red, green, blue)."""
+    """A colour of the palette, varied a little, as (red, green, blue)."""
     return near(COLOURS[colour], rng, 15)
 
 
 def near(colour: tuple[int, ...], rng: Random, spread: float,
          lighter: float = 0) -> tuple[int, ...]:
-    """(red, green, blue), each lighter by so much, and up to `spread` off besides."""
+    """A colour (red, green, blue), lighter by `lighter`, and each channel up to `spread` off."""
     channels = []
     for channel in colour:
         shifted = round(channel + lighter + rng.uniform(-spread, spread))
@@ -116,7 +116,7 @@ def draw_pole(canvas, rng, pole, left, right, y, h):
 
 
 def draw_bars(canvas, rng, order, columns):
-    """Three bars: a tall, a middle and a short one, of the colours `order`, in these columns."""
+    """A tall, a middle and a short bar, in this order of colours and in these columns."""
     canvas.line((12, 112, 116, 112), DARK, 3)
     heights = (88, 54, 22)
     for colour, column, height in zip(order, columns, heights):
@@ -126,7 +126,7 @@ def draw_bars(canvas, rng, order, columns):
 
 
 def draw_thermometer(canvas, rng, level):
-    """A thermometer with five marks, its liquid at one of them, 1 to 5."""
+    """A thermometer with five marks. Its liquid stands at mark `level`, 1 to 5."""
     x = rng.uniform(54, 74)
     y = rng.uniform(-3, 3)
     canvas.rounded_rectangle((x - 9, 8 + y, x + 9, 106 + y), 8, "white", DARK, 2)
@@ -150,7 +150,7 @@ def draw_jar(canvas, rng, x, level):
 
 
 def draw_compass(canvas, rng, direction):
-    """A dial whose red needle points in the direction, a little off."""
+    """A dial whose red needle points roughly in the direction."""
     x = rng.uniform(60, 68)
     y = rng.uniform(60, 68)
     angle = rng.uniform(-0.2, 0.2)
@@ -164,7 +164,7 @@ def draw_compass(canvas, rng, direction):
 
 
 def draw_map(canvas, rng, direction):
-    """The house lies on one side of the middle and the tree on the other."""
+    """A house and a tree on opposite sides of the middle. The tree lies in the direction."""
     east, south = DIRECTIONS[direction]
     dx = east * rng.uniform(30, 36)
     dy = south * rng.uniform(30, 36)
@@ -185,7 +185,10 @@ def draw_tree(canvas, rng, x, y):
 
 
 def draw_particles(canvas, rng, state):
-    """A box of 6 × 6 cells. A solid fills all, a liquid the lowest 20, a gas 8 of every other."""
+    """A box of 6 × 6 cells. A solid fills all of them, a liquid the lowest 20.
+
+    A gas fills 8 cells. They are drawn from every other cell, as on a checkerboard.
+    """
     canvas.rectangle((14, 14, 114, 114), "white", DARK, 3)
     cells = []
     for i in range(36):
@@ -205,7 +208,7 @@ def draw_particles(canvas, rng, state):
 
 
 def draw_food_chain(canvas, rng, eaten, eater):
-    """Grass, an arrow, the animal that eats it, an arrow, the animal that eats that one."""
+    """Grass, an animal that eats it and an animal that eats the first, with arrows between them."""
     y = MIDDLE + rng.uniform(-8, 8)
     for x in (12, 19, 26):
         tip = x + rng.uniform(-4, 4)
@@ -268,23 +271,23 @@ def draw_traffic_light(canvas, rng, lit):
         draw_shape(canvas, "circle", x, 28 + 36 * i + y, 14, fill)
 
 
-# The hands
+# The two styles
 
 
 def blank(rng: Random) -> Image.Image:
-    """The light ground of a flat picture."""
+    """The light background of a flat picture."""
     light = rng.randrange(236, 256)
     return Image.new("RGB", (SIDE, SIDE), (light, light, light))
 
 
 def pencil(flat: Image.Image, rng: Random) -> Image.Image:
-    """A flat picture, drawn anew with coloured pencils: shaded, outlined, on squared paper.
+    """A flat picture, redrawn with coloured pencils: shaded, outlined, on squared paper.
 
-    The colour in the upper left corner counts as the ground, which stays paper.
+    The colour in the upper left corner counts as the background, where the paper stays bare.
     """
     picture = squared_paper(rng)
-    ground = Image.new("RGB", flat.size, flat.getpixel((0, 0)))
-    difference = ImageChops.difference(flat, ground).convert("L")
+    background = Image.new("RGB", flat.size, flat.getpixel((0, 0)))
+    difference = ImageChops.difference(flat, background).convert("L")
     inside = difference.point(lambda value: 255 if value > 12 else 0)
     lightly = inside.point(lambda value: 2 * value // 3)
     picture.paste(flat, mask=lightly)

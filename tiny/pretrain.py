@@ -1,11 +1,11 @@
-"""The small world's base models, pre-trained from nothing: a LLaMA and a CLIP.
+"""The small world's base models, pre-trained from scratch: a LLaMA and a CLIP.
 
-    python -m tiny.pretrain              make them anew, one after the other
-    python -m tiny.pretrain clip         make one of them: llama or clip
+    python -m tiny.pretrain              train both again, one after the other
+    python -m tiny.pretrain clip         train one of them: llama or clip
     python -m tiny.pretrain --compile    CLIP with torch.compile, which is faster
 
-LLaMA is trained on text of the world (tiny/corpus.py): facts, and questions about scenes that are
-described in words. It never sees a picture. CLIP is trained contrastively on pictures and their
+LLaMA is trained on text about the world (tiny/corpus.py): facts, and questions about scenes that
+are described in words. It never sees a picture. CLIP is trained contrastively on pictures and their
 captions, half of them the world's scenes and half from tiny/album.py, with a text tower that is
 then dropped. Both are written in the official formats, so the rest of the code does not know where
 they come from.
@@ -50,7 +50,7 @@ CLIP_STEPS = 10000
 
 
 def initialise(module: nn.Module) -> None:
-    """Random weights to begin with. The adapters stay the identity and are not trained."""
+    """Random initial weights. The adapters stay the identity and are not trained."""
     for name, p in module.named_parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=p[0].numel() ** -0.5)
@@ -80,9 +80,9 @@ def make_optimizer(module: nn.Module, beta2: float) -> torch.optim.Optimizer:
 
 
 def update(module, optimizer, loss, done: float, lr: float) -> None:
-    """One step, when `done` of all steps (0 to 1) lie behind it.
+    """One optimizer step. done: the fraction of all steps that came before it, 0 to 1.
 
-    The learning rate rises to lr over the first twentieth of the steps, and follows half a cosine
+    The learning rate rises to lr over the first twentieth of the steps. It follows half a cosine
     down to a twentieth of lr.
     """
     warmup = done * 20
@@ -104,7 +104,7 @@ LLAMA_PARAMS = {
     "n_heads": 4,
     "multiple_of": 32,
     "norm_eps": 1e-5,
-    "vocab_size": -1,           # the tokenizer's, as Meta's files say it
+    "vocab_size": -1,           # -1 is the tokenizer's size, as in Meta's files
 }
 NOTHING = slice(0, 0)
 
@@ -113,7 +113,7 @@ NOTHING = slice(0, 0)
 class Row:
     """A document as tokens."""
     tokens: list[int]
-    labels: list[int]           # the token itself where it belongs to the answer, else IGNORED
+    labels: list[int]           # the token itself if it belongs to the answer, else IGNORED
     description: slice          # of tokens: the words in the picture's place
 
 
@@ -126,17 +126,17 @@ def encode_document(words: str | None, sample: Sample, tokenizer: SentencePieceP
     else:
         prefix = data.picture_prefix(tokenizer) + tokenizer.encode(words)
         description = slice(1 + len(data.picture_prefix(tokenizer)), 1 + len(prefix))
-    tokens = tokens[:1] + prefix + tokens[1:]                       # behind BOS
+    tokens = tokens[:1] + prefix + tokens[1:]                       # after BOS
     labels = labels[:1] + [data.IGNORED] * len(prefix) + labels[1:]
     return Row(tokens, labels, description)
 
 
 def blur(words: str | None, rng: Random) -> bool:
-    """Blur this description? If so, the vectors of its words are replaced by their mean.
+    """Blur this description? If so, the vector of each of its words is replaced by their mean.
 
-    LLaMA has to learn to read what was said from all of them at once, as from the few features of a
-    picture. Bar charts and flags are left out: in them it matters which word was said of which, and
-    a mean does not tell.
+    LLaMA then has to read the whole description from every vector, much as it reads a picture from
+    a few features. Bar charts and flags are left out: there it matters which word belongs to
+    which, and a mean loses that.
     """
     if words is None or "tall " in words or "top " in words:
         return False
@@ -144,13 +144,13 @@ def blur(words: str | None, rng: Random) -> bool:
 
 
 def text_batches(steps: int, tokenizer, seed: int, batch_size: int) -> Iterator[list[Row]]:
-    """Yield a batch for every step, a list of Rows whose description is to be blurred, if any."""
+    """Yield a list of Rows for every step. Only Rows that are to be blurred keep a description."""
     rng = Random(f"{seed} corpus")
     blur_rng = Random(f"{seed} blur")
     batches = []
     for step in range(steps):
         if not batches:
-            # Four batches at a time, cut from rows that are sorted by length: less padding.
+            # Sort the rows of four batches by length before cutting them up: less padding.
             stage = next(stage for stage in CURRICULUM if step < stage.end)
             rows = []
             for _ in range(4 * batch_size):
@@ -166,16 +166,16 @@ def text_batches(steps: int, tokenizer, seed: int, batch_size: int) -> Iterator[
 
 
 def pad(sequences, value=0):
-    """Lists of token ids -> (N, T) int64, `value` behind the end of each."""
+    """Lists of token ids -> (N, T) int64, padded with `value` at the end."""
     tensors = [torch.tensor(sequence) for sequence in sequences]
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
 def letter_loss(llama: LLaMA, rows: list[Row], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows, their descriptions blurred -> (loss, which letters come out right, a bool for each).
+    """Blur the descriptions of the rows -> (loss; for each letter, whether it is predicted).
 
-    The loss is a weighted cross-entropy: 0.1 for a token of what is asked, 1 for one of what is
-    answered, 8 for a letter in the answer.
+    The loss is a weighted cross-entropy. The weights are 0.1 for a token of the question, 1 for a
+    token of the answer, and 8 for a letter in the answer.
     """
     tokens = pad([row.tokens for row in rows])                      # (N, T)
     labels = pad([row.labels for row in rows], data.IGNORED)
@@ -224,14 +224,14 @@ def percent(is_right):
 
 
 def new_llama(vocab_size: int) -> LLaMA:
-    """A LLaMA with random weights from which finding a word again can be learned."""
+    """A LLaMA with random weights that make it easier to learn to find a word again."""
     config = LLaMAConfig(**LLAMA_PARAMS | {"vocab_size": vocab_size})
     llama = LLaMA(config, AdapterConfig())
     llama.tok_embeddings.weight.requires_grad_(True)
     initialise(llama)
-    # To choose a letter is to find a word again and to see what stands beside it. What all
-    # embeddings have in common lets attention go by position alone. Equal wq and wk let it go by
-    # sameness. Without these two, 600 steps of training did not learn it.
+    # To choose a letter, LLaMA has to find a word again and see what stands beside it. The mean
+    # that all embeddings share lets attention go by position alone. Equal wq and wk let it find
+    # equal words. Without these two, LLaMA did not learn this in 600 steps.
     nn.init.normal_(llama.tok_embeddings.weight, mean=0.5, std=0.5)
     for layer in llama.layers:
         layer.attention.wk.weight.data.copy_(layer.attention.wq.weight)
@@ -268,7 +268,7 @@ CLIP_CONFIG = ViTConfig(width=64, layers=12, patch=8, resolution=64)
 
 
 class Towers(nn.Module):
-    """CLIP: an image encoder and a small LLaMA that reads captions, both into one common space."""
+    """CLIP: an image encoder, and a small LLaMA for captions. Both map into a common space."""
 
     def __init__(self, config: ViTConfig, vocab_size: int, common: int = 64):
         super().__init__()
@@ -281,15 +281,15 @@ class Towers(nn.Module):
         self.text.tok_embeddings.weight.requires_grad_(True)
         self.text.output.requires_grad_(False)          # only its hidden state is used
         initialise(self)
-        # As large as a patch's own embedding, else CLIP learns much later where things are.
+        # As large as a patch's own embedding. Otherwise CLIP learns positions much later.
         nn.init.normal_(self.visual.positional_embedding)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def forward(self, pixels, captions, lengths):
-        """How well N pictures and M captions go together -> scores (F, N, M).
+        """How well N pictures and M captions match -> scores (F, N, M).
 
-        pixels (N, 3, R, R); captions (M, T) of `lengths` tokens (M,). There is a score for each of
-        the F features that LaVIN takes, where CLIP itself asks for the last alone.
+        pixels (N, 3, R, R); captions (M, T) of `lengths` tokens (M,). Each of the F features
+        that LaVIN takes has its own scores. The original CLIP uses only the last feature.
         """
         features = self.visual(pixels).transpose(0, 1)                      # (F, N, V)
         images = F.normalize(self.ln_post(features) @ self.proj, dim=-1)    # (F, N, common)
@@ -316,7 +316,7 @@ def scene(skill: Callable[[Random], Item], rng: Random) -> tuple[np.ndarray, str
 def similar_things(n: int, rng: Random) -> list[Item]:
     """n Items of things that differ in shape and in one more property: colour, number or place.
 
-    None is of the pairs that are kept for the test split.
+    None shows a pair that is kept for the test split.
     """
     first = old_things(rng)
     same = rng.sample([1, 2, 3], 2)         # of a scene: shape, colour, number, position
@@ -329,10 +329,10 @@ def similar_things(n: int, rng: Random) -> list[Item]:
 
 
 def draw_batch(n: int, rng: Random) -> list[tuple[np.ndarray, str]]:
-    """n pictures with their captions, in four groups that are hard to tell apart within.
+    """n pictures with their captions, in four groups. Within a group they are hard to tell apart.
 
-    One is of things, which stand for four skills, one is of another skill of the world, and two are
-    from the album.
+    One group shows things, which stand for four skills. One shows another skill of the world. Two
+    are from the album.
     """
     size = n // 4
     batch = []
@@ -365,7 +365,7 @@ def clip_batch(scenes: list, tokenizer):
 def contrastive_loss(scores: torch.Tensor, match: torch.Tensor) -> torch.Tensor:
     """CLIP's loss for scores (F, N, M), where picture i has the caption match[i].
 
-    Several pictures may share a caption. It then has to find all of them.
+    Several pictures may share a caption. The caption then has to match all of them.
     """
     positives = F.one_hot(match, scores.shape[-1]).float()                  # (N, M)
     log_p_caption = scores.log_softmax(2)
@@ -376,12 +376,12 @@ def contrastive_loss(scores: torch.Tensor, match: torch.Tensor) -> torch.Tensor:
 
 
 def best_is_right(scores, match):
-    """By the last feature, is each picture's own caption its likeliest? Bools (N,)."""
+    """Does the last feature of each picture match its own caption best? -> bools (N,)."""
     return scores[-1].argmax(1) == match
 
 
 def old_things(rng: Random) -> Item:
-    """Things, but none of the pairs that are kept for the test split."""
+    """Things, but never a pair that is kept for the test split."""
     return things(rng, new=False)
 
 
@@ -394,7 +394,7 @@ OTHER_SKILLS = [skill for skill in PICTURE_SKILLS if skill is not things]
 
 @torch.no_grad()
 def caption_scores(towers: Towers, tokenizer, n: int) -> dict[str, float]:
-    """{skill: percent of new pictures whose own caption is likeliest among all of that skill's}.
+    """{skill: percent of new pictures whose own caption scores best among all of that skill's}.
 
     n: pictures of each skill.
     """
@@ -411,7 +411,7 @@ def caption_scores(towers: Towers, tokenizer, n: int) -> dict[str, float]:
 
 
 def official_clip(towers: Towers) -> dict[str, torch.Tensor]:
-    """The image encoder by the names of OpenAI's archive. The text tower is left out."""
+    """The image encoder with the names of OpenAI's archive. The text tower is left out."""
     state = {}
     for name, tensor in pretrained(towers).items():
         if name.startswith(("visual.", "ln_post.", "proj")):

@@ -1,6 +1,6 @@
-"""The page's shelf: a few pictures of the small world, each with its question.
+"""The web page's shelf: a few pictures of the small world, each with a question.
 
-The pictures are drawn here from a seed of their own. None is a file of the data set.
+They are drawn here, with their own seed. None of them is in the data set.
 """
 
 import base64

@@ -6,14 +6,15 @@
 
 A skill is a function that takes a random generator and returns an Item: a question, its choices
 and, for a picture question, how its scene is drawn (tiny/drawing.py). The scene's caption says in
-words all that the picture shows. LLaMA reads captions in its pre-training (tiny/pretrain.py) and
-never sees a picture. CLIP sees the pictures. That LLaMA learns to see through CLIP is LaVIN's work.
+words everything that the picture shows. LLaMA reads captions in its pre-training (tiny/pretrain.py)
+and never sees a picture. CLIP sees the pictures. LaVIN then teaches LLaMA to see through CLIP.
 
-The problems need what MMA brings. Their pictures are in pencil, where CLIP's pre-training showed
-flat drawings. And a hint that is the truth in words alone misleads beside a picture (draw_item).
+The problems need what MMA adds. Their pictures are in pencil, but CLIP's pre-training showed flat
+drawings. And the same kind of hint is true in a problem without a picture, but misleads in a
+problem with one (draw_item).
 
-Everything is a function of the seed. The order in which the functions draw from their generator
-is therefore part of the world: raise VERSION with any change to it.
+Everything is determined by the seed. So the order in which the functions draw random numbers is
+part of the world. Raise VERSION whenever you change it.
 """
 
 import json
@@ -44,8 +45,8 @@ PATHS = {
     "vit": ROOT / "ViT-tiny.pt",
     "data_root": ROOT / "scienceqa",
 }
-# train.py's flags for models of this size and a run of three minutes. No workers: to prepare a
-# picture of this size takes less time than to send it from one process to another.
+# train.py's flags for models of this size and a run of three minutes. There are no workers, because
+# preparing a picture of this size takes less time than sending it from one process to another.
 DEFAULTS = {
     "epochs": 2,
     "batch_size": 16,
@@ -64,7 +65,10 @@ LANGUAGE = "language science"
 
 @dataclass
 class Item:
-    """One question and, if it is about a picture, the scene to draw."""
+    """One question and, if it is about a picture, the scene to draw.
+
+    draw(canvas, rng, *scene) draws the scene, a little differently each time.
+    """
     skill: str
     subject: str
     question: str
@@ -73,8 +77,8 @@ class Item:
     solution: str
     hint: str = ""
     caption: str = ""               # the scene in words, "" without a picture
-    draw: Callable | None = None    # draw(canvas, rng, *scene) paints it, a little differently
-    scene: tuple = ()               # each time
+    draw: Callable | None = None
+    scene: tuple = ()
 
 
 def add_distractors(rng: Random, right: str, candidates: Iterable[str], n: int) -> list[str]:
@@ -90,14 +94,14 @@ COUNTS = ("one", "two", "three", "four")
 
 
 def is_new(shape: str, colour: str) -> bool:
-    """Is this pair kept for the test split? LLaMA reads about it, but no other picture shows it."""
+    """Is this pair kept for the test split? LLaMA reads about it. Only test pictures show it."""
     if shape not in SHAPES or colour not in COLOURS:
         return False
     return list(COLOURS).index(colour) == SHAPES.index(shape)
 
 
 def shape_colour_pairs(new: bool) -> list[tuple[str, str]]:
-    """The pairs that are kept for the test split, or all others."""
+    """The pairs that are kept for the test split if `new`, else all others."""
     pairs = []
     for shape in SHAPES:
         for colour in COLOURS:
@@ -107,7 +111,7 @@ def shape_colour_pairs(new: bool) -> list[tuple[str, str]]:
 
 
 def things(rng: Random, new: bool) -> Item:
-    """Equal shapes in a row, and one of four skills: their number, colour, shape or position."""
+    """Equal shapes in a row. A question asks for their number, colour, shape or position."""
     shape, colour = rng.choice(shape_colour_pairs(new))
     n = rng.randrange(1, 5)
     position = rng.choice(list(POSITIONS))
@@ -279,7 +283,7 @@ def traffic_light(rng: Random) -> Item:
         draw=drawing.draw_traffic_light, scene=(lit,))
 
 
-# `things` stands there four times because it is four skills.
+# `things` is listed four times because it stands for four skills.
 PICTURE_SKILLS = (
     things, things, things, things, magnets, bars, thermometer, jars, compass, treasure_map,
     particles, food_chain, flag, traffic_light)
@@ -293,7 +297,7 @@ def picture_item(rng: Random, new: bool = False) -> Item:
     return skill(rng)
 
 
-# The skills that need words alone
+# The skills that need no picture
 
 
 def word_pairs(text):
@@ -397,7 +401,7 @@ def materials(rng: Random) -> Item:
 
 
 def described(rng: Random, whose: str = "The") -> Item:
-    """A question about a scene that the hint describes in words, without a picture."""
+    """A question without a picture, about a scene that the hint describes in words."""
     item = picture_item(rng)
     return Item(
         "described scenes", NATURAL, item.question, item.choices, item.lecture, item.solution,
@@ -413,7 +417,7 @@ TEXT_SKILLS = (
 
 
 def problem(item: Item, rng: Random, split: str) -> dict:
-    """The Item as a problem of ScienceQA's problems.json, its choices shuffled."""
+    """The Item as a problem of ScienceQA's problems.json, with its choices shuffled."""
     choices = rng.sample(item.choices, len(item.choices))
     hint = item.hint
     if item.draw and not hint and rng.random() < 0.5:
@@ -444,16 +448,17 @@ def render(item: Item, rng: Random) -> Image.Image:
 
 
 def sketch(item: Item, rng: Random) -> Image.Image:
-    """The picture of the Item's scene as a problem shows it, in pencil."""
+    """The picture of the Item's scene in pencil, as a problem shows it."""
     return drawing.pencil(render(item, rng), rng)
 
 
 def draw_item(rng: Random, i: int, split: str) -> Item:
-    """Problem i of a split: every other one has a picture.
+    """Draw problem i of a split. Every other problem has a picture.
 
-    "Mia's picture shows a flag, top red, bottom blue." is the truth in a problem in words alone,
-    which is about Mia's picture. In a problem with a picture of its own the same words mislead. So
-    one half of the problems asks LLaMA to rely on such a hint, and the other half to ignore it.
+    Take the hint "Mia's picture shows a flag, top red, bottom blue." A problem without a picture
+    is about Mia's picture, so the hint is true. In a problem with its own picture, the same hint
+    misleads. So LLaMA has to rely on such a hint in one half of the problems and to ignore it in
+    the other half.
     """
     whose = f"{rng.choice(NAMES)}'s"
     if i % 2:
@@ -470,7 +475,7 @@ def draw_item(rng: Random, i: int, split: str) -> Item:
 
 
 def another_scene(item: Item, rng: Random) -> Item:
-    """A scene of which the same can be asked, and usually another answer is right."""
+    """Another scene for the same question, usually with another right answer."""
     while True:
         other = picture_item(rng)
         if other.question == item.question and other.caption != item.caption:
@@ -481,7 +486,7 @@ def write_world(root: Path, seed: int = 0, sizes: tuple[int, ...] | None = None)
     """Write ScienceQA's layout into the folder `root`.
 
     Its files are problems.json, pid_splits.json, captions.json and images/{split}/{id}/image.png.
-    world.json, which says the version, is ours. sizes: problems of each split (default: SIZES).
+    We add world.json, which holds the version. sizes: problems of each split (default: SIZES).
     """
     problems = {}
     captions = {}
@@ -510,10 +515,10 @@ def write_json(path, content):
 
 
 def make_folder(folder: Path, write: Callable[[Path], None], anew: bool = True) -> None:
-    """Call write(temporary folder), then rename it, so that the folder is complete or not there.
+    """Call write(temporary folder), then rename it. So the folder is complete or does not exist.
 
-    anew: replace a folder that is there. Of several processes that make the same folder, one works
-    and the others wait. LavinError if the folder cannot be written.
+    anew: replace the folder if it exists. If several processes make the same folder, one of them
+    works and the others wait. LavinError if the folder cannot be written.
     """
     folder = Path(folder)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
@@ -540,9 +545,9 @@ def make_folder(folder: Path, write: Callable[[Path], None], anew: bool = True) 
 def is_meant(args, remembered: dict = {}) -> bool:
     """Does this run use the small world?
 
-    It does unless a model is named in args (flags or settings with the attributes llama, vit,
-    data_root and data), or remembered (the settings in the run's checkpoint), or something lies
-    where real models and data would, in files.DEFAULTS.
+    args: flags or settings with the attributes llama, vit, data_root and data. remembered: the
+    settings in the run's checkpoint. The run uses the small world unless one of these names a
+    model, or one of the paths in files.DEFAULTS exists, where real models and data would be.
     """
     for name in ("llama", "vit"):
         if chosen_path(name, args, remembered):
@@ -551,18 +556,18 @@ def is_meant(args, remembered: dict = {}) -> bool:
 
 
 def chosen_path(name, args, remembered):
-    """The path that args name, or the one that the checkpoint remembers, or None."""
+    """The path in args, else the one that the checkpoint remembers, else None."""
     return getattr(args, name) or remembered.get(name)
 
 
 def prepare(args, remembered: dict = {}) -> None:
-    """Set the small world's paths in args if it is meant, and draw its data if they are missing.
+    """If this run uses the small world, set its paths in args, and draw its data if missing.
 
-    remembered: the settings in a checkpoint, {} without one. LavinError if this run uses files of
-    the small world that another version made, or adapters that were trained on another version.
+    remembered: the settings in a checkpoint, {} without one. LavinError if this run uses files
+    from another version of the small world, or adapters that were trained on another version.
     """
     if is_meant(args, remembered):
-        print(f"embedded default: none of {', '.join(files.DEFAULTS.values())} is here")
+        print(f"using the small world: none of {', '.join(files.DEFAULTS.values())} exists")
         for name, path in PATHS.items():
             chosen = chosen_path(name, args, remembered)
             setattr(args, name, chosen or os.path.relpath(path))
@@ -579,29 +584,29 @@ def prepare(args, remembered: dict = {}) -> None:
 
 
 def is_used(name, args, remembered):
-    """Does this run take the small world's llama, vit or data_root?"""
+    """Does this run use the small world's path of this name: llama, vit or data_root?"""
     chosen = chosen_path(name, args, remembered) or ""
     return os.path.abspath(chosen) == str(PATHS[name])
 
 
 def check_version(folder, name, command):
-    """LavinError if the folder exists, but its file of that name does not state this VERSION."""
+    """LavinError if the folder exists but its file `name` does not state this VERSION."""
     path = folder / name
     if not folder.exists():
         return
     stated = read_json(path) if path.exists() else None
     if not isinstance(stated, dict) or stated.get("version") != VERSION:
         raise LavinError(
-            f"{folder}: made by another version of the small world than this code's, {VERSION}; "
-            f"{command} makes it anew")
+            f"{folder}: made by another version of the small world; this code has version "
+            f"{VERSION}. `{command}` makes it anew")
 
 
 def check_trained_here(remembered):
     """LavinError if the checkpoint was trained with another CLIP than PATHS["vit"]."""
     if remembered.get("vit_hash") != files.fingerprint(PATHS["vit"]):
         raise LavinError(
-            "the adapters were trained in another version of the small world than this code's, "
-            f"{VERSION}; python train.py --data sqa trains new ones")
+            "the adapters were trained in another version of the small world; this code has "
+            f"version {VERSION}. `python train.py --data sqa` trains new ones")
 
 
 # A sheet of answers
@@ -612,7 +617,7 @@ SHEET_PICTURE_SIDE = 150
 
 
 def sheet(predictions: str, path: str, n: int = 8) -> None:
-    """Draw n test problems, each of another picture skill, with what the model wrote about them.
+    """Draw n test problems, each of a different picture skill, with the model's outputs.
 
     predictions: the file that generate.py --predictions wrote. path: the PNG file to write.
     """
@@ -634,7 +639,7 @@ def sheet(predictions: str, path: str, n: int = 8) -> None:
 
 
 def draw_answer(sheet, x, y, pid, problem, output):
-    """One problem at (x, y): its picture, question and options, the output green if it is right."""
+    """Draw a problem at (x, y): picture, question, options, and the output, green if right."""
     image = Image.open(PATHS["data_root"] / "images" / problem["split"] / pid / "image.png")
     size = (SHEET_PICTURE_SIDE, SHEET_PICTURE_SIDE)
     sheet.paste(image.resize(size, Image.Resampling.BICUBIC), (x, y))
