@@ -79,7 +79,7 @@ def test_a_pickle_is_never_executed(fails, tmp_path):
         fails(generate, *ask(adapter=path), says=[f"{path}: not a"])
         fails(generate, *ask(vit=path), says=[f"{path}: not a"])
         shutil.copy(path, llama / "consolidated.00.pth")
-        fails(generate, *ask(llama=llama), says=["consolidated.00.pth: not a"])
+        fails(generate, *ask(llama=llama), says=["consolidated.00.pth: not "])
     assert not executed.exists()
     torch.load(zipped, weights_only=False)
     assert executed.exists()                # the trap works
