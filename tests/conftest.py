@@ -1,7 +1,9 @@
 """Fixtures for all tests: the golden model and its numbers, a miniature data set, `call`."""
 
+import copy
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -21,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import checkpoints  # noqa: E402
 import data  # noqa: E402
 import miniature  # noqa: E402
+import train  # noqa: E402
 from extras import terminal  # noqa: E402
 from fast.engine import Engine  # noqa: E402
 
@@ -54,15 +57,29 @@ def relative_error(ours, exact) -> float:
     return ((ours - exact).norm() / exact.norm()).item()
 
 
+def flags(sqa, out, *more):
+    """train.py's: a run of 12 steps, 3 an epoch, without scoring, unless `more` says otherwise."""
+    return [
+        "--data", "sqa", "--data-root", sqa, "--llama", LLAMA, "--vit", VIT, "--out", out,
+        "--epochs", 4, "--batch-size", 8, "--max-seq-len", 160, "--workers", 0, "--eval-limit", 0,
+        *more]
+
+
 @pytest.fixture(scope="session")
 def expected():
     """The numbers that the authors' code computes from the golden files (README, "Tests")."""
     return np.load(GOLDEN / "expected.npz")
 
 
-@pytest.fixture
-def lavin():
+@pytest.fixture(scope="session")
+def golden_lavin():
     return checkpoints.load(LLAMA, VIT, ADAPTER)
+
+
+@pytest.fixture
+def lavin(golden_lavin):
+    """The golden model, to be changed at will."""
+    return copy.deepcopy(golden_lavin)
 
 
 @pytest.fixture(scope="session")
@@ -142,6 +159,28 @@ def fails(call, tmp_path):
         assert not list(tmp_path.rglob("*.tmp"))
 
     return fails
+
+
+@pytest.fixture(scope="session")
+def runs_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def trained(call, sqa, tmp_path, runs_folder):
+    """trained(steps) -> the folder of a run on sqa, a copy of one that all tests share."""
+    def trained(steps):
+        original = runs_folder / str(steps)
+        if not original.exists():
+            assert call(train, *flags(sqa, original, "--max-steps", steps))[0] == 0
+        out = tmp_path / f"run-{steps}"
+        shutil.copytree(original, out)
+        checkpoint = torch.load(out / "checkpoint.pth", weights_only=False)
+        checkpoint["config"]["data_root"] = str(sqa)
+        torch.save(checkpoint, out / "checkpoint.pth")
+        return out
+
+    return trained
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ from conftest import ADAPTER, LLAMA, VIT, difference
 from files import LavinError, tokenizer_path
 from model import LaVIN, LLaMAConfig
 from test_errors import ask
-from test_train import flags
 from vit import ViTConfig
 
 
@@ -713,10 +712,9 @@ def test_what_is_in_a_released_checkpoint(call, lavin):
         assert shown[6:8] == [f"{weight:.3f}" for weight in picture]
 
 
-def test_what_is_in_a_checkpoint_of_a_run(call, sqa, tmp_path):
+def test_what_is_in_a_checkpoint_of_a_run(call, trained):
     """The checkpoint stores LLaMA's path, so no flag is needed to show the routing."""
-    assert call(train, *flags(sqa, tmp_path / "run", "--max-steps", 1))[0] == 0
-    code, stdout, _ = call(checkpoints, tmp_path / "run" / "checkpoint.pth")
+    code, stdout, _ = call(checkpoints, trained(1) / "checkpoint.pth")
     assert code == 0
     assert "step 1 · epoch 0 · data sqa · format QCM-ALE · epochs 4 · batch_size 8" in stdout
     assert "layer   4   text 0." in stdout

@@ -23,11 +23,9 @@ from test_train import flags, read_checkpoint
 
 
 @pytest.fixture
-def finished_run(call, sqa, tmp_path):
+def finished_run(trained):
     """The folder of a run of one step."""
-    out = tmp_path / "run"
-    assert call(train, *flags(sqa, out, "--max-steps", 1))[0] == 0
-    return out
+    return trained(1)
 
 
 def test_nothing_to_resume(fails, sqa, tmp_path):
@@ -199,11 +197,10 @@ def test_a_state_of_the_optimizer_that_is_not_the_models(fails, finished_run, da
     assert path.read_bytes() == before
 
 
-def test_a_state_in_odd_memory_is_copied(call, sqa, tmp_path):
+def test_a_state_in_odd_memory_is_copied(call, trained, tmp_path):
     """Moments that share a storage or have other strides give the same run as plain ones."""
-    run = tmp_path / "run"
+    run = trained(2)
     other = tmp_path / "other"
-    assert call(train, *flags(sqa, run, "--max-steps", 2))[0] == 0
     checkpoint = read_checkpoint(run)
     for state in checkpoint["optimizer"]["state"].values():
         both = torch.stack([state["exp_avg"], state["exp_avg_sq"]], dim=-1)
@@ -218,14 +215,17 @@ def test_a_state_in_odd_memory_is_copied(call, sqa, tmp_path):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("scaler", [
-    {}, {"scale": float("inf"), "_growth_tracker": 0}, {"scale": 2.0, "_growth_tracker": "x"},
-    {"scale": torch.ones(3), "_growth_tracker": 0}])
-def test_a_scaler_that_is_not_one(call, fails, sqa, tmp_path, scaler):
+def test_a_scaler_that_is_not_one(call, fails, sqa, tmp_path):
     run = tmp_path / "run"
     assert call(train, *flags(sqa, run, "--max-steps", 1, "--dtype", "fp16"))[0] == 0
-    torch.save(read_checkpoint(run) | {"scaler": scaler}, run / "checkpoint.pth")
-    fails(train, "--resume", "--out", run, says=["checkpoint.pth"])
+    checkpoint = read_checkpoint(run)
+    for scaler in (
+            {},
+            {"scale": float("inf"), "_growth_tracker": 0},
+            {"scale": 2.0, "_growth_tracker": "x"},
+            {"scale": torch.ones(3), "_growth_tracker": 0}):
+        torch.save(checkpoint | {"scaler": scaler}, run / "checkpoint.pth")
+        fails(train, "--resume", "--out", run, says=["checkpoint.pth"])
 
 
 # A good checkpoint is never lost

@@ -15,20 +15,11 @@ import torch
 import checkpoints
 import data
 import train
-from conftest import ADAPTER, LLAMA, ROOT, VIT, difference
+from conftest import ADAPTER, LLAMA, ROOT, VIT, difference, flags
 from extras.resume import FIXED, ONCE
 from extras.scienceqa import load_sqa
 from fast import ranks
 from model import LaVIN
-
-MODEL = ("--llama", LLAMA, "--vit", VIT)
-
-
-def flags(sqa, out, *more):
-    """The flags of a run of 12 steps, 3 per epoch, without scoring. `more` may change that."""
-    return [
-        "--data", "sqa", "--data-root", sqa, *MODEL, "--out", out, "--epochs", 4, "--batch-size", 8,
-        "--max-seq-len", 160, "--workers", 0, "--eval-limit", 0, *more]
 
 
 def read_checkpoint(out):
@@ -156,9 +147,8 @@ def test_samples_without_an_answer_left_are_counted_and_left_out(call, sqa, tmp_
     assert "cut off entirely: 1" in stdout
 
 
-def test_a_new_run_keeps_what_an_older_one_left(call, sqa, tmp_path):
-    out = tmp_path / "out"
-    assert call(train, *flags(sqa, out, "--max-steps", 1))[0] == 0
+def test_a_new_run_keeps_what_an_older_one_left(call, sqa, trained):
+    out = trained(1)
     code, stdout, _ = call(train, *flags(sqa, out, "--max-steps", 1))
     assert code == 0
     assert "checkpoint.pth of an earlier run is now" in stdout
@@ -274,11 +264,9 @@ def test_too_little_memory_names_what_would_help(call, sqa, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("cut", [4, 3], ids=["within an epoch", "between epochs"])
-def test_a_run_in_two_parts_is_the_unbroken_run(call, sqa, tmp_path, cut):
-    whole = tmp_path / "whole"
-    parts = tmp_path / "parts"
-    assert call(train, *flags(sqa, whole, "--max-steps", 8))[0] == 0
-    assert call(train, *flags(sqa, parts, "--max-steps", cut))[0] == 0
+def test_a_run_in_two_parts_is_the_unbroken_run(call, trained, cut):
+    whole = trained(8)
+    parts = trained(cut)
     # --resume takes all other settings from the checkpoint.
     assert call(train, "--resume", "--out", parts, "--max-steps", 8)[0] == 0
     assert_same_run(whole, parts)
@@ -319,18 +307,16 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(call, sqa, tmp_path, nu
     assert_same_run(out, whole)
 
 
-def test_damaged_metrics_do_not_stop_a_resumed_run(call, sqa, tmp_path):
-    out = tmp_path / "out"
-    assert call(train, *flags(sqa, out, "--max-steps", 2))[0] == 0
+def test_damaged_metrics_do_not_stop_a_resumed_run(call, trained):
+    out = trained(2)
     with open(out / "metrics.jsonl", "ab") as metrics:
         metrics.write(b'{bad}\n[1]\n{"step": "x"}\n\xff}\n{"step": 3, "lo')
     assert call(train, "--resume", "--out", out, "--max-steps", 3)[0] == 0
     assert [line["step"] for line in read_metrics(out)] == [1, 2, 3]
 
 
-def test_a_finished_run_whose_log_was_deleted_resumes(call, sqa, tmp_path):
-    out = tmp_path / "out"
-    assert call(train, *flags(sqa, out, "--max-steps", 1))[0] == 0
+def test_a_finished_run_whose_log_was_deleted_resumes(call, trained):
+    out = trained(1)
     (out / "metrics.jsonl").unlink()
     code, stdout, _ = call(train, "--resume", "--out", out, "--max-steps", 1)
     assert code == 0
@@ -349,11 +335,9 @@ ADDED_LATER = ("weight_decay", "betas", "check")
     (ADDED_LATER, "sqa"),
     ((*ADDED_WITH_SEVERAL_SOURCES, *ADDED_LATER), "sqa"),
 ], ids=["several sources", "one source", "the first version"])
-def test_a_checkpoint_of_an_earlier_version_resumes(call, sqa, tmp_path, missing, source):
-    whole = tmp_path / "whole"
-    older = tmp_path / "older"
-    assert call(train, *flags(sqa, whole, "--max-steps", 8))[0] == 0
-    assert call(train, *flags(sqa, older, "--max-steps", 4))[0] == 0
+def test_a_checkpoint_of_an_earlier_version_resumes(call, trained, missing, source):
+    whole = trained(8)
+    older = trained(4)
     checkpoint = read_checkpoint(older)
     config = checkpoint["config"]
     for name in missing:
@@ -371,10 +355,9 @@ def test_a_checkpoint_of_an_earlier_version_resumes(call, sqa, tmp_path, missing
     assert "no_longer_a_setting" not in config
 
 
-def test_an_earlier_version_is_held_to_its_settings_as_well(call, sqa, tmp_path):
+def test_an_earlier_version_is_held_to_its_settings_as_well(call, trained):
     """If its checkpoint does not name a setting, the setting had its default."""
-    out = tmp_path / "out"
-    assert call(train, *flags(sqa, out, "--max-steps", 1))[0] == 0
+    out = trained(1)
     checkpoint = read_checkpoint(out)
     del checkpoint["config"]["bits"]
     torch.save(checkpoint, out / "checkpoint.pth")
