@@ -239,7 +239,8 @@ def test_a_checkpoint_remembers_that_its_delta_was_unpermuted(call, golden_folde
     folded = torch.load(tmp_path / "folded/consolidated.00.pth", weights_only=True)
     assert torch.equal(folded[name], wq.half())
     args = generate_parser("").parse_args(["--adapter", str(checkpoint), "--dtype", "fp32"])
-    asked = generate.load_model(args, *generate.find_model(args))
+    asked = generate.load_model(
+        args, *generate.find_model(args), torch.device("cpu"), "fp32")
     assert torch.equal(asked.llama.get_parameter(name), wq)
 
 
