@@ -67,13 +67,14 @@ def test_the_world_is_a_function_of_its_seed(tmp_path):
 
 
 def test_a_version_of_the_world_never_changes(tmp_path):
-    """The tables in docs/small-world.md were measured on version 2.
+    """The tables in docs/small-world.md were measured on version 3.
 
-    Pictures and questions use the same random generator, so a change to either is found.
+    Pictures and questions use the same random generator, so a change to either is found, except for
+    one that draws as often from the generator.
     """
     world.write_world(tmp_path, sizes=SIZES)
     digest = hashlib.sha256((tmp_path / "problems.json").read_bytes()).hexdigest()
-    assert world.VERSION == 2
+    assert world.VERSION == 3
     assert digest == "0efe5b864970c15b9cb3ede27fec7d32a7d172694087837f5944ba701b546ef6"
 
 
@@ -281,7 +282,7 @@ def test_train_and_generate_take_the_small_world_by_default(call, small_world):
     code, stdout, _ = call(
         train, "--data", "sqa", "--epochs", 1, "--workers", 0, "--eval-limit", 4)
     assert code == 0
-    assert "using the small world" in stdout and "ViT-tiny.pt" in stdout and "lr 0.006" in stdout
+    assert "using the small world" in stdout and "ViT-tiny.pt" in stdout and "lr 0.004" in stdout
     assert (small_world / "world.json").exists()
     assert Image.open("out/loss.png").size == (1600, 900)
 
