@@ -229,8 +229,8 @@ def main() -> None:
     if args.serve is not None:
         server = listen(args, adapter, remembered)
 
-    rank_seed = args.seed + 7919 * ranks.rank()             # each rank draws tokens of its own
-    torch.manual_seed(data.mixed_seed(rank_seed, 0))
+    # Each rank samples its own tokens.
+    torch.manual_seed(data.mixed_seed(ranks.own_seed(args.seed), 0))
     lavin = load_model(args, adapter, remembered, device, dtype)
     how = {
         "max_new_tokens": args.max_new_tokens or 256,

@@ -211,8 +211,8 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
             lr = learning_rate(step - 1, steps_per_epoch, settings)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            rank_seed = settings.seed + 7919 * rank     # each rank has its own dropout
-            torch.manual_seed(data.mixed_seed(rank_seed, step))
+            # Each rank has its own dropout.
+            torch.manual_seed(data.mixed_seed(ranks.own_seed(settings.seed), step))
             try:
                 loss, norm = train_step(
                     lavin, optimizer, scaler, gradients, micro_batches, settings.clip)

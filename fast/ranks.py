@@ -30,6 +30,11 @@ def count() -> int:
     return number("WORLD_SIZE", 1)
 
 
+def own_seed(seed: int) -> int:
+    """A seed for what each rank draws by itself. That of rank 0 is `seed`."""
+    return seed + 7919 * rank()
+
+
 def number(name: str, default: int) -> int:
     """A variable that torchrun sets. LavinError for what it would not set it to."""
     text = os.environ.get(name, str(default))
