@@ -1,16 +1,16 @@
-"""How long it takes to load a LLaMA of two shards or a GGUF file, and how much memory at most.
+"""Measure the time and the peak memory of loading a LLaMA, from two shards or a GGUF file.
 
     python -m bench.peak_memory [DTYPE [DEVICE [BITS [DIM LAYERS]]]]
     python -m bench.peak_memory                             400 MB, in bf16 on the CPU
     python -m bench.peak_memory bf16 cuda 16 4096 32        7B
     python -m bench.peak_memory --gguf                      the same 400 MB as a GGUF file
-    python -m bench.peak_memory bf16 --gguf FILE            a GGUF file of one's own
+    python -m bench.peak_memory bf16 --gguf FILE            your own GGUF file
 
-Loading should hold the model in its target dtype and one tensor of each shard, and nothing else. A
-GGUF file's tensor is held as it is stored and dequantized, in fp32. The script writes a checkpoint
-into a temporary folder and loads it in a fresh process. It prints the most memory that this process
-ever held, as the operating system counts it, mapped pages of the files included; and for a GPU the
-most that was held there. All sizes are in MB.
+Loading should hold only the model in its target dtype and one tensor of each shard. A tensor of a
+GGUF file is held twice: as stored, and dequantized to fp32. The script writes a checkpoint into a
+temporary folder and loads it in a fresh process. It prints the peak memory of that process as the
+operating system counts it, including mapped pages of the files, and on a GPU also the peak there.
+All sizes are in MB.
 """
 
 import argparse
@@ -40,7 +40,7 @@ VOCAB_SIZE = 512
 
 
 def shard_shape(name: str, shape: torch.Size) -> list[int]:
-    """The shape that a parameter has in each of two shards. Meta halves matrices but not norms."""
+    """The shape of a parameter in each of two shards. Meta halves matrices but not norms."""
     halved = list(shape)
     if len(shape) == 1:
         return halved
@@ -52,7 +52,7 @@ def shard_shape(name: str, shape: torch.Size) -> list[int]:
 
 
 def shapes_of(params: dict) -> dict[str, torch.Size]:
-    """{Meta's name: shape} of the weights of a LLaMA. params: what its params.json says."""
+    """{Meta's name: shape} of the weights of a LLaMA. params: the contents of its params.json."""
     with torch.device("meta"):
         config = LLaMAConfig(**params | {"vocab_size": VOCAB_SIZE})
         llama = LLaMA(config, AdapterConfig())
@@ -70,7 +70,7 @@ def params_of(dim: int, layers: int) -> dict:
 
 
 def write_checkpoint(directory: Path, dim: int, layers: int) -> None:
-    """A LLaMA of zeros in Meta's layout, in two shards of fp16."""
+    """Write a LLaMA of zeros in Meta's layout: two shards in fp16."""
     params = params_of(dim, layers)
     (directory / "params.json").write_text(json.dumps(params))
     for i in range(2):
@@ -94,7 +94,7 @@ def gguf_name(name: str) -> str:
 
 
 def write_gguf(path: Path, dim: int, layers: int) -> None:
-    """The same LLaMA as a GGUF file in fp16, without a vocabulary: nothing here reads one."""
+    """Write the same LLaMA as a GGUF file in fp16, without a vocabulary: nothing here reads one."""
     writer = gguf.import_gguf(path).GGUFWriter(path, "llama")
     params = params_of(dim, layers)
     shapes = shapes_of(params)
@@ -122,7 +122,7 @@ def process_peak() -> float:
 
 
 def largest_tensor(source: str | gguf.File, llama: LLaMA) -> tuple[str, int]:
-    """What may be held of a checkpoint beside the model, in words -> and how many bytes that is."""
+    """-> (what loading may hold besides the model, in words; its size in bytes)."""
     if not isinstance(source, gguf.File):
         # Two halves of the largest tensor, in fp16.
         return "one tensor of each shard", max(p.numel() * 2 for p in llama.parameters())
@@ -134,10 +134,10 @@ def largest_tensor(source: str | gguf.File, llama: LLaMA) -> tuple[str, int]:
 
 
 def load(args) -> None:
-    """Load the checkpoint in this process, and print what that took as JSON."""
-    torch.empty(1, device=args.device)          # CUDA's own memory is not the loader's
+    """Load the checkpoint in this process and print the measurements as JSON."""
+    torch.empty(1, device=args.device)          # do not count CUDA's own memory
     if is_gguf(args.load):
-        gguf.import_gguf(args.load)             # nor is the library's
+        gguf.import_gguf(args.load)             # nor the library's
     before = process_peak()
     began = time.perf_counter()
     source = open_llama(args.load)
@@ -173,7 +173,7 @@ def measure(dtype: str = "bf16", device: str = "cpu", bits: int = 16, dim: int =
             layers: int = 4, gguf_file: str | None = None) -> dict[str, float]:
     """Write a checkpoint and load it in a fresh process -> what `load` prints there.
 
-    gguf_file: a GGUF file to load instead; "" writes one.
+    gguf_file: a GGUF file to load instead. With "", one is written.
     """
     with tempfile.TemporaryDirectory() as directory:
         path = directory
@@ -181,7 +181,7 @@ def measure(dtype: str = "bf16", device: str = "cpu", bits: int = 16, dim: int =
             write_checkpoint(Path(directory), dim, layers)
         elif gguf_file:
             path = os.path.abspath(gguf_file)
-            gguf.File(path)                     # whatever is wrong with it is said here
+            gguf.File(path)                     # report a faulty file here, not in the new process
         else:
             path = f"{directory}/zeros.gguf"
             write_gguf(Path(path), dim, layers)
@@ -199,8 +199,8 @@ def main() -> None:
     parser.add_argument("bits", nargs="?", type=int, choices=[16, 8, 4], default=16)
     parser.add_argument("dim", nargs="?", type=int, default=2048)
     parser.add_argument("layers", nargs="?", type=int, default=4)
-    parser.add_argument("--gguf", metavar="FILE", nargs="?", const="", help="load this GGUF file, "
-                        "or, without FILE, one that is written for it")
+    parser.add_argument("--gguf", metavar="FILE", nargs="?", const="", help="load this GGUF file; "
+                        "without FILE, write one and load it")
     parser.add_argument("--load", metavar="PATH", help="load this checkpoint in this process")
     args = parser.parse_args()
     if args.load:

@@ -2,15 +2,15 @@
 
     answer_all      generates an answer to every sample
     choose_all      picks the likeliest letter instead, in one pass and without generating
-    score           answers ScienceQA's problems by one of the two and prints the table
+    score           answers ScienceQA's problems in one of these two ways and prints the table
 
-Under torchrun every rank answers its share, and then gets the answers of all others.
+Under torchrun, every rank answers its share and then gets the answers of all other ranks.
 
 A column of the table averages the problems of one kind:
     NAT, SOC, LAN     by subject: natural, social and language science
-    TXT, IMG, NO      with a hint; with an image; with neither. A problem may count in TXT and IMG
+    TXT, IMG, NO      with a hint; with an image; with neither. A problem can be in TXT and IMG
     G1-6, G7-12       by grade
-    AVG               all of them
+    AVG               all problems
 """
 
 import itertools
@@ -56,7 +56,7 @@ def columns_of(problem):
 def sqa_counts(problems: dict, predictions: dict) -> dict:
     """{id: problem}, {id: index of the choice} -> {column: (answered correctly, problems)}.
 
-    Only the problems predicted are counted.
+    Problems without a prediction do not count.
     """
     correct = dict.fromkeys(COLUMNS, 0)
     total = dict.fromkeys(COLUMNS, 0)
@@ -68,7 +68,7 @@ def sqa_counts(problems: dict, predictions: dict) -> dict:
 
 
 def sqa_scores(problems: dict, predictions: dict) -> dict[str, float]:
-    """{column: percent answered correctly}, nan where a column has no problem."""
+    """{column: percent answered correctly}; nan for a column without problems."""
     scores = {}
     for column, (correct, total) in sqa_counts(problems, predictions).items():
         scores[column] = 100 * correct / total if total else float("nan")
@@ -76,7 +76,7 @@ def sqa_scores(problems: dict, predictions: dict) -> dict[str, float]:
 
 
 def sqa_table(problems: dict, predictions: dict) -> str:
-    """The nine-column table: percent, and below it how many of how many."""
+    """The nine-column table: percent correct, and below it correct/total."""
     scores = sqa_scores(problems, predictions)
     header = ""
     percents = ""
@@ -91,7 +91,7 @@ def sqa_table(problems: dict, predictions: dict) -> str:
 
 
 def sqa_table_by(field: str, problems: dict, predictions: dict) -> str:
-    """A row for each value of a field (skill, topic, …): percent, and how many of how many."""
+    """A row for each value of a field (skill, topic, …): percent correct, and correct/total."""
     correct = {}
     for pid, index in predictions.items():
         value = problems[pid].get(field)
@@ -103,7 +103,7 @@ def sqa_table_by(field: str, problems: dict, predictions: dict) -> str:
 
 
 def percent_row(title: str, right: list[bool]) -> str:
-    """A row of a table: how many percent of the answers are right, and how many of how many."""
+    """A row of a table: the percentage of right answers, and right/total."""
     percent = 100 * sum(right) / len(right)
     fraction = f"{sum(right)}/{len(right)}"
     return f"{title:40}{percent:>8.2f}{fraction:>11}"
@@ -113,7 +113,7 @@ def percent_row(title: str, right: list[bool]) -> str:
 
 
 class Answers:
-    """The answers to a data set's samples, as they come. So what has come outlasts an error."""
+    """Collects the answers to a data set's samples. After an error, it holds those so far."""
 
     def __init__(self, samples: list[Sample]):
         self.ids = [sample.id for sample in samples]
@@ -121,18 +121,18 @@ class Answers:
         self.unread = {}        # {id: why its picture cannot be decoded}
 
     def add(self, identity: object, text: str) -> None:
-        """Keep an answer, but for a picture that the model was not shown."""
+        """Keep an answer, unless its picture could not be decoded."""
         if identity not in self.unread:
             self.given[identity] = text
 
     def gather(self) -> None:
-        """Add what the other ranks have, so that every rank has all of it."""
+        """Exchange the answers between ranks, so that every rank has all of them."""
         for given, unread in ranks.gather((self.given, self.unread)):
             self.given |= given
             self.unread |= unread
 
     def outputs(self) -> dict:
-        """{id: text} of all samples, "" for those without an answer."""
+        """{id: text} for all samples; the text is "" if there is no answer."""
         return {identity: self.given.get(identity, "") for identity in self.ids}
 
     def missing(self) -> dict:
@@ -140,11 +140,11 @@ class Answers:
         reasons = {}
         for identity in self.ids:
             if identity not in self.given:
-                reasons[identity] = self.unread.get(identity, "the run ended before its answer")
+                reasons[identity] = self.unread.get(identity, "the run ended before this answer")
         return reasons
 
     def first_unread(self) -> str:
-        """Why the first picture that could not be decoded could not."""
+        """The reason for the first picture that could not be decoded."""
         return next(self.unread[identity] for identity in self.ids if identity in self.unread)
 
     def print_unread(self) -> None:
@@ -152,22 +152,22 @@ class Answers:
         if self.unread:
             first = self.first_unread()
             print(f"{len(self.unread)} of {len(self.ids)} have a picture that cannot be decoded; "
-                  f"they count as wrong. The first of them: {first}")
+                  f"they count as wrong. The first one: {first}")
 
     def check(self) -> None:
         """LavinError if any picture could not be decoded."""
         if self.unread:
             first = self.first_unread()
             raise LavinError(f"{first} ({len(self.unread)} of {len(self.ids)} have no answer "
-                             "because of their picture; the others were answered)")
+                             "because their picture cannot be decoded; all others were answered)")
 
 
 def by_modality(encoded: list[Encoded],
                 shared: bool = True) -> tuple[list[Encoded], list[Encoded]]:
-    """-> (those without a picture, those with one), the longest first.
+    """-> (prompts without a picture, prompts with one), the longest first.
 
-    Prompts of about the same length then run together, and too little memory shows at the start.
-    With several ranks, this rank's share of both; all of them if not shared.
+    Prompts of similar length then run together, and a lack of memory shows at the start.
+    shared: keep only this rank's share of each.
     """
     groups = ([], [])
     for prompt in encoded:
@@ -181,7 +181,7 @@ def by_modality(encoded: list[Encoded],
 
 
 def encode_prompts(lavin, samples, answers, encode):
-    """-> [encode(sample)]. The answer is "" where a prompt does not fit the context."""
+    """-> [encode(sample)]. A prompt that does not fit the context is answered with ""."""
     encoded = []
     n_too_long = 0
     for sample in samples:
@@ -193,19 +193,19 @@ def encode_prompts(lavin, samples, answers, encode):
             n_too_long += 1
     if n_too_long:
         print(f"{n_too_long} prompts do not fit the context of {lavin.max_seq_len} tokens "
-              "and count as wrong; --max-seq-len widens it")
+              "and count as wrong; raise --max-seq-len")
     return encoded
 
 
 def decode_pictures(lavin: LaVIN, prompts: list[Encoded], answers: Answers, workers: int,
                     each: int) -> Iterator[Encoded]:
-    """Yield the prompts with their pictures decoded; workers and each as in data.prefetch.
+    """Yield the prompts with their pictures decoded. workers and each: as in data.prefetch.
 
-    A picture that cannot be decoded costs its own answer alone. A blank one stands in for it, so
-    that the prompts keep their numbers, and `answers` will not take what the model says about it.
+    A picture that cannot be decoded costs only its own answer. A blank picture replaces it, so that
+    the prompts keep their numbers, and `answers` ignores what the model says about it.
     """
     if prompts[0].image is None:
-        workers = 0                                         # they only decode pictures
+        workers = 0                                         # workers only decode pictures
     pictures = data.Pictures(prompts, lavin.resolution)
     for prompt, fault in data.prefetch(pictures, range(len(prompts)), workers, each):
         if fault:
@@ -214,7 +214,7 @@ def decode_pictures(lavin: LaVIN, prompts: list[Encoded], answers: Answers, work
 
 
 def letter_is_out(lavin: LaVIN, format: str) -> Callable[[list[int]], bool] | None:
-    """Is the letter among the tokens of an output? None where the format has reasons before it."""
+    """-> a function: do these tokens name a letter yet? None if reasons come before the letter."""
     if not format.split("-")[1].startswith("A"):
         return None
 
@@ -225,20 +225,20 @@ def letter_is_out(lavin: LaVIN, format: str) -> Callable[[list[int]], bool] | No
 
 
 def answering_model(lavin: LaVIN, modality: int) -> LaVIN:
-    """`lavin` folded for a modality, but for one that --fsdp has cut: its matrices stay cut."""
+    """`lavin` folded for a modality. A model sharded by --fsdp is returned unchanged."""
     return lavin if lavin.is_sharded else fold(lavin, modality)
 
 
 def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: str,
                max_new_tokens: int | None = None, temperature: float = 0.0, top_p: float = 1.0,
                batch_size: int = 32, workers: int = 0, compiled: bool = False) -> None:
-    """Add an answer to every sample to `answers`, "" for a prompt that does not fit the context.
+    """Answer every sample and add the texts to `answers`: "" if a prompt exceeds the context.
 
-    format: that of ScienceQA's prompts, or "-" for samples of another kind. If the answer comes
-    first, an output ends as soon as its letter is out, since the lecture and the solution behind it
-    do not count for the score. max_new_tokens: by default 64 for such a format, else 256.
+    format: the format of ScienceQA's prompts, or "-" for other samples. If its answer comes first,
+    an output ends as soon as it names a letter: the lecture and the solution that follow do not
+    affect the score. max_new_tokens: by default 64 for such a format, else 256.
 
-    A model that --fsdp has cut needs all ranks for every pass. So they answer all samples together.
+    A model sharded by --fsdp needs all ranks for every pass, so they answer all samples together.
     """
     done = letter_is_out(lavin, format)
     if max_new_tokens is None:
@@ -256,7 +256,7 @@ def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: st
                 continue
             rows = min(batch_size, len(group))
             prompts = decode_pictures(lavin, group, answers, workers, each=rows)
-            # Only the generator holds the folded LLaMA. It is freed before the next one is made.
+            # Only the generator holds the folded LLaMA, so it is freed before the next is made.
             generator = continue_prompts(
                 answering_model(lavin, modality), prompts, rows, max_new_tokens, temperature,
                 top_p, done=done, compiled=compiled, longest=len(group[0].tokens))
@@ -267,13 +267,13 @@ def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: st
 
 
 def letter_prompt(lavin, sample, n_choices):
-    """The prompt up to "The answer is" -> (Encoded, the token of each choice's letter).
+    """-> (the prompt up to "The answer is" as Encoded, the token of each choice's letter).
 
-    The letter may change how the text before it is cut into tokens. So every variant is tokenized
-    as a whole, and the first position at which the variants differ is the letter's.
+    The letter may change how the text before it is tokenized. So every variant is tokenized as a
+    whole. The letter is at the first position where the variants differ.
     """
     variants = []
-    for letter in data.LETTERS[:max(2, n_choices)]:         # with one alone there is no difference
+    for letter in data.LETTERS[:max(2, n_choices)]:         # a single variant differs from none
         prompt = f"{sample.prompt}The answer is {letter}."
         variants.append(lavin.encode(replace(sample, prompt=prompt), prompt_only=True))
     shortest = min(len(variant.tokens) for variant in variants)
@@ -297,7 +297,7 @@ def choose_group(lavin, group, letters, answers, modality, batch_size, workers):
 
 def add_chosen(encoded: list[Encoded], answers: Answers,
                choose: Callable[[list[Encoded], int], Iterator[tuple[str, str]]]) -> None:
-    """Add what `choose` yields for the prompts of one modality after the other.
+    """Add the answers that `choose` yields, one modality after the other.
 
     choose(prompts, modality) yields (id of a sample, its answer).
     """
@@ -315,9 +315,9 @@ def add_chosen(encoded: list[Encoded], answers: Answers,
 
 def choose_all(lavin: LaVIN, samples: list[Sample], answers: Answers, problems: dict,
                batch_size: int = 32, workers: int = 0) -> None:
-    """Add the likeliest letter behind "The answer is", for each of ScienceQA's samples.
+    """For each of ScienceQA's samples, add the likeliest letter after "The answer is".
 
-    One pass over each prompt; nothing is generated. "" for a prompt that does not fit the context.
+    This takes one pass and generates nothing. A prompt that does not fit the context gets "".
     """
     letters = {}
 
@@ -336,7 +336,7 @@ def choose_all(lavin: LaVIN, samples: list[Sample], answers: Answers, problems: 
 
 
 def sqa_predictions(problems: dict, outputs: dict[str, str]) -> dict[str, int]:
-    """{id: text} -> {id: index of the choice}, -1 where the text names no choice of the problem."""
+    """{id: text} -> {id: index of the choice}, -1 if the text names no choice of the problem."""
     predictions = {}
     for pid, text in outputs.items():
         index = data.sqa_answer(text)
@@ -350,10 +350,10 @@ def score(lavin: LaVIN, problems: dict, samples: list[Sample], format: str, by: 
           **how) -> tuple[dict[str, int], Answers]:
     """Answer ScienceQA's samples and print the table -> ({id: index of the choice}, the answers).
 
-    What names no choice counts as wrong; the authors' code takes a random choice instead. by: a
-    field of the problems, for a second table with a row for each of its values. letters: choose the
-    likeliest letter, generate nothing. answers: an empty Answers of the caller's, to be filled.
-    how: the further arguments of answer_all.
+    An output that names no choice counts as wrong; the authors' code takes a random choice instead.
+    by: also print a table with a row for each value of this field. letters: choose the likeliest
+    letter instead of generating. answers: the caller's empty Answers, which this fills. how: the
+    other arguments of answer_all.
     """
     answers = answers or Answers(samples)
     if letters:
@@ -374,9 +374,9 @@ def score(lavin: LaVIN, problems: dict, samples: list[Sample], format: str, by: 
 
 
 def show_routing(lavin: LaVIN, path: str | Path) -> None:
-    """Print and draw how each layer mixes its two experts, beside the routing before training.
+    """Print and draw how each layer mixes its two experts, next to the routing before training.
 
-    `lavin` is left with untrained adapters. Raises LavinError if `path` cannot be written.
+    This resets the trained parameters of `lavin`. Raises LavinError if `path` cannot be written.
     """
     if lavin.adapter_config.experts == 1:
         raise LavinError("--show-routing: these adapters have a single expert, "
@@ -406,20 +406,20 @@ def show_routing(lavin: LaVIN, path: str | Path) -> None:
 
 
 def distances(text: list[float], picture: list[float]) -> list[float]:
-    """How far apart the two modalities are in each layer, by the weights of the first expert.
+    """Per layer: the difference between the first expert's weights for the two modalities.
 
-    0: the layer treats both alike. 1: each has an expert to itself.
+    0: the layer treats both alike. 1: each modality has its own expert.
     """
     return [abs(a - b) for a, b in zip(text, picture)]
 
 
 def print_distances(text: list[float], picture: list[float]) -> None:
-    """One line: the distance in each layer, their mean, and the largest."""
+    """Print one line: the distance in each layer, their mean, and the largest."""
     apart = distances(text, picture)
     shown = " ".join(f"{distance:.3f}" for distance in apart)
     mean = sum(apart) / len(apart)
     largest = max(apart)
-    print(f"distance of text and picture: {shown} · mean {mean:.3f} · "
+    print(f"distance between text and picture: {shown} · mean {mean:.3f} · "
           f"largest {largest:.3f}, layer {apart.index(largest) + 1}")
 
 

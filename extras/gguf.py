@@ -1,10 +1,10 @@
-"""GGUF, llama.cpp's single file: the sizes of a LLaMA or Qwen2, its vocabulary, quantized weights.
+"""Read GGUF, llama.cpp's file format: one file with a model's sizes, vocabulary and weights.
 
-The library `gguf` dequantizes (pip install gguf). It could find out what is in the file as well,
-but takes seconds for that, and for ever where a length is damaged. In wq and wk of a LLaMA the rows
-stand in Meta's order, in those of a Qwen2 in Hugging Face's. Vocabularies are of two kinds. LLaMA 1
-and 2 have sentencepiece's ("llama"), from which a sentencepiece model is put together again. The
-others have pairs of bytes ("gpt2"): pip install tokenizers.
+The model is a LLaMA or a Qwen2, often quantized. The library `gguf` dequantizes the weights (pip
+install gguf). We read the header ourselves: the library takes seconds, and never ends if a length
+is damaged. The rows of wq and wk are in Meta's order in a LLaMA, in Hugging Face's in a Qwen2.
+There are two kinds of vocabulary. LLaMA 1 and 2 have sentencepiece's ("llama"); we rebuild the
+sentencepiece model from it. The others have byte pairs ("gpt2"), which need pip install tokenizers.
 """
 
 import math
@@ -23,7 +23,7 @@ from extras.values import LLAMA_PARAMS, check_supported, check_values, meta_name
 from files import LavinError, check_regular, check_tensor
 from model import LLaMAConfig, rope_frequencies
 
-# llama.cpp's name -> Meta's. Those of a layer stand behind "blk.N." and "layers.N.".
+# llama.cpp's name -> Meta's. In a layer, the names begin with "blk.N." and "layers.N.".
 NAMES = {
     "token_embd": "tok_embeddings",
     "output_norm": "norm",
@@ -38,7 +38,7 @@ NAMES = {
     "attn_norm": "attention_norm",
     "ffn_norm": "ffn_norm",
 }
-# llama.cpp's name of a size, behind "llama." or "qwen2." -> the field of LLaMAConfig.
+# llama.cpp's name of a size, without "llama." or "qwen2." -> the field of LLaMAConfig.
 FIELDS = {
     "embedding_length": "dim",
     "block_count": "n_layers",
@@ -50,18 +50,18 @@ FIELDS = {
     "rope.freq_base": "rope_theta",
 }
 OPTIONAL = ("attention.head_count_kv", "attention.key_length", "rope.freq_base")
-ROPE_SCALES = "rope_freqs.weight"   # LLaMA 3.1's: by how much each pair of channels is slowed down
+ROPE_SCALES = "rope_freqs.weight"   # LLaMA 3.1: what each RoPE frequency is divided by
 
-# How a text is cut before its bytes are paired, by the name that the file gives it.
+# {the name in the file: how to cut a text before its byte pairs are merged}.
 CUTS = {
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-CONTROL = 3                         # the types of tokens have sentencepiece's numbers
+CONTROL = 3                         # token types have the same numbers as in sentencepiece
 USER_DEFINED = 4
-# The types of values: numbers, by struct's letters for them, and two more.
+# The types of values: numbers, with struct's letter for each, and two more.
 NUMBERS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT = 8
@@ -69,11 +69,11 @@ LIST = 9
 
 
 class Header:
-    """What stands in front of the weights, read in order. ValueError if the file ends before."""
+    """Reads what precedes the weights, in order. ValueError if the file ends too early."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file = file
-        self.left = size            # bytes, up to the file's end
+        self.left = size            # unread bytes in the file
 
     def take(self, n: int) -> bytes:
         """The next n bytes."""
@@ -83,7 +83,7 @@ class Header:
         return self.file.read(n)
 
     def numbers(self, letter: str, n: int) -> list:
-        """The next n numbers, of the type that is struct's letter."""
+        """The next n numbers. letter: their type, as in struct."""
         content = self.take(n * struct.calcsize(f"<{letter}"))
         return list(struct.unpack(f"<{n}{letter}", content))
 
@@ -92,11 +92,11 @@ class Header:
         return self.numbers(letter, 1)[0]
 
     def text(self) -> str:
-        """The next text, which begins with its length."""
+        """The next text. Its length is stored before it."""
         return self.take(self.number("Q")).decode()
 
     def value(self, kind: int) -> object:
-        """The next value of a type: a number, a text, or a list of values of one type."""
+        """The next value, of type `kind`: a number, a text, or a list of values of one type."""
         if kind == TEXT:
             return self.text()
         if kind != LIST:
@@ -109,12 +109,12 @@ class Header:
 
 
 def read_header(file: BinaryIO, size: int, library) -> tuple[dict, dict]:
-    """-> ({name: value} of what is said of the model, {llama.cpp's name of a tensor: (its type, the
-    shape of its bytes, their place in the file)}). ValueError and others for damaged bytes.
+    """-> ({name: value} describing the model, {llama.cpp's name of a tensor: (its type, the shape
+    of its bytes, their place in the file)}). Damaged bytes raise ValueError or another exception.
     """
     header = Header(file, size)
     if header.take(4) != b"GGUF" or header.number("I") not in (2, 3):
-        raise ValueError("it is not GGUF of version 2 or 3")
+        raise ValueError("it is not GGUF version 2 or 3")
     n_tensors = header.number("Q")
     n_fields = header.number("Q")
     fields = {}
@@ -124,13 +124,13 @@ def read_header(file: BinaryIO, size: int, library) -> tuple[dict, dict]:
     tensors = {}
     for _ in range(n_tensors):
         name = header.text()
-        shape = header.numbers("Q", header.number("I"))     # the fastest dimension first
+        shape = header.numbers("Q", header.number("I"))     # the fastest-varying dimension first
         kind = library.GGMLQuantizationType(header.number("I"))
         tensors[name] = (kind, shape[::-1], header.number("Q"))
     alignment = fields.get("general.alignment", 32)
     start = math.ceil((size - header.left) / alignment) * alignment
     for name, (kind, shape, offset) in tensors.items():
-        n_numbers, n_bytes = library.GGML_QUANT_SIZES[kind]         # of a block
+        n_numbers, n_bytes = library.GGML_QUANT_SIZES[kind]         # in a block
         *rows, width = shape
         stored = (*rows, width // n_numbers * n_bytes)
         if width % n_numbers or start + offset + math.prod(stored) > size:
@@ -140,27 +140,27 @@ def read_header(file: BinaryIO, size: int, library) -> tuple[dict, dict]:
 
 
 def import_gguf(path: str | Path):
-    """The library `gguf`. LavinError, about `path`, where it is not installed."""
+    """Import the library `gguf`. If it is not installed, LavinError names `path`."""
     try:
-        import gguf                             # an optional package, needed for such files alone
+        import gguf                             # an optional package, only for such files
     except ImportError as error:
-        raise LavinError(f"{path}: pip install gguf, which reads such files") from error
+        raise LavinError(f"{path}: pip install gguf to read such files") from error
     return gguf
 
 
 class File:
-    """A GGUF file, opened. Of its weights, only what is asked for is read.
+    """A GGUF file. A tensor is read only when it is asked for.
 
-    fields: what the file says of the model, {name: value}. tensors: {Meta's name: (the type, the
-    shape of the bytes, their place)}. is_hf: are the rows of wq and wk in Hugging Face's order?
+    fields: {name: value}, describing the model. tensors: {Meta's name: (its type, the shape of its
+    bytes, their place)}. is_hf: are the rows of wq and wk in Hugging Face's order?
     """
 
     def __init__(self, path: str | Path):
-        """LavinError if it is not a GGUF file of a model of ours."""
+        """LavinError if it is not a GGUF file of a model that we support."""
         check_regular(path)
         self.library = import_gguf(path)
         self.path = path
-        self.directory = path       # as checkpoints.MappedShards calls them
+        self.directory = path       # named as in checkpoints.MappedShards
         self.files = [path]
         try:
             with open(path, "rb") as opened:
@@ -168,7 +168,7 @@ class File:
                 self.fields, tensors = read_header(opened, size, self.library)
         except OSError as error:
             raise LavinError(f"{path}: cannot be read ({error.strerror})") from error
-        except Exception as error:  # damaged bytes make it raise anything
+        except Exception as error:  # damaged bytes may raise any exception
             reason = short(str(error))
             raise LavinError(f"{path}: not a readable GGUF file ({reason}); truncated? fetch it "
                              "again") from error
@@ -177,7 +177,7 @@ class File:
         self.tensors = {self.name_of(name): place for name, place in tensors.items()}
 
     def check_supported(self) -> None:
-        """LavinError for what our model cannot do."""
+        """LavinError for anything that our model does not support."""
         fields = self.fields
         architecture = fields.get("general.architecture")
         check_supported(self.path, {"general.architecture": architecture or "none"}, {
@@ -196,22 +196,22 @@ class File:
         })
 
     def name_of(self, name: str) -> str:
-        """Meta's name of a tensor. Raises LavinError."""
+        """Meta's name for a tensor. LavinError if it has none."""
         if name == ROPE_SCALES:
             return name
         known = meta_name(name, r"blk\.(\d+)\.(.+)", NAMES)
         if known is None:
-            raise LavinError(f"{self.path}: {name} is no name of a LLaMA in GGUF")
+            raise LavinError(f"{self.path}: {name} is not a tensor of a LLaMA in GGUF")
         return known
 
     def names(self) -> list[str]:
-        """Meta's names of the weights."""
+        """The weights, by Meta's names."""
         return [name for name in self.tensors if name != ROPE_SCALES]
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor by Meta's name, dequantized: fp32.
+        """A tensor by Meta's name, dequantized to fp32.
 
-        It is read, not mapped: pages of a map would count as memory as long as the file is open.
+        It is read, not mapped: pages of a map would count as memory while the file is open.
         """
         kind, shape, place = self.tensors[name]
         try:
@@ -219,19 +219,19 @@ class File:
             numbers = self.library.dequantize(stored.reshape(shape), kind)
         except NotImplementedError as error:
             raise LavinError(f"{self.path}: {name} is of type {kind.name}, which the library gguf "
-                             "does not dequantize; take the model in another type") from error
+                             "does not dequantize; use a file of another type") from error
         except (OSError, ValueError) as error:
             raise LavinError(f"{self.path}: {name} cannot be read ({error})") from error
         return torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.float32))
 
     def slices(self, name: str, target: torch.Tensor) -> list[torch.Tensor]:
-        """The tensor that goes into `target`, in a list: such a file has a single slice of it."""
+        """The tensor for `target`, as a list of one slice: GGUF does not split tensors."""
         tensor = self.read(name)
         check_tensor(self.path, name, tensor, target.shape, target.dtype)
         return [tensor]
 
     def params(self) -> dict:
-        """{field of LLaMAConfig: value}, of the right kinds. Raises LavinError."""
+        """{field of LLaMAConfig: value}, types and ranges checked. Raises LavinError."""
         prefix = self.fields["general.architecture"] + "."
         kinds = {prefix + name: LLAMA_PARAMS[field] for name, field in FIELDS.items()}
         needed = [prefix + name for name in FIELDS if name not in OPTIONAL]
@@ -251,7 +251,7 @@ class File:
         return params
 
     def rope_factor(self, params: dict) -> float:
-        """The factor of LLaMA 3.1's scaled RoPE, of which the file holds what it comes to."""
+        """The factor of LLaMA 3.1's scaled RoPE, found from the divisors in the file."""
         scales = self.read(ROPE_SCALES).flatten()
         factor = scales.max().item()
         plain = LLaMAConfig(**params)
@@ -259,11 +259,11 @@ class File:
         expected = rope_frequencies(plain) / rope_frequencies(scaled)
         if scales.shape != expected.shape or not torch.allclose(scales, expected, rtol=1e-3):
             raise LavinError(f"{self.path}: {ROPE_SCALES} does not scale RoPE as LLaMA 3.1 does, "
-                             "and nothing else is supported")
+                             "and no other scaling is supported")
         return factor
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the vocabulary. Raises LavinError."""
+        """The tokenizer for the vocabulary. Raises LavinError."""
         kind = self.fields.get("tokenizer.ggml.model", "none")
         check_supported(self.path, {"tokenizer.ggml.model": kind}, {
             "tokenizer.ggml.model": ("llama", "gpt2")})
@@ -285,12 +285,12 @@ class File:
             return self.byte_pairs(tokens, types, **special)
         except (LavinError, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:          # of the two libraries; a panic is no Exception
+        except BaseException as error:          # a panic in a library is not an Exception
             raise LavinError(f"{self.path}: its vocabulary is damaged ({short(str(error))})"
                              ) from error
 
     def byte_pairs(self, tokens: list[str], types: list[int], bos: int, eos: int) -> JsonTokenizer:
-        """The tokenizer of a vocabulary of kind "gpt2"."""
+        """The tokenizer for a vocabulary of kind "gpt2"."""
         cut = self.fields.get("tokenizer.ggml.pre", "none")
         check_supported(self.path, {"tokenizer.ggml.pre": cut}, {
             "tokenizer.ggml.pre": ("smollm", *CUTS)})
@@ -302,7 +302,7 @@ class File:
         if cut == "qwen2":
             model.normalizer = tokenizers.normalizers.NFC()
         cutters = tokenizers.pre_tokenizers
-        if cut == "smollm":         # every digit alone, the rest as GPT-2 does
+        if cut == "smollm":         # single digits, the rest as in GPT-2
             first = cutters.Digits(individual_digits=True)
             bytes_of = cutters.ByteLevel(add_prefix_space=False)
         else:
@@ -310,13 +310,13 @@ class File:
             bytes_of = cutters.ByteLevel(add_prefix_space=False, use_regex=False)
         model.pre_tokenizer = cutters.Sequence([first, bytes_of])
         model.decoder = tokenizers.decoders.ByteLevel()
-        added = {CONTROL: [], USER_DEFINED: []}             # these are found before a text is cut
+        added = {CONTROL: [], USER_DEFINED: []}             # they are found before a text is cut
         for token, kind in zip(tokens, types):
             if kind in added:
                 added[kind].append(tokenizers.AddedToken(token, normalized=False))
         model.add_special_tokens(added[CONTROL])
         model.add_tokens(added[USER_DEFINED])
-        ends = []                   # of a turn: chat models may name another token than EOS
+        ends = []                   # tokens that end a turn; a chat model may have one besides EOS
         end = self.fields.get("tokenizer.ggml.eot_token_id")
         if type(end) is int and 0 <= end < len(tokens):
             ends.append(end)
@@ -324,14 +324,15 @@ class File:
 
     def sentencepiece(self, tokens: list[str], types: list[int], bos: int,
                       eos: int) -> SentencePieceProcessor:
-        """The tokenizer of a vocabulary of kind "llama"."""
+        """The tokenizer for a vocabulary of kind "llama"."""
         scores = self.fields.get("tokenizer.ggml.scores", [0.0] * len(tokens))
         pieces = []
         for token, score, kind in zip(tokens, scores, types, strict=True):
             piece = protobuf(1, token.encode()) + protobuf(2, score) + protobuf(3, kind)
             pieces.append(protobuf(1, piece))
         unknown = tokens[self.fields.get("tokenizer.ggml.unknown_token_id", 0)]
-        # TrainerSpec and NormalizerSpec of sentencepiece_model.proto. Model type 2 is BPE.
+        # The fields of TrainerSpec and NormalizerSpec are numbered in sentencepiece_model.proto.
+        # Model type 2 is BPE.
         trainer = protobuf(3, 2) + protobuf(35, 1)                          # 35: byte_fallback
         trainer += protobuf(45, unknown.encode())
         trainer += protobuf(46, tokens[bos].encode()) + protobuf(47, tokens[eos].encode())
@@ -344,7 +345,7 @@ class File:
 
 
 def varint(number: int) -> bytes:
-    """A whole number as protocol buffers write it: 7 bits in each byte, the lowest first."""
+    """A whole number as in protocol buffers: 7 bits in each byte, the lowest bits first."""
     content = b""
     while number >= 128:
         content += bytes([number % 128 + 128])
@@ -353,7 +354,7 @@ def varint(number: int) -> bytes:
 
 
 def protobuf(number: int, value: int | float | bytes) -> bytes:
-    """A field of a protocol buffer: its number, how its value is written, the value."""
+    """A field of a protocol buffer: its number, how its value is encoded, and the value."""
     if isinstance(value, bytes):
         return varint(number * 8 + 2) + varint(len(value)) + value
     if isinstance(value, float):

@@ -1,12 +1,12 @@
-"""Hugging Face's folders, read as if they were in the official layouts: LLaMA and CLIP.
+"""Read Hugging Face folders of LLaMA and CLIP as if they were in the official layouts.
 
-A folder has config.json and model.safetensors or pytorch_model.bin; of a large model, several such
-files and an index. Two things differ from the files of Meta and OpenAI. The tensors have other
-names: the two tables below translate them. And in wq and wk the rows of a head have another order,
-because RoPE pairs channel i with i + D/2 there and channel 2i with 2i + 1 here. Two architectures
-are read: LLaMA's (LLaMA 1 to 3, Vicuna, TinyLlama, SmolLM2), and Qwen2's, which is LLaMA's with
-biases in q, k and v. What our model cannot do (another architecture or RoPE, other biases) is
-refused by name.
+A folder has config.json and either model.safetensors or pytorch_model.bin. A large model has
+several such files and an index. Two things differ from Meta's and OpenAI's files. The tensors have
+other names, which the two tables below translate. And the rows of each head in wq and wk have
+another order: their RoPE pairs channel i with i + D/2, ours pairs channel 2i with 2i + 1. We read
+two architectures: LLaMA's (LLaMA 1 to 3, Vicuna, TinyLlama, SmolLM2), and Qwen2's, which is LLaMA's
+with biases in q, k and v. Anything else (another architecture or RoPE, other biases) is refused,
+and the error names the setting.
 """
 
 import os
@@ -19,7 +19,7 @@ from extras.values import LLAMA_PARAMS, check_supported, check_values, meta_name
 from files import (LavinError, check_regular, check_tensor, read_checkpoint, read_json,
                    tensors_of)
 
-# Hugging Face's name -> Meta's. Those of a layer stand behind "model.layers.N." and "layers.N.".
+# Hugging Face's name -> Meta's. In a layer, they begin with "model.layers.N." and "layers.N.".
 LLAMA_NAMES = {
     "model.embed_tokens": "tok_embeddings",
     "model.norm": "norm",
@@ -48,7 +48,7 @@ LLAMA_FIELDS = {
     "tie_word_embeddings": "tied_embeddings",
 }
 OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings")
-# The same for scaled RoPE, whose settings stand in an object of their own.
+# The same for scaled RoPE. Its settings are in a separate JSON object.
 ROPE_FIELDS = {
     "factor": "rope_factor",
     "low_freq_factor": "rope_low",
@@ -74,7 +74,7 @@ CLIP_NAMES = {
 
 
 def weight_files(folder):
-    """The files with a folder's tensors. LavinError if there are none, or if one is missing."""
+    """A folder's files with tensors. LavinError if there are none, or if one is missing."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         files = sorted(folder.glob("pytorch_model*.bin"))
@@ -84,35 +84,35 @@ def weight_files(folder):
     for index in folder.glob("*.index.json"):
         try:
             names = sorted(read_json(index).get("weight_map", {}).values())     # {tensor: file}
-            # A folder may have an index for each of the two formats. Only one of them is read.
+            # A folder may have an index for each of the two formats. We read only one format.
             names = [name for name in names if name.endswith(files[0].suffix)]
         except (AttributeError, TypeError) as error:
-            raise LavinError(f"{index}: not an index of files, which names a file for each tensor"
+            raise LavinError(f"{index}: not an index of files; it must name a file for each tensor"
                              ) from error
         for name in names:
             if name not in found:
-                raise LavinError(f"{folder}: {name} is missing, which the index names")
+                raise LavinError(f"{folder}: {name} is missing, but the index names it")
     return files
 
 
 def read_safetensors(file):
-    """{name: tensor} of one file, mapped."""
+    """{name: tensor} of one file, memory-mapped."""
     check_regular(file)
     try:
-        from safetensors.torch import load_file             # an optional package, needed here alone
+        from safetensors.torch import load_file             # an optional package
     except ImportError as error:
-        raise LavinError(f"{file}: pip install safetensors, which reads such files") from error
+        raise LavinError(f"{file}: pip install safetensors to read such files") from error
     try:
         return load_file(file)
     except PermissionError as error:
         raise LavinError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:                              # damaged bytes make it raise anything
+    except Exception as error:                              # damaged bytes may raise any exception
         reason = "not a readable safetensors file; truncated? fetch it again"
         raise LavinError(f"{file}: {reason}") from error
 
 
 def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    """{name: tensor} of all the files in a folder, mapped: their bytes stay on disk until used."""
+    """{name: tensor} of a folder's files, memory-mapped: bytes stay on disk until they are used."""
     tensors = {}
     for file in weight_files(Path(folder)):
         if file.suffix == ".bin":
@@ -122,16 +122,16 @@ def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
         twice = tensors.keys() & found.keys()
         if twice:
             raise LavinError(f"{file}: {min(twice)} is in another file of this folder too; "
-                             "move away what is no part of the model")
+                             "move away the file that is not part of the model")
         tensors |= found
     return tensors
 
 
 def read_object(path):
-    """{name: value} of a JSON file. A value that is null counts as left out."""
+    """{name: value} of a JSON file, without the values that are null."""
     content = read_json(path)
     if not isinstance(content, dict):
-        raise LavinError(f"{path}: not a configuration, which is a JSON object")
+        raise LavinError(f"{path}: not a configuration; it must be a JSON object")
     return {name: value for name, value in content.items() if value is not None}
 
 
@@ -139,13 +139,13 @@ def read_object(path):
 
 
 def read_config(folder: str | Path) -> dict:
-    """config.json of a LLaMA -> {field of LLaMAConfig: value}, of the right kinds.
+    """config.json of a LLaMA -> {field of LLaMAConfig: value}, types and ranges checked.
 
-    Raises LavinError if it is that of another architecture, or asks for what our model cannot do.
+    LavinError for another architecture, or for a setting that our model does not support.
     """
     path = Path(folder, "config.json")
     config = read_object(path)
-    # Newer files keep RoPE's settings in rope_parameters, older ones in rope_scaling, rope_theta.
+    # RoPE's settings: rope_parameters in newer files, rope_scaling and rope_theta in older ones.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise LavinError(f"{path}: rope_scaling {short(rope)} is not supported")
@@ -169,21 +169,21 @@ def read_config(folder: str | Path) -> dict:
 
 
 def read_fields(path, config, fields, needed):
-    """{field of LLaMAConfig: value} of config, where fields is {its name there: the field}."""
+    """config -> {field of LLaMAConfig: value}. fields: {name in config: field of LLaMAConfig}."""
     kinds = {name: LLAMA_PARAMS[field] for name, field in fields.items()}
     check_values(path, config, kinds, needed)
     return {field: config[name] for name, field in fields.items() if name in config}
 
 
 def read_llama(folder: str | Path) -> dict[str, torch.Tensor]:
-    """{Meta's name: tensor}, mapped. The rows of wq and wk are still in Hugging Face's order."""
+    """{Meta's name: tensor}, memory-mapped. wq and wk keep Hugging Face's order of rows."""
     state = {}
     for name, tensor in read_tensors(folder).items():
         if "rotary_emb" in name:                            # RoPE's frequencies: we compute them
             continue
         known = meta_name(name, r"model\.layers\.(\d+)\.(.+)", LLAMA_NAMES)
         if known is None:
-            raise LavinError(f"{folder}: {name} is no name of a LLaMA of Hugging Face's")
+            raise LavinError(f"{folder}: {name} is not a tensor of a Hugging Face LLaMA")
         state[known] = tensor
     return state
 
@@ -191,8 +191,8 @@ def read_llama(folder: str | Path) -> dict[str, torch.Tensor]:
 def to_meta(name: str, tensor: torch.Tensor, config) -> torch.Tensor:
     """The tensor called `name` with its rows in Meta's order. config: the LLaMAConfig.
 
-    In wq and wk, rows i and i + D/2 of a head of D rows become rows 2i and 2i + 1. A bias has a
-    number for each row.
+    In wq and wk, rows i and i + D/2 of a head of D rows become rows 2i and 2i + 1. A bias has
+    one number per row.
     """
     if not name.endswith((".wq.weight", ".wk.weight", ".wq.bias", ".wk.bias")):
         return tensor
@@ -204,11 +204,11 @@ def to_meta(name: str, tensor: torch.Tensor, config) -> torch.Tensor:
 
 
 def read_clip_config(folder: str | Path) -> dict:
-    """config.json of a CLIP's image encoder. LavinError if it is none that ours computes."""
+    """config.json of CLIP's image encoder. LavinError if our ViT does not support it."""
     path = Path(folder, "config.json")
     if not os.path.exists(path):
         raise LavinError(f"{folder}: a folder without config.json; give CLIP's file ViT-L-14.pt, "
-                         "or a folder of Hugging Face's")
+                         "or a Hugging Face folder")
     config = read_object(path)
     check_supported(path, config, {"model_type": ("clip_vision_model", "clip")})
     vision = config.get("vision_config", config)
@@ -218,24 +218,24 @@ def read_clip_config(folder: str | Path) -> dict:
     check_supported(path, vision, {
         "hidden_act": ("quick_gelu", "gelu"),
         "layer_norm_eps": (1e-5,),
-        "num_attention_heads": (vision.get("hidden_size", 768) // 64,),     # heads 64 wide
+        "num_attention_heads": (vision.get("hidden_size", 768) // 64,),     # heads are 64 wide
     })
     return vision
 
 
 def has_quick_gelu(folder: str | Path) -> bool:
-    """Does this CLIP have OpenAI's activation? If not, it has the usual GELU, as OpenCLIP's do."""
+    """Does this CLIP have OpenAI's activation? If not, it has the usual GELU, as OpenCLIP has."""
     return read_clip_config(folder).get("hidden_act", "quick_gelu") == "quick_gelu"
 
 
 def is_unused(name):
-    """What LaVIN does not use: the text tower, and what follows the image encoder's last block."""
+    """Is this a tensor of the text tower, or after the ViT's last block? LaVIN uses neither."""
     unused = ("post_layernorm", "visual_projection", "text_", "logit_scale")
     return name.startswith(unused) or name.endswith("position_ids")
 
 
 def read_clip(folder: str | Path) -> dict[str, torch.Tensor]:
-    """A CLIPVisionModel or CLIPModel -> {OpenAI's name, "visual." in front: tensor}."""
+    """A CLIPVisionModel or CLIPModel -> {OpenAI's name, prefixed with "visual.": tensor}."""
     read_clip_config(folder)
     state = {}
     in_proj = {}                                            # {name: {"q": tensor, "k": …, "v": …}}
@@ -254,9 +254,9 @@ def read_clip(folder: str | Path) -> dict[str, torch.Tensor]:
             state[f"visual.{name}"] = tensor
     try:
         for name, parts in in_proj.items():
-            stacked = torch.stack([parts["q"], parts["k"], parts["v"]])     # equal in shape
+            stacked = torch.stack([parts["q"], parts["k"], parts["v"]])     # fails if shapes differ
             state[name] = stacked.flatten(0, 1)
     except (KeyError, RuntimeError) as error:
         raise LavinError(f"{folder}: not a CLIP image encoder: a q_proj, k_proj or v_proj is "
-                         "missing, or of another shape than the other two") from error
+                         "missing, or differs in shape from the other two") from error
     return state

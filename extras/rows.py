@@ -1,11 +1,11 @@
-"""Score rows of one's own, the files of extras/instructions.py, by exact match.
+"""Score your own rows (the files of extras/instructions.py) by exact match.
 
-    read_rows       a source of --data -> its samples, and what each of them is scored by
-    is_right        exact match; letter case, surrounding space and one final full stop aside
-    score_table     percent right, of all rows and for each value of a field
-    held_out_right  the same for the rows that a training run holds out
+    read_rows       reads a source of --data: its samples, and what each of them is scored by
+    is_right        compares two texts, ignoring case, surrounding space and a final full stop
+    score_table     gives the percentage of right answers: all rows, and each value of a field
+    held_out_right  counts right answers to the rows that a training run holds out
 
-Of a conversation, the first question is asked.
+read_rows keeps only the first question of a conversation.
 """
 
 import dataclasses
@@ -23,24 +23,24 @@ from fast.engine import continue_prompts
 from files import LavinError
 from model import LaVIN
 
-MOST_CHOICES = 300          # of the answers of a file; each is read behind every prompt
+MOST_CHOICES = 300          # answers taken from a file as choices; each is read after every prompt
 NO_GROUP = "(none)"
 
 
 @dataclass
 class Row:
     """What a sample is scored by."""
-    id: str | int           # its "id", else its number in the file
-    answer: str             # "" where it has none
-    group: str              # its value of --by's field
-    choices: list[str]      # of which one is to be chosen; empty unless asked for
+    id: str | int           # its "id", or its number in the file
+    answer: str             # "" if it has none
+    group: str              # its value in the field of --by
+    choices: list[str]      # to choose from; empty unless asked for
 
 
 # A file
 
 
 def make_row(content: dict, number: int, answer: str, by: str | None, with_choices: bool) -> Row:
-    """The Row of a file's row. ValueError if its choices are not texts."""
+    """A row of a file -> its Row. ValueError if its choices are not texts."""
     identity = content.get("id")
     if type(identity) is not int and not data.is_unicode(identity):
         identity = number
@@ -64,9 +64,9 @@ def read_rows(source: str, by: str | None = None,
               with_choices: bool = False) -> tuple[dict[str, Row], list[Sample]]:
     """A source of --data -> ({a sample's id: its Row}, [Sample]). The id is the row's place.
 
-    by: a field of the rows, to group them by. with_choices: find every row's choices. Raises
-    LavinError for a file without rows, the first row that cannot be used, a field that no row has,
-    and a row without choices.
+    by: the field to group the rows by. with_choices: find every row's choices. Raises LavinError
+    for a file without rows, a row that cannot be used, a field that no row has, and a row for which
+    no choices are found.
     """
     kind, path, folder = instructions.parse_source(source)
     rows = {}
@@ -83,18 +83,18 @@ def read_rows(source: str, by: str | None = None,
         samples.append(sample)
         fields.update(content)
     if not rows:
-        raise LavinError(f"{path}: holds no row")
+        raise LavinError(f"{path}: holds no rows")
     if by and by not in fields:
         raise LavinError(f"--by {by}: no row of {path} has this field; "
-                         f"they have {', '.join(sorted(fields))}")
+                         f"the fields are {', '.join(sorted(fields))}")
     if with_choices:
         settle_choices(rows, path)
     return rows, samples
 
 
 def settle_choices(rows: dict[str, Row], path: str) -> None:
-    """Give all answers of the file to the rows that have no choices of their own."""
-    answers = {}                        # a set would lose their order
+    """Rows without choices get all answers of the file as their choices."""
+    answers = {}                        # a dict keeps their order, a set would not
     for row in rows.values():
         if row.answer:
             answers[row.answer] = True
@@ -107,7 +107,7 @@ def settle_choices(rows: dict[str, Row], path: str) -> None:
         if len(answers) > MOST_CHOICES:
             raise LavinError(f"{path}: --score choices takes the answers of the file as choices, "
                              f"at most {MOST_CHOICES}, but there are {len(answers)}; give each row "
-                             'its own list "choices"')
+                             'a list "choices"')
         row.choices = list(answers)
 
 
@@ -115,7 +115,7 @@ def settle_choices(rows: dict[str, Row], path: str) -> None:
 
 
 def is_right(output: str, answer: str) -> bool:
-    """Exact match, but for letter case, surrounding space and one final full stop."""
+    """Are both equal, ignoring letter case, surrounding space and one final full stop?"""
     return output != "" and bare(output) == bare(answer)
 
 
@@ -124,9 +124,9 @@ def bare(text):
 
 
 def score_table(rows: dict[str, Row], outputs: dict[str, str], by: str | None) -> str:
-    """Percent right of the rows that have an answer; with `by`, for each group as well."""
-    groups = {}                         # {group: [was this row answered rightly?]}
-    right = []                          # of all groups
+    """The percentage of right outputs for rows with an answer. by: also for each group."""
+    groups = {}                         # {group: [is the output of this row right?]}
+    right = []                          # the same for all groups together
     for place, row in rows.items():
         if row.answer:
             right.append(is_right(outputs[place], row.answer))
@@ -143,10 +143,9 @@ def score_table(rows: dict[str, Row], outputs: dict[str, str], by: str | None) -
 
 
 def predictions(rows: dict[str, Row], outputs: dict[str, str], missing: dict[str, str]) -> list:
-    """What --predictions holds: {id, output, answer, right} of every row.
+    """The contents of --predictions: {id, output, answer, right} for every row.
 
-    right is None where there is no answer to compare with. missing: {a sample's id: why it has no
-    output}.
+    right is None if the row has no answer. missing: {a sample's id: why it has no output}.
     """
     written = []
     for place, row in rows.items():
@@ -162,9 +161,9 @@ def predictions(rows: dict[str, Row], outputs: dict[str, str], missing: dict[str
 
 
 def question_of(encoded: Encoded, tokenizer: data.Tokenizer) -> tuple[Encoded, str]:
-    """A sample to train on -> (its prompt, its answer). Of a conversation, the last turn's."""
+    """An encoded sample -> (its prompt, its answer). In a conversation, the last answer counts."""
     has_loss = encoded.labels != data.IGNORED
-    begins = np.flatnonzero(has_loss[1:] & ~has_loss[:-1]) + 1      # of each answer
+    begins = np.flatnonzero(has_loss[1:] & ~has_loss[:-1]) + 1      # where each answer begins
     begin = begins[-1]
     answer = encoded.labels[begin:].tolist()
     if answer[-1] == tokenizer.eos_id():
@@ -175,9 +174,9 @@ def question_of(encoded: Encoded, tokenizer: data.Tokenizer) -> tuple[Encoded, s
 
 
 def count_right(lavin: LaVIN, encoded: list[Encoded], source: str, format: str) -> int:
-    """How many of these samples to train on are answered rightly.
+    """How many of these held-out samples the model answers correctly.
 
-    Of ScienceQA's, the letter counts alone.
+    For ScienceQA, only the letter counts.
     """
     if not encoded:
         return 0
@@ -187,12 +186,12 @@ def count_right(lavin: LaVIN, encoded: list[Encoded], source: str, format: str) 
         prompt, answer = question_of(sample, lavin.tokenizer)
         prompts.append(prompt)
         expected.append(answer)
-    # One token more than the longest answer has is enough to see that an output is not it.
+    # One token more than the longest answer is enough to see that an output is wrong.
     most = max(len(sample.tokens) - len(prompt.tokens) for sample, prompt in zip(encoded, prompts))
     done = evaluate.letter_is_out(lavin, format) if source == "sqa" else None
     n_right = 0
     with torch.compiler.set_stance("force_eager"):
-        # Not folded: that would copy some of LLaMA's matrices beside a training run.
+        # Not folded: training may leave no memory for copies of LLaMA's matrices.
         for number, ids in continue_prompts(lavin, prompts, min(32, len(prompts)), most, done=done):
             output = lavin.tokenizer.decode(ids)
             if source == "sqa":
@@ -205,10 +204,10 @@ def count_right(lavin: LaVIN, encoded: list[Encoded], source: str, format: str) 
 
 def held_out_right(lavin: LaVIN, held_out: dict[str, list[Encoded]],
                    settings) -> dict[str, tuple[int, int]]:
-    """{source: (rows answered rightly, rows asked)} of what was held out, over all ranks.
+    """{source: (rows answered correctly, rows asked)} for the held-out rows, over all ranks.
 
-    Asked are the first --eval-limit rows of every source, HELD_OUT_ROWS by default. {} with --fsdp,
-    where no rank has the whole model.
+    The first --eval-limit rows of every source are asked, by default HELD_OUT_ROWS. With --fsdp
+    the result is {}, because no rank has the whole model.
     """
     results = {}
     if settings.fsdp:
@@ -227,7 +226,7 @@ def held_out_right(lavin: LaVIN, held_out: dict[str, list[Encoded]],
 
 def score_held_out(lavin: LaVIN, held_out: dict[str, list[Encoded]], step: int, log: runs.Log,
                    settings) -> None:
-    """Log the loss of what was held out, and how much of it is answered rightly."""
+    """Log the loss of the held-out rows, and how many of them are answered correctly."""
     losses = runs.held_out_losses(lavin, held_out, settings)
     right = held_out_right(lavin, held_out, settings)
     log.held_out(step, losses, right)

@@ -1,4 +1,4 @@
-"""What surrounds a training run: its data, what it says, its log, its signals, the ablations."""
+"""What a training run needs besides its loop: data, ablations, printed text, log, signals."""
 
 import contextlib
 import hashlib
@@ -33,17 +33,17 @@ from router import Router
 
 @dataclass
 class TrainingSet:
-    encoded: list[data.Encoded]                     # of all sources, concatenated
-    sizes: list[int]                                # of each source
-    held_out: dict[str, list[data.Encoded]]         # by source
+    encoded: list[data.Encoded]                     # the samples of all sources, concatenated
+    sizes: list[int]                                # the number of samples from each source
+    held_out: dict[str, list[data.Encoded]]         # {source: its held-out samples}
 
     def __post_init__(self):
         self.lengths = [len(e.tokens) for e in self.encoded]
 
     def hash(self) -> str:
-        """It tells these samples, in this order, from others. Of a picture, its name counts.
+        """A hash of these samples in this order. A picture counts only by its file name.
 
-        Labels without loss count as 0, as in the hashes that older checkpoints hold.
+        Labels without loss are hashed as 0, to match the hashes in older checkpoints.
         """
         key = hashlib.sha256()
         for e in self.encoded:
@@ -56,9 +56,9 @@ class TrainingSet:
 
 
 def read_source(source: str, settings, look: bool) -> tuple[list, list]:
-    """A source of --data -> (samples, bad rows). look: open every picture of other people's rows.
+    """Read a source of --data -> (samples, bad rows). look: as in read_instructions.
 
-    ScienceQA has no bad rows: whatever is wrong with it is a LavinError.
+    ScienceQA has no bad rows: anything wrong with it raises LavinError.
     """
     if source == "sqa":
         _, samples = load_sqa(settings.data_root, "train", settings.format, settings.captions,
@@ -77,13 +77,13 @@ def read_sources(settings) -> dict[str, list[data.Sample]]:
     for source in settings.data:
         samples, bad_rows = read_source(source, settings, look=settings.skip_bad)
         if bad_rows and not settings.skip_bad:
-            raise LavinError(f"{bad_rows[0]} ({len(bad_rows)} bad row(s) in all: "
-                             f"python train.py --data {source} --check lists them, --skip-bad "
+            raise LavinError(f"{bad_rows[0]} ({len(bad_rows)} bad row(s) in all; "
+                             f"python train.py --data {source} --check lists them, and --skip-bad "
                              "leaves them out)")
         if bad_rows:
-            print(f"skipped  {len(bad_rows)} bad rows of {source}, the first of them {bad_rows[0]}")
+            print(f"skipped  {len(bad_rows)} bad rows of {source}; the first: {bad_rows[0]}")
         if not samples:
-            raise LavinError(f"--data {source}: holds no sample")
+            raise LavinError(f"--data {source}: it holds no samples")
         sources[source] = samples
     return sources
 
@@ -123,11 +123,11 @@ def say_what_was_kept(title, kept, n_read):
     n_pictures = sum(e.image is not None for e in kept)
     n_tokens = sum(len(e.tokens) for e in kept)
     print(f"data     {title}{len(kept)} samples, {n_pictures} with a picture, {n_tokens:,} tokens; "
-          f"left out, because their answer is cut off entirely: {n_read - len(kept)}")
+          f"{n_read - len(kept)} left out because their answer is cut off entirely")
 
 
 def hold_out(encoded, fraction, seed, number):
-    """-> (samples to train on, samples held out), drawn from the seed and the source's number."""
+    """-> (training samples, held-out samples). The seed and the source's number decide which."""
     n_held = round(fraction * len(encoded))
     if n_held == 0:
         return encoded, []
@@ -139,14 +139,14 @@ def hold_out(encoded, fraction, seed, number):
 
 def prefetch_batches(lavin: nn.Module, encoded: list[data.Encoded], plan: Callable,
                      items: Iterable[int], workers: int) -> Iterator[list[data.Batch]]:
-    """Yield for each item this rank's share of the batches that plan(item) asks for."""
+    """For each item, yield this rank's share of the batches that plan(item) lists."""
     batches = data.Batches(encoded, plan, lavin.resolution, ranks.rank(), ranks.count())
     return data.prefetch(batches, items, workers)
 
 
 @torch.no_grad()
 def held_out_losses(lavin: nn.Module, held_out: dict, settings) -> dict[str, float]:
-    """{source: mean loss of the answer tokens that were held out of it}, over all ranks."""
+    """{source: the mean loss of its held-out answer tokens}, over all ranks."""
     losses = {}
     lavin.eval()
     for source, encoded in held_out.items():
@@ -158,7 +158,7 @@ def held_out_losses(lavin: nn.Module, held_out: dict, settings) -> dict[str, flo
         for (batch,) in loader:
             batch_losses.append(lavin(batch.to(lavin.device)) * batch.n_answer)
             n_answer += batch.n_answer
-        loss = sum(torch.stack(batch_losses).tolist())      # one wait for a GPU, not one a batch
+        loss = sum(torch.stack(batch_losses).tolist())      # wait for the GPU only once
         loss, n_answer = ranks.sums([loss, n_answer], lavin.device)
         losses[source] = loss / n_answer
     lavin.train()
@@ -166,9 +166,9 @@ def held_out_losses(lavin: nn.Module, held_out: dict, settings) -> dict[str, flo
 
 
 def check_data(settings, small_llama: str | Path) -> int:
-    """--check: say what every source of --data holds -> 1 if any of its rows is bad, else 0.
+    """--check: describe every source of --data -> 1 if anything is wrong with one, else 0.
 
-    This needs a tokenizer, but no model. Where there is no LLaMA yet, small_llama's is taken.
+    This needs a tokenizer, but no model. If there is no LLaMA yet, small_llama's is used.
     """
     llama = settings.llama or DEFAULTS["llama"]
     if not settings.llama and not tokenizer_path(llama).exists():
@@ -184,7 +184,7 @@ def check_data(settings, small_llama: str | Path) -> int:
     for source in settings.data:
         try:
             samples, bad_rows = read_source(source, settings, look=False)
-        except LavinError as error:         # the other sources are looked at all the same
+        except LavinError as error:         # still check the other sources
             print(f"{source}: {error}")
             n_bad += 1
             continue
@@ -197,9 +197,10 @@ def check_data(settings, small_llama: str | Path) -> int:
 
 
 def freeze(lavin: nn.Module, settings) -> None:
-    """The paper's ablations: adapters stay the identity, routers say ½ for both experts.
+    """The paper's ablations: frozen adapters stay the identity, frozen routers give ½ and ½.
 
-    Without pictures, what they pass through is frozen too: weight decay would still move it.
+    Without pictures, the projector and the ViT's adapters are frozen too. They would get no
+    gradient, but weight decay would still change them.
     """
     left_out = []
     if settings.adapters in ("llama", "none") or not settings.images:
@@ -223,11 +224,11 @@ def freeze(lavin: nn.Module, settings) -> None:
         lavin.modality_embedding.requires_grad_(False)
 
 
-# What a run says
+# What a run prints
 
 
 def count_parameters(module: nn.Module, trained: bool) -> int:
-    """How many of its parameters are trained, or, with trained=False, are frozen."""
+    """The number of trained parameters in a module. With trained=False, of frozen ones."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad == trained)
 
 
@@ -237,7 +238,7 @@ def print_counts(title, counts):
 
 
 def describe(lavin: nn.Module, settings, steps_per_epoch: int) -> None:
-    """Say once what follows from the settings."""
+    """Print a run's parameter counts, batch, steps and device."""
     n_modality = {True: 0, False: 0}
     n_modality[lavin.modality_embedding.requires_grad] = lavin.modality_embedding.numel()
     print_counts("trained", {
@@ -267,7 +268,7 @@ def describe(lavin: nn.Module, settings, steps_per_epoch: int) -> None:
 
     compiled = "on" if settings.compile else "off"
     device = lavin.device
-    if device.type == "meta":                       # of a dry run that is computed
+    if device.type == "meta":                       # a dry run without the GPU
         device = settings.device
     line = f"device   {device} · {settings.dtype} · compile {compiled}"
     if settings.bits < 16:
@@ -278,7 +279,7 @@ def describe(lavin: nn.Module, settings, steps_per_epoch: int) -> None:
 
 
 def ways_to_save_memory(settings) -> str:
-    """The flags that would make a run smaller that does not fit into memory."""
+    """The flags that would shrink a run that does not fit into memory."""
     ways = []
     if settings.micro_batch > 1:
         ways.append(f"--micro-batch {settings.micro_batch // 2}")
@@ -294,58 +295,59 @@ def ways_to_save_memory(settings) -> str:
     return ", ".join(ways)
 
 
-# Its folder
+# The output folder
 
 
 @contextlib.contextmanager
 def alone_in(settings) -> Iterator[None]:
-    """In a `with`, no other run writes to OUT. LavinError if one does."""
+    """`with alone_in(settings):` keeps other runs out of OUT. LavinError if one is there."""
     if settings.dry_run or ranks.rank() > 0:        # these write nothing
         yield
         return
-    taken = (f"--out {settings.out}: another run is writing there; wait for its end, "
-             "or choose another place")
+    taken = (f"--out {settings.out}: another run is writing there; wait until it ends, "
+             "or choose another folder")
     with locked(settings.out, otherwise=taken):
-        remove_temporaries(settings.out)            # of a run that was killed
+        remove_temporaries(settings.out)            # left by a run that was killed
         yield
 
 
 def kept_path(out: str, epoch: int) -> Path:
-    """Where --keep-epochs keeps the checkpoint of an epoch. The first is 0, as in the authors'
-    checkpoint-19.pth, that of the last of 20.
+    """The path of an epoch's checkpoint for --keep-epochs.
+
+    Epochs count from 0, as in the authors' files: the last of 20 is checkpoint-19.pth.
     """
     return Path(out, f"checkpoint-{epoch}.pth")
 
 
 def set_aside(settings) -> None:
-    """Rename what an earlier run has left in OUT to *.old, before a new one begins there."""
+    """Before a new run begins in OUT, rename an earlier run's files to *.old."""
     earlier = [Path(settings.out, "checkpoint.pth"), Path(settings.out, "metrics.jsonl")]
     for path in earlier:
         if path.exists():
             print(f"note     {path} of an earlier run is now {path}.old; "
-                  "--resume would have gone on with it")
+                  "--resume would have continued it")
             path.replace(f"{path}.old")
-    if settings.keep_epochs:            # else nobody would know which of them are this run's
+    if settings.keep_epochs:            # otherwise they would mix with this run's
         for path in sorted(Path(settings.out).glob("checkpoint-*.pth")):
             print(f"note     {path} is now {path}.old")
             path.replace(f"{path}.old")
 
 
-# Its log
+# The log
 
 
 def is_done(line: str, last_step: int) -> bool:
-    """Is this a whole line of metrics.jsonl, of a step up to last_step?"""
+    """Is this a complete line of metrics.jsonl, for a step up to last_step?"""
     try:
         return json.loads(line)["step"] <= last_step
-    except (ValueError, TypeError, KeyError):       # half a line: the machine went down
+    except (ValueError, TypeError, KeyError):       # half a line: the machine crashed
         return False
 
 
 def open_metrics(out: str, first_step: int):
-    """OUT/metrics.jsonl, for further lines.
+    """Open OUT/metrics.jsonl to append lines.
 
-    A resumed run drops the lines of steps that it will do again.
+    A resumed run first drops the lines of steps that it will repeat.
     """
     path = Path(out, "metrics.jsonl")
     lines = []
@@ -358,14 +360,14 @@ def open_metrics(out: str, first_step: int):
 
 
 def draw_losses(out: str) -> None:
-    """OUT/loss.png from OUT/metrics.jsonl.
+    """Plot OUT/metrics.jsonl to OUT/loss.png.
 
-    The loss of every step and a running mean, what was held out, and where epochs end.
+    It shows the loss of every step, a running mean, the held-out losses, and where epochs end.
     """
     path = Path(out, "metrics.jsonl")
     steps = []
     losses = []
-    ends = {}                                       # {step: number of the epoch that it ends}
+    ends = {}                                       # {step: the epoch that it ends}
     held_out = {}                                   # {source: [(step, loss)]}
     if path.exists():
         for text in path.read_text().splitlines():
@@ -377,17 +379,17 @@ def draw_losses(out: str) -> None:
                     ends[line["step"]] = int(line["epoch"])
             for source, loss in line.get("held_out", {}).items():
                 held_out.setdefault(source, []).append((line["step"], loss))
-    if not losses:                                  # somebody deleted it
+    if not losses:                                  # the file was deleted
         return
     series = loss_series(steps, losses, held_out)
-    every = math.ceil(len(ends) / 10)               # more lines than ten would hide the chart
+    every = math.ceil(len(ends) / 10)               # more than ten lines would hide the chart
     marks = {step: f"epoch {epoch}" for step, epoch in ends.items() if epoch % every == 0}
     plot.chart(Path(out, "loss.png"), f"Loss of {out}", "optimizer step",
                "loss (nats per answer token)", series, x_range=(0, max(steps)), marks=marks)
 
 
 def loss_series(steps: list[int], losses: list[float], held_out: dict) -> list[plot.Series]:
-    """What a chart of the losses shows. held_out: {source: [(step, loss)]}."""
+    """The curves of the loss chart. held_out: {source: [(step, loss)]}."""
     around = max(2, len(losses) // 80)
     means = []
     for i in range(len(losses)):
@@ -407,10 +409,10 @@ def loss_series(steps: list[int], losses: list[float], held_out: dict) -> list[p
 
 
 class Log:
-    """A run's progress bar and metrics.jsonl, a line for each step; at the end its loss.png.
+    """A progress bar, a line of metrics.jsonl for each step, and loss.png at the end.
 
-    On ranks other than 0 it is silent. Where it cannot be written, a full disk or a closed
-    terminal, it raises nothing: the loop looks at `failure`, why it cannot, and saves first.
+    Ranks other than 0 write nothing. A failed write (full disk, closed terminal) raises nothing:
+    its reason goes to `failure`, and the training loop saves a checkpoint before it stops.
     """
 
     def __init__(self, settings, first_step: int, n_steps: int):
@@ -422,7 +424,7 @@ class Log:
             self.metrics = open_metrics(self.out, first_step)
         else:
             self.metrics = open(os.devnull, "w")
-        self.board = None               # --tensorboard's
+        self.board = None               # the writer of --tensorboard
         if settings.tensorboard and ranks.rank() == 0:
             self.board = board.open_board(self.out, first_step)
         self.failure = None
@@ -445,12 +447,12 @@ class Log:
 
     @contextlib.contextmanager
     def attempt(self, name="metrics.jsonl"):
-        """In a `with`: note as `failure` that something cannot be written, and go on."""
+        """`with self.attempt():` puts the reason of a failed write into `failure` and goes on."""
         try:
             yield
-        except OSError as error:                        # of the file `name`
+        except OSError as error:                        # from the file `name`
             self.failure = f"{self.out}/{name} cannot be written ({error.strerror})"
-        except LavinError as error:                     # of the terminal
+        except LavinError as error:                     # from the terminal
             self.failure = str(error)
 
     def write(self, line):
@@ -463,7 +465,7 @@ class Log:
                 board.add_line(self.board, line)
 
     def step(self, step, epoch, loss, lr, n_samples, norm):
-        """Log one step; the time since the last one gives the speed."""
+        """Log one step. Its speed is measured since the previous one."""
         now = time.perf_counter()
         speed = n_samples / (now - self.began)
         self.began = now
@@ -479,7 +481,7 @@ class Log:
             self.bar.update()
 
     def held_out(self, step, losses, right):
-        """Log {source: loss} and {source: (rows answered rightly, rows asked)}."""
+        """Log {source: held-out loss} and {source: (rows answered correctly, rows asked)}."""
         line = {"step": step, "held_out": losses, "exact_match": {}}
         shown = []
         for source, loss in losses.items():
@@ -505,23 +507,23 @@ def log_scores(line: dict, settings) -> None:
         writer.close()
 
 
-# Its signals
+# Signals
 
 
 class StopSignals:
-    """In a `with`, counts SIGINT and SIGTERM instead of ending at once, so that a step can finish
-    and be saved. The second signal of a kind ends the run as usual, and so does one that comes
-    before `listen` is called.
+    """In a `with`, SIGINT and SIGTERM are counted, so that a step can finish and be saved.
+
+    Before `listen` is called, a signal still ends the run at once. So does the second of a kind.
     """
 
     def __enter__(self):
         self.count = 0
-        self.first = signal.SIGTERM     # what ended the run, if it was another rank that heard it
+        self.first = signal.SIGTERM     # used if only another rank got a signal
         self.handlers = {}
         return self
 
     def listen(self):
-        """From here on there is something to save."""
+        """Start counting: from now on there is something to save."""
         if not self.handlers:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.hear)
@@ -538,11 +540,11 @@ class StopSignals:
 
 
 def end_early(log: Log, signals: StopSignals, step: int) -> None:
-    """End a run after a step that is saved, as a signal or a log that cannot be written asks for.
+    """End a run after a saved step, because of a signal or because the log cannot be written.
 
-    Raises LavinError for the log, and exits as programs do that a signal ends.
+    Raises LavinError for the log. For a signal, it exits with 128 plus the signal's number.
     """
     if log.failure:
-        raise LavinError(f"{log.failure}; stopped after step {step}, which is saved")
-    print(f"stopped after step {step}; saved. --resume goes on from here")
+        raise LavinError(f"{log.failure}; stopped after step {step} and saved it")
+    print(f"stopped after step {step} and saved it; --resume continues from here")
     sys.exit(128 + signals.first)

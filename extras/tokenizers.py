@@ -1,8 +1,8 @@
-"""tokenizer.json behind the methods of sentencepiece's that we use (data.Tokenizer).
+"""Read tokenizer.json, and give it the methods of sentencepiece that we use (data.Tokenizer).
 
 LLaMA 1 and 2 come with a sentencepiece model (data.load_tokenizer). LLaMA 3, SmolLM2 and Qwen2 come
-with tokenizer.json, which the library `tokenizers` reads: pip install tokenizers. Which of its
-tokens are BOS and EOS, and which others end an answer, stands in the files beside it.
+with tokenizer.json, which the library `tokenizers` reads (pip install tokenizers). The files next
+to it name BOS, EOS and the other tokens that end an answer.
 """
 
 import json
@@ -20,9 +20,9 @@ class JsonTokenizer:
     """A Tokenizer of the `tokenizers` library, with sentencepiece's methods."""
 
     def __init__(self, model: object, bos: int, eos: int, ends: Iterable[int] = ()):
-        """model: a tokenizers.Tokenizer, which then belongs to this object.
+        """model: a tokenizers.Tokenizer. This object changes its settings.
 
-        ends: the tokens that end an answer as EOS does.
+        ends: other tokens that end an answer, as EOS does.
         """
         self.model = model
         self.bos = bos
@@ -30,14 +30,14 @@ class JsonTokenizer:
         self.ends = {eos, *ends}
         model.no_truncation()
         model.no_padding()
-        model.encode_special_tokens = True      # "<|endoftext|>" in a text is text and ends nothing
+        model.encode_special_tokens = True      # "<|endoftext|>" in a text is plain text
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without BOS and EOS."""
         return self.model.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of tokens; BOS, EOS and their like are left out."""
+        """The text of tokens, without BOS, EOS and other special tokens."""
         return self.model.decode(tokens, skip_special_tokens=True)
 
     def bos_id(self) -> int:
@@ -50,7 +50,7 @@ class JsonTokenizer:
         return max(self.model.get_vocab(with_added_tokens=True).values()) + 1
 
     def id_to_piece(self, token: int) -> str:
-        """A token for people to read, a space as ▁, as sentencepiece writes it."""
+        """A token in readable form, with a space written as ▁, as in sentencepiece."""
         text = self.decode([token])
         piece = self.model.id_to_token(token) or ""
         if not text or "▁" in piece:
@@ -58,21 +58,21 @@ class JsonTokenizer:
         return text.replace(" ", "▁")
 
     def serialized_model_proto(self) -> bytes:
-        """tokenizer.json."""
+        """The bytes of tokenizer.json."""
         return self.model.to_str().encode()
 
 
 def import_tokenizers(path: str | Path):
-    """The library `tokenizers`. LavinError, about `path`, where it is not installed."""
+    """Import the library `tokenizers`. If it is not installed, LavinError names `path`."""
     try:
-        import tokenizers                       # an optional package, needed for such files alone
+        import tokenizers                       # an optional package, only for such files
     except ImportError as error:
-        raise LavinError(f"{path}: pip install tokenizers, which reads such tokenizers") from error
+        raise LavinError(f"{path}: pip install tokenizers to read such tokenizers") from error
     return tokenizers
 
 
 def load_json(path: str | Path) -> JsonTokenizer:
-    """tokenizer.json, with BOS and EOS of the files beside it. Raises LavinError."""
+    """Load tokenizer.json, with BOS and EOS from the files next to it. Raises LavinError."""
     check_regular(path)
     tokenizers = import_tokenizers(path)
     try:
@@ -83,17 +83,17 @@ def load_json(path: str | Path) -> JsonTokenizer:
         raise LavinError(f"{path}: cannot be read ({error.strerror})") from error
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:              # the library's panics are no Exceptions
+    except BaseException as error:              # the library's panics are not Exceptions
         reason = short(str(error))
-        raise LavinError(f"{path}: not a tokenizer.json that `tokenizers` reads ({reason})"
+        raise LavinError(f"{path}: not a tokenizer.json that `tokenizers` can read ({reason})"
                          ) from error
     folder = Path(path).parent
     eos = find_special(folder, "eos", model)
     bos = find_special(folder, "bos", model)
     if eos is None:
-        raise LavinError(f"{path}: no EOS token is named in {', '.join(NAMED_IN)} beside it; "
+        raise LavinError(f"{path}: no EOS token is named in {', '.join(NAMED_IN)} next to it; "
                          "fetch these files too")
-    if bos is None:                             # then texts are parted by EOS alone
+    if bos is None:                             # then EOS alone separates texts
         bos = eos
     return JsonTokenizer(model, bos, eos, find_ends(folder, model))
 
@@ -102,18 +102,21 @@ NAMED_IN = ("tokenizer_config.json", "config.json", "generation_config.json")
 
 
 def named_beside(folder: Path) -> Iterator[tuple[Path, dict]]:
-    """(path, content) of each file of NAMED_IN that the folder has. LavinError if it is none."""
+    """Yield (path, content) of each NAMED_IN file in the folder. Raises LavinError."""
     for file in NAMED_IN:
         path = folder / file
         if os.path.exists(path):
             content = read_json(path)
             if not isinstance(content, dict):
-                raise LavinError(f"{path}: not a configuration, which is a JSON object")
+                raise LavinError(f"{path}: not a configuration; it must be a JSON object")
             yield path, content
 
 
 def check_special(path: Path, kind: str, number: object, model, named: object) -> int:
-    """The id of a BOS or EOS token. LavinError, with what the file names, if it is none."""
+    """Return the id of a BOS or EOS token. LavinError if it is not in the vocabulary.
+
+    named: the id or the text that the file gives, for this error.
+    """
     if type(number) is not int or not 0 <= number < 2**32 or model.id_to_token(number) is None:
         raise LavinError(f"{path}: its {kind.upper()} token {short(named)} is not in the "
                          "vocabulary")
@@ -123,7 +126,7 @@ def check_special(path: Path, kind: str, number: object, model, named: object) -
 def find_special(folder: Path, kind: str, model) -> int | None:
     """The id of the BOS or EOS token (kind: "bos" or "eos") that the folder's files name, or None.
 
-    LavinError for one that is no token of the vocabulary.
+    LavinError if it is not in the vocabulary.
     """
     for path, content in named_beside(folder):
         token = content.get(f"{kind}_token")    # "</s>" or {"content": "</s>", …}
@@ -141,9 +144,9 @@ def find_special(folder: Path, kind: str, model) -> int | None:
 
 
 def find_ends(folder: Path, model) -> set[int]:
-    """The ids that the folder's files call EOS: one, or for many chat models several.
+    """The ids that the folder's files call EOS. Many chat models have several.
 
-    LavinError for one that is no token of the vocabulary.
+    LavinError if one is not in the vocabulary.
     """
     ends = set()
     for path, content in named_beside(folder):
@@ -158,7 +161,7 @@ def find_ends(folder: Path, model) -> set[int]:
 
 
 def is_tiktoken(path: str | Path) -> bool:
-    """Is it LLaMA 3's tokenizer.model of Meta's download: lines of a base64 text and a number?"""
+    """Is it Meta's tokenizer.model of LLaMA 3, with lines of a base64 text and a number?"""
     check_regular(path)
     try:
         with open(path, "rb") as opened:
@@ -169,7 +172,7 @@ def is_tiktoken(path: str | Path) -> bool:
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a tokenizer into a LLaMA's folder. LavinError if that is not possible."""
+    """Write a tokenizer into a LLaMA's folder. LavinError if this fails."""
     content = tokenizer.serialized_model_proto()
     if not isinstance(tokenizer, JsonTokenizer):
         write_atomically(folder / "tokenizer.model", lambda path: path.write_bytes(content))

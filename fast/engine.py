@@ -1,12 +1,12 @@
 """Generation with a cache: prompts are read in one pass, then continued a token at a time.
 
-LaVIN.generate computes the whole sequence again for every token. The engine says the same tokens,
-and computes each of them once: the keys and values of earlier tokens are kept in a cache.
+LaVIN.generate recomputes the whole sequence for every token. The engine generates the same tokens,
+but computes each only once: a cache keeps the keys and values of earlier tokens.
 
 A row of the cache belongs to one prompt. Prompts are concatenated when they are read, so no work is
-done for padding. Then every step adds one token to each row. When a row has ended, the next waiting
-prompt takes its place, so no step is spent on finished rows (continuous batching). On a GPU a step
-of a folded model is captured once as a CUDA graph and replayed: one call for the CPU to make
+spent on padding. Then every step adds one token to each row. When a row has ended, the next waiting
+prompt takes its place, so no step is spent on finished rows (continuous batching). On a GPU, the
+step of a folded model is captured once as a CUDA graph and then replayed: the CPU makes one call
 instead of a thousand.
 
 Shapes: n rows in use, S positions in each; H heads, K key/value heads, D their width, L layers,
@@ -28,14 +28,14 @@ from fast import ranks
 from fast.ops import is_one_token, one_token_product
 from model import LaVIN, pick
 
-# The two kinds of passes, as the cache of one layer: model.Attention calls attend(q, k, v)
+# The cache of one layer in the two kinds of pass. model.Attention calls its attend(q, k, v)
 
 
 class PromptCache:
-    """A layer's cache in a pass that reads prompts, or further tokens of them.
+    """A layer's cache in a pass that reads prompts, or more tokens after them.
 
-    keys and values (rows, K, S, D); spans: for each prompt (its row, the position at which its new
-    tokens begin, their number). Spans of one row are read one after the other.
+    keys and values: (rows, K, S, D). spans: for each prompt (its row, the position of its first new
+    token, the number of new tokens). Spans of the same row are read one after the other.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, spans: list[tuple]):
@@ -54,7 +54,7 @@ class PromptCache:
             self.keys[row, :, start:end] = k_i[0]
             self.values[row, :, start:end] = v_i[0]
             mask = None
-            if start > 0:               # a conversation goes on: earlier tokens are seen as well
+            if start > 0:               # the row has earlier tokens, which are seen too
                 k_i = self.keys[row:row + 1, :, :end]
                 v_i = self.values[row:row + 1, :, :end]
                 mask = torch.ones(length, end, dtype=torch.bool, device=q.device).tril(start)
@@ -67,8 +67,8 @@ class PromptCache:
 class StepCache:
     """A layer's cache in a step, which adds one token to each of the first n rows.
 
-    keys and values (rows, K, S, D); rows (n,); positions (n,) of the new tokens; mask (n, 1, 1, S):
-    the positions that each of them sees. S may be cut to what is in use.
+    keys and values: (rows, K, S, D). rows: (n,). positions: (n,), of the new tokens. mask:
+    (n, 1, 1, S), the positions that each new token sees. S may be cut to the positions in use.
     """
 
     def __init__(self, keys, values, rows, positions, mask):
@@ -89,8 +89,8 @@ class StepCache:
             grouped = q.shape[1] != k.shape[1]
             return F.scaled_dot_product_attention(q, k, v, self.mask, enable_gqa=grouped)
 
-        # The fused kernel is made for many queries. For a single one the compiler does better with
-        # sums. H/K query heads share a key head.
+        # The fused kernel is made for many queries. For a single one, compiled sums are faster.
+        # H/K query heads share a key head.
         q = q.unflatten(1, (k.shape[1], -1)).float()                    # (n, K, H/K, 1, D)
         k = k[:, :, None].float()                                       # (n, K, 1, S, D)
         v = v[:, :, None].float()
@@ -104,7 +104,7 @@ class StepCache:
 
 
 class OneTokenLinear(nn.Module):
-    """nn.Linear, at the speed of memory where a compiled step decodes a single token."""
+    """nn.Linear, but as fast as memory allows when a compiled step decodes a single token."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -114,7 +114,7 @@ class OneTokenLinear(nn.Module):
     def forward(self, x):
         if not is_one_token(x):
             return F.linear(x, self.weight, self.bias)
-        if self.weight.dtype == torch.float32:      # the library's product is as fast then
+        if self.weight.dtype == torch.float32:      # here F.linear is as fast
             y = F.linear(x, self.weight)
         else:
             y = one_token_product(self.weight, x)
@@ -124,7 +124,7 @@ class OneTokenLinear(nn.Module):
 
 
 def compile_steps(llama: nn.Module) -> None:
-    """Compile the blocks and `output` of a LLaMA, its matrices changed to OneTokenLinear."""
+    """Turn a LLaMA's linear layers into OneTokenLinear, and compile its blocks and `output`."""
     holders = [llama]
     for block in llama.layers:
         holders += [block.attention, block.feed_forward]
@@ -140,13 +140,13 @@ def compile_steps(llama: nn.Module) -> None:
 
 
 class Engine:
-    """The cache of a LaVIN, and the passes that fill it. The rows in use are always the first."""
+    """The cache of a LaVIN, and the passes that fill it. The rows in use always come first."""
 
     def __init__(self, lavin: LaVIN, rows: int, max_tokens: int, compiled: bool = False):
         """A cache of `rows` rows, each with room for max_tokens tokens.
 
-        compiled: torch.compile the steps. That changes the modules of `lavin`, so it should be a
-        folded copy (fast/fold.py). The reading of prompts is never compiled.
+        compiled: torch.compile the steps. This changes the modules of `lavin`, so it should be a
+        folded copy (fast/fold.py). Passes that read prompts are never compiled.
         """
         llama = lavin.llama
         self.lavin = lavin
@@ -159,7 +159,7 @@ class Engine:
         dtype = llama.norm.weight.dtype
         self.keys = [torch.zeros(shape, device=lavin.device, dtype=dtype) for _ in llama.layers]
         self.values = [torch.zeros(shape, device=lavin.device, dtype=dtype) for _ in llama.layers]
-        # A folded model needs no weights for its experts. Otherwise each row has some.
+        # A folded model needs no expert weights. Otherwise each row has its own.
         self.routed = None
         self.w = None
         if lavin.folded_for is None:
@@ -172,7 +172,7 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, batch: data.Batch) -> torch.Tensor:
-        """Read prompts into the next free rows -> the logits behind each (prompts, vocabulary)."""
+        """Read prompts into the next free rows -> the logits after each, (prompts, vocabulary)."""
         batch = batch.to(self.lavin.device)
         lengths = batch.lengths.tolist()
         first = len(self.lengths)
@@ -188,7 +188,7 @@ class Engine:
 
     @torch.inference_mode()
     def extend(self, ids: list[int]) -> torch.Tensor:
-        """Read further tokens of the only row in use -> the logits behind them (1, vocabulary)."""
+        """Read more tokens of the only row in use -> the logits after them, (1, vocabulary)."""
         x = self.lavin.llama.tok_embeddings(torch.tensor([ids], device=self.lavin.device))
         w = None if self.w is None else self.w[:, :1]
         end = torch.tensor([len(ids) - 1], device=x.device)
@@ -198,10 +198,10 @@ class Engine:
 
     @torch.inference_mode()
     def branch(self, branches: list[tuple[int, list[int]]]) -> torch.Tensor:
-        """Read what might follow the rows' prompts -> the logits behind each token (T, vocabulary).
+        """Read what might follow the rows' prompts -> the logits after each token, (T, vocabulary).
 
-        A branch is (its row, its tokens). It sees the prompt of its row and no other branch, and
-        leaves the row as it was: behind the prompt, the next branch overwrites its keys and values.
+        A branch is (its row, its tokens). It sees the prompt of its row but no other branch. It is
+        not added to the row: the next branch overwrites its keys and values.
         """
         ids = []
         rows = []
@@ -215,9 +215,9 @@ class Engine:
         return self._read(x, w, spans, torch.arange(len(ids), device=x.device))
 
     def _read(self, x, w, spans, wanted):
-        """x (1, T, C), the tokens of all spans, through LLaMA -> logits behind the tokens `wanted`.
+        """Run x (1, T, C), the tokens of all spans, through LLaMA -> logits (n, vocabulary), fp32.
 
-        wanted (n,) counts in x -> (n, vocabulary), fp32.
+        wanted (n,): the indices in x of the tokens whose logits are returned.
         """
         positions = torch.cat([torch.arange(start, start + length) for _, start, length in spans])
         caches = [PromptCache(keys, values, spans) for keys, values in zip(self.keys, self.values)]
@@ -230,7 +230,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, ids: list[int]) -> torch.Tensor:
-        """Add the newest token of each row -> the logits of the next, (n, vocabulary), fp32."""
+        """Add each row's newest token -> the logits of the next one, (n, vocabulary), fp32."""
         tokens = torch.tensor(ids)
         positions = torch.tensor(self.lengths)
         self.lengths = [length + 1 for length in self.lengths]
@@ -238,7 +238,7 @@ class Engine:
         if device.type == "cuda" and self.w is None:
             return self.replay_step(tokens, positions)
         n_seen = max(self.lengths)
-        if self.compiled:               # round up, so that the compiler meets few shapes
+        if self.compiled:               # round up, so that the compiler sees few shapes
             n_seen = min(self.max_tokens, math.ceil(n_seen / 64) * 64)
         return self.one_step(tokens.to(device), positions.to(device), n_seen)
 
@@ -254,15 +254,15 @@ class Engine:
         with self.lavin.autocast():
             x = self.lavin.llama.tok_embeddings(ids[:, None])           # (n, 1, C)
             if self.compiled and n == 1:
-                x = x.float()           # as one_token_product computes; no rounding in between
+                x = x.float()           # one_token_product computes in fp32: avoid rounding
             x = self.lavin.llama(x, w, positions[:, None], caches=caches)
             return self.lavin.llama.output(x)[:, 0].float()
 
     def replay_step(self, ids, positions):
-        """one_step as a CUDA graph, for the next power of two of rows.
+        """one_step as a CUDA graph, with the number of rows rounded up to a power of two.
 
-        A graph is captured when it is first needed and then replayed on the same tensors. Rows that
-        are not in use write to their first position; the next prompt overwrites it.
+        A graph is captured when it is first needed and then replayed on the same tensors. Unused
+        rows write to their first position, which the next prompt overwrites.
         """
         n = len(ids)
         size = min(self.rows, 1 << (n - 1).bit_length())
@@ -282,7 +282,7 @@ class Engine:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):          # compile and warm up; writing the same again does no harm
+            for _ in range(3):          # compile and warm up; repeated writes do no harm
                 self.one_step(ids, positions, self.max_tokens)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):
@@ -304,8 +304,8 @@ class Engine:
 
 @dataclass
 class Answer:
-    number: int                         # of its prompt
-    n_prompt: int                       # tokens
+    number: int                         # the number of its prompt
+    n_prompt: int                       # tokens in the prompt
     ids: list[int] = field(default_factory=list)
 
 
@@ -313,8 +313,8 @@ def next_tokens(lavin: LaVIN, logits: torch.Tensor, temperature: float,
                 top_p: float) -> list[int]:
     """The next token of each row, picked from logits (rows, vocabulary).
 
-    A model that --fsdp has cut needs all ranks for every pass, so they must agree when a row ends.
-    Their logits are equal but for rounding; rank 0's tokens hold.
+    A model sharded by --fsdp needs all ranks for every pass, so they must agree when a row ends.
+    Their logits can differ by rounding, so all ranks take rank 0's tokens.
     """
     tokens = pick(logits, temperature, top_p)
     if lavin.is_sharded:
@@ -326,10 +326,10 @@ def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], rows: int, m
                      temperature: float = 0.0, top_p: float = 1.0,
                      done: Callable[[list[int]], bool] | None = None, compiled: bool = False,
                      longest: int | None = None) -> Iterator[tuple[int, list[int]]]:
-    """Continue prompts, up to `rows` at a time. Yields (number of a prompt, its new ids) when done.
+    """Continue prompts, up to `rows` at a time. When one ends, yield (its number, its new ids).
 
-    Prompts are taken when a row is free for them, so they need not be in memory all at once;
-    longest is then the number of tokens of the longest of them. An answer ends before EOS, after
+    A prompt is taken when a row is free, so `prompts` may be an iterator. Then `longest` must be
+    given: the number of tokens in the longest prompt. An answer ends before EOS, after
     max_new_tokens, at the end of the context, or when done(its ids) is true.
     """
     if max_new_tokens < 1:
@@ -354,7 +354,7 @@ def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], rows: int, m
         if not active:
             return
         tokens = next_tokens(lavin, torch.cat(logits), temperature, top_p)
-        for row in reversed(range(len(active))):        # from behind: retiring moves the last row
+        for row in reversed(range(len(active))):        # backwards: retiring moves the last row
             answer = active[row]
             ended = tokens[row] in ends
             if not ended:
@@ -371,7 +371,7 @@ def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], rows: int, m
 
 def generate(lavin: LaVIN, samples: list[data.Sample], max_new_tokens: int = 64,
              temperature: float = 0.0, top_p: float = 1.0, rows: int = 32) -> list[str]:
-    """LaVIN.generate, `rows` samples at a time over a cache."""
+    """LaVIN.generate with a cache, for `rows` samples at a time."""
     prompts = [lavin.encode(sample, prompt_only=True) for sample in samples]
     rows = min(len(prompts), rows)
     answers = dict(continue_prompts(lavin, prompts, rows, max_new_tokens, temperature, top_p))

@@ -1,12 +1,11 @@
-"""Many GPUs, one run: `torchrun --nproc-per-node 8 train.py --data sqa`; generate.py likewise.
+"""One run on several GPUs: `torchrun --nproc-per-node 8 train.py --data sqa`, or generate.py.
 
-Every rank holds a copy of all that is trained, and takes its share of a global batch's
-micro-batches. A step sums one buffer over the ranks, that of the gradients: 15 MB for 7B, whatever
-the batch. DDP would do the same, but once a micro-batch instead of once a step.
-With --fsdp the frozen matrices are cut into as many parts as there are ranks, and put together
-block by block when a block is computed. In evaluation every rank answers its share of the problems,
-and all of them get all answers. Without torchrun there is one rank, and nothing here does
-anything.
+Every rank holds a copy of all trained parameters, and takes its share of a global batch's
+micro-batches. Each step sums one buffer over the ranks, the gradients: 15 MB for 7B, whatever the
+batch size. DDP would do the same, but once per micro-batch instead of once per step.
+With --fsdp, each rank holds a part of every frozen matrix of LLaMA's blocks. A block's matrices are
+gathered when it is computed. In evaluation, every rank answers its share of the problems and then
+gets the answers of all ranks. Without torchrun there is one rank, and nothing is exchanged.
 """
 
 import contextlib
@@ -31,37 +30,37 @@ def count() -> int:
 
 
 def own_seed(seed: int) -> int:
-    """A seed for what each rank draws by itself. That of rank 0 is `seed`."""
+    """A seed for this rank's own random numbers. Rank 0 gets `seed` itself."""
     return seed + 7919 * rank()
 
 
 def number(name: str, default: int) -> int:
-    """A variable that torchrun sets. LavinError for what it would not set it to."""
+    """A variable that torchrun sets. LavinError for a value that torchrun would not set."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or len(text) > 6:
-        raise LavinError(f"the variable {name} is {text!r}; torchrun sets it to a number, "
-                         "and without torchrun it must not be set")
+        raise LavinError(f"the variable {name} is {text!r}, not a whole number below a "
+                         "million; start with torchrun, which sets it, or unset it")
     return int(text)
 
 
 def join(device: torch.device, for_answers: bool = False) -> None:
-    """Meet the other ranks. From then on only rank 0 prints.
+    """Connect to the other ranks. From then on, only rank 0 prints.
 
-    for_answers: they will exchange nothing but answers, over CPUs (gloo). For these a rank waits
-    as long as another needs.
+    for_answers: the ranks will exchange only answers, over CPUs (gloo). Each waits for the slowest,
+    up to a week.
     """
     if "RANK" not in os.environ:
         return
     if rank() >= count():
-        raise LavinError(f"RANK is {rank()} of {count()} ranks; they count from 0, "
-                         "and torchrun sets them")
+        raise LavinError(f"RANK is {rank()}, but there are {count()} ranks, counted from 0; "
+                         "let torchrun set RANK and WORLD_SIZE")
     if device.type not in ("cpu", "cuda"):
-        raise LavinError(f"--device {device}: several processes can share a run on CPUs or on "
-                         "NVIDIA's GPUs alone; --device cpu, or leave torchrun out")
+        raise LavinError(f"--device {device}: several processes can share a run only on CPUs or "
+                         "NVIDIA GPUs; use --device cpu, or start without torchrun")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" and not for_answers else "gloo"
-    timeout = timedelta(days=7) if for_answers else None        # None: PyTorch's own
+    timeout = timedelta(days=7) if for_answers else None        # None: PyTorch's default
     try:
         dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError) as error:
@@ -74,7 +73,7 @@ def join(device: torch.device, for_answers: bool = False) -> None:
 
 @contextlib.contextmanager
 def first():
-    """`with first():` lets rank 0 do the body before all others do."""
+    """`with first():` runs the body on rank 0 before all other ranks."""
     if rank() > 0:
         dist.barrier()
     yield
@@ -89,7 +88,7 @@ def leave() -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """In a `with`, all ranks take part in an exchange. LavinError if one of them has ended."""
+    """`with together():` wraps an exchange of all ranks. LavinError if one of them has ended."""
     try:
         yield
     except RuntimeError as error:
@@ -107,7 +106,7 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def of_first(tensor: torch.Tensor) -> torch.Tensor:
-    """Rank 0's numbers, in place, on all ranks. LavinError if one of them has ended."""
+    """Copy rank 0's numbers to all ranks, in place. LavinError if one of them has ended."""
     if dist.is_initialized():
         with together():
             dist.broadcast(tensor, src=0)
@@ -134,8 +133,8 @@ def share(things: list) -> list:
 def sums(values: list[float], device: torch.device) -> list[float]:
     """Each of these numbers, summed over all ranks.
 
-    Several ranks send them in fp32, which holds whole numbers up to 2^24: a tensor in float64 would
-    be more exact, but not every device has those (Apple's have not).
+    Several ranks exchange them in fp32, which is exact for whole numbers up to 2^24. float64 would
+    be more exact, but not every device has it (Apple's GPUs do not).
     """
     if not dist.is_initialized():
         return values
@@ -145,7 +144,7 @@ def sums(values: list[float], device: torch.device) -> list[float]:
 def gradient_buffer(lavin: nn.Module) -> torch.Tensor:
     """One flat fp32 tensor that holds all gradients: every p.grad becomes a view of its part.
 
-    It can be zeroed, measured and summed over ranks in one call instead of one a parameter.
+    It can be zeroed, measured and summed over ranks in one call instead of one per parameter.
     """
     trained = [p for p in lavin.parameters() if p.requires_grad]
     sizes = [p.numel() for p in trained]
@@ -156,10 +155,10 @@ def gradient_buffer(lavin: nn.Module) -> torch.Tensor:
 
 
 def shard(block: nn.Module, device: torch.device) -> None:
-    """Cut a block's frozen matrices into a part for each rank. What is trained stays whole."""
+    """Shard a block's frozen matrices over the ranks. Trained parameters stay whole."""
     from torch.distributed.device_mesh import init_device_mesh      # takes a second to import
     from torch.distributed.fsdp import fully_shard
-    # Norms stay whole as well: router.route uses one of them outside of the block's forward.
+    # Norms stay whole too: router.route uses one of them outside the block's forward.
     whole = {p for p in block.parameters() if p.requires_grad or p.dim() == 1}
     mesh = init_device_mesh(device.type, (count(),))
     fully_shard(block, mesh=mesh, ignored_params=whole)

@@ -209,7 +209,7 @@ def test_answers_outlast_what_ends_the_run(test_split, monkeypatch):
         evaluate.answer_all(lavin, samples, answers, "QCM-ALE", 3, batch_size=3)
     assert 0 < len(answers.given) < 12
     assert answers.missing().keys() | answers.given.keys() == {sample.id for sample in samples}
-    assert "the run ended before its answer" in answers.missing().values()
+    assert "the run ended before this answer" in answers.missing().values()
 
 
 def test_the_engine_has_no_rows_that_nobody_needs(test_split, monkeypatch):
@@ -245,7 +245,7 @@ def test_the_routing_is_printed_with_how_far_apart_the_modalities_are(capsys, tm
         assert int(cells[0]) == number + 1
         assert (cells[1], cells[3]) == (f"{first[number, 0]:.3f}", f"{first[number, 1]:.3f}")
     shown = " ".join(f"{distance:.3f}" for distance in apart)
-    assert distances == (f"distance of text and picture: {shown} · mean {apart.mean():.3f} · "
+    assert distances == (f"distance between text and picture: {shown} · mean {apart.mean():.3f} · "
                          f"largest {apart.max():.3f}, layer {int(apart.argmax()) + 1}")
     assert written == f"written: {tmp_path / 'routing.png'}"
 

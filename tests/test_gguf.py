@@ -264,7 +264,7 @@ def test_how_a_text_is_cut(byte_pairs, cut, digits):
     ({"blk.2.attn_v.weight": None}, {}, "layers.2.attention.wv.weight is missing"),
     ({"token_embd.weight": None}, {}, "tok_embeddings.weight is missing"),
     ({"blk.4.attn_v.weight": np.zeros((64, 64), np.float32)}, {}, "has no place in this model"),
-    ({"attn_sinks.weight": np.zeros(4, np.float32)}, {}, "attn_sinks.weight is no name"),
+    ({"attn_sinks.weight": np.zeros(4, np.float32)}, {}, "attn_sinks.weight is not a tensor"),
     ({"blk.1.attn_k.weight": np.zeros((32, 64), np.float32)}, {}, r"wk.weight is \(32, 64\)"),
     ({"output_norm.weight": np.full(64, np.nan, np.float32)}, {}, "not finite"),
     ({"output_norm.weight": np.zeros(64, np.int32)}, {}, "norm.weight is of type I32"),

@@ -529,8 +529,8 @@ def test_an_unknown_name_is_refused(fails, golden_folder, name):
     folder, tensors = golden_folder
     tensors[name] = tensors.pop("model.layers.0.self_attn.q_proj.weight")
     torch.save(tensors, folder / "pytorch_model.bin")
-    fails(generate, *ask(llama=folder), says=[f"{folder}: {name} is no name of a LLaMA"])
-    fails(generate, *ask("--delta", folder), says=[f"{folder}: {name} is no name of a LLaMA"])
+    fails(generate, *ask(llama=folder), says=[f"{folder}: {name} is not a tensor of a"])
+    fails(generate, *ask("--delta", folder), says=[f"{folder}: {name} is not a tensor of a"])
 
 
 def test_more_tokens_than_the_tokenizer_has(call, fails, golden_folder, tmp_path):
@@ -607,7 +607,7 @@ def test_missing_and_damaged_files_are_named(llama_folder):
     hf_llama.save_pretrained(folder, max_shard_size="100KB")
     shards = sorted(folder.glob("model-*.safetensors"))
     shards[0].unlink()
-    with pytest.raises(LavinError, match="which the index names"):
+    with pytest.raises(LavinError, match="but the index names it"):
         hf.read_llama(folder)
     (folder / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(LavinError, match="not an index"):

@@ -216,4 +216,5 @@ def test_modalities_that_are_routed_alike_can_both_be_seen(tmp_path):
 def test_the_line_of_distances(capsys):
     evaluate.print_distances([0.9, 0.25, 0.5], [0.2, 0.75, 0.5])
     assert capsys.readouterr().out == (
-        "distance of text and picture: 0.700 0.500 0.000 · mean 0.400 · largest 0.700, layer 1\n")
+        "distance between text and picture: 0.700 0.500 0.000 · mean 0.400 · "
+        "largest 0.700, layer 1\n")

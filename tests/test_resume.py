@@ -301,7 +301,7 @@ def test_a_full_disk_for_the_log_stops_the_run_after_saving(call, sqa, tmp_path,
     code, _, stderr = call(train, *flags(sqa, out))
     assert code == 2
     assert stderr == (f"error: {out}/metrics.jsonl cannot be written (No space left on device); "
-                      "stopped after step 2, which is saved\n")
+                      "stopped after step 2 and saved it\n")
     assert read_checkpoint(out)["step"] == 2
 
 
@@ -319,7 +319,7 @@ def test_a_terminal_that_is_gone_stops_the_run_after_saving(call, sqa, tmp_path,
     code, _, stderr = call(train, *flags(sqa, out))
     assert code == 2
     assert stderr == ("error: standard output cannot be written (No space left on device); "
-                      "stopped after step 3, which is saved\n")
+                      "stopped after step 3 and saved it\n")
     assert read_checkpoint(out)["step"] == 3
 
 
@@ -335,8 +335,8 @@ def test_a_folder_that_is_deleted_in_the_run(call, sqa, tmp_path, monkeypatch):
     monkeypatch.setattr(runs.Log, "step", delete_folder)
     code, _, stderr = call(train, *flags(sqa, out))
     assert code == 2
-    assert stderr == (f"error: {out}/metrics.jsonl was deleted; stopped after step 3, "
-                      "which is saved\n")
+    assert stderr == (f"error: {out}/metrics.jsonl was deleted; stopped after step 3 "
+                      "and saved it\n")
     assert read_checkpoint(out)["step"] == 3
     assert call(train, "--resume", "--out", out, "--max-steps", 4)[0] == 0
 
