@@ -65,7 +65,7 @@ class Adapter(nn.Module):
         """y (B, T, C); w (B, T, E), or (B, 1, E) for one w per row -> (B, T, C)."""
         h = self.dropout(self.down(y))                              # (B, T, r)
         mixed = mix_experts(h, w, self.up, self.up_bias)            # self.mixed(h, w), but faster
-        return y + self.scale * mixed.type_as(y)
+        return torch.add(y, mixed.type_as(y), alpha=self.scale)     # y + s · mixed, in one pass
 
     def mixed(self, h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """w0 up0(h) + w1 up1(h), written as the paper does: h (B, T, r) -> (B, T, C)."""
@@ -83,7 +83,7 @@ class Adapter(nn.Module):
 
 
 class Projector(nn.Module):
-    """Features of the ViT -> tokens of LLaMA: Linear(V -> 128), SiLU, Linear(128 -> C)."""
+    """The ViT's features (width V) -> LLaMA's tokens: Linear(V -> 128), SiLU, Linear(128 -> C)."""
 
     def __init__(self, vit_width: int, projector_dim: int, width: int):
         super().__init__()
@@ -99,5 +99,5 @@ class Projector(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(N, F, V) -> (N, F, C)."""
+        """N pictures of F features each: (N, F, V) -> (N, F, C)."""
         return self.conv_B(F.silu(self.conv_A(features)))

@@ -55,7 +55,7 @@ ADAPTER_SIZES = {
 
 
 def open_llama(llama: str | Path) -> str | Path | gguf.File:
-    """A GGUF file is opened, and its header read only once. A folder's path is returned as is."""
+    """Open a GGUF file, so that its header is read only once. Return a folder's path as it is."""
     if is_gguf(llama):
         return gguf.File(llama)
     return llama
@@ -69,7 +69,7 @@ def load_tokenizer(llama: str | Path | gguf.File) -> data.Tokenizer:
     if path.name == "tokenizer.model" and tokenizers.is_tiktoken(path):
         path = Path(llama, "tokenizer.json")
         if not os.path.exists(path):
-            raise LavinError(f"{tokenizer_path(llama)}: LLaMA 3's, not supported; take "
+            raise LavinError(f"{tokenizer_path(llama)}: LLaMA 3's own format, not supported; take "
                              "tokenizer.json and tokenizer_config.json of its Hugging Face folder")
     if path.name == "tokenizer.json":
         return tokenizers.load_json(path)
@@ -79,8 +79,8 @@ def load_tokenizer(llama: str | Path | gguf.File) -> data.Tokenizer:
 def read_params(directory: str | Path | gguf.File, vocab_size: int) -> LLaMAConfig:
     """params.json, Hugging Face's config.json or a GGUF file -> LLaMAConfig. Raises LavinError.
 
-    vocab_size is the tokenizer's. Meta's models have exactly that many tokens, and params.json may
-    say -1 instead. The other models may have more, and --fold keeps them.
+    vocab_size is the tokenizer's. Meta's models have exactly this many tokens; -1 in params.json
+    means the same. Other models may have more, and so may a model that --fold wrote.
     """
     if isinstance(directory, gguf.File):
         path = directory.path
@@ -102,8 +102,8 @@ def read_params(directory: str | Path | gguf.File, vocab_size: int) -> LLaMAConf
     config = LLaMAConfig(**params)
     divides = params.get("head_dim") is not None or config.dim % config.n_heads == 0
     if not divides or config.n_heads % config.n_kv_heads:
-        raise LavinError(f"{path}: dim {config.dim}, heads {config.n_heads}, "
-                         f"key heads {config.n_kv_heads} do not divide")
+        raise LavinError(f"{path}: heads {config.n_heads} must divide dim {config.dim}, and "
+                         f"key heads {config.n_kv_heads} must divide heads")
     check_values(path, vars(config), LLAMA_PARAMS)      # hidden_dim may have been computed
     if config.head_dim % 2:
         raise LavinError(f"{path}: a head is {config.head_dim} wide, which RoPE cannot halve")
@@ -133,9 +133,9 @@ def read_meta_params(path: Path, vocab_size: int) -> dict:
 
 
 def allocate(modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
-    """Allocate modules that are on the meta device, uninitialized: trained fp32, frozen dtype.
+    """Allocate the parameters of modules on the meta device: trained ones fp32, others `dtype`.
 
-    Parameters that modules share stay shared.
+    They stay uninitialized. Parameters that modules share stay shared.
     """
     allocated = {}                          # {parameter on the meta device: the allocated one}
     for module in modules:
@@ -148,7 +148,7 @@ def allocate(modules: Iterable[nn.Module], device: torch.device, dtype: torch.dt
 
 
 def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that the official files hold: all but the adapters."""
+    """The parameters that LLaMA's or CLIP's files hold: all but the adapters."""
     return {name: p for name, p in module.named_parameters() if not p.requires_grad}
 
 
@@ -192,8 +192,8 @@ def shard_files(directory: str | Path) -> list[Path]:
 class MappedShards:
     """The files of a LLaMA, memory-mapped: a tensor stays on disk until it is read.
 
-    Pages that were read count as memory until their map is dropped. So the files are mapped again
-    before more than the largest tensor of a shard, or 16 MB if that is more, has been read.
+    Pages that were read count as memory until their map is dropped. So the files are mapped anew
+    before a budget is exceeded: the largest tensor of a shard, or 16 MB if that is more.
     """
 
     def __init__(self, directory: str | Path, names: list[str], is_hf: bool):
@@ -206,7 +206,7 @@ class MappedShards:
             found = []
             for name in shard:
                 is_copy = name == "output.weight" and name not in names     # tied embeddings
-                if not name.endswith("rope.freqs") and not is_copy:         # we compute those
+                if not name.endswith("rope.freqs") and not is_copy:         # we compute rope.freqs
                     found.append(name)
             check_names(file, names, found)
         self.check_different()
@@ -257,9 +257,9 @@ def open_weights(llama: str | Path | gguf.File, names: list[str]) -> MappedShard
 
 def copy_tensor(shards: MappedShards | gguf.File, name: str, target: torch.Tensor,
                 config: LLaMAConfig, permute: bool = True) -> None:
-    """Copy a tensor from the files into `target`, joining its slices, rows in Meta's order.
+    """Copy a tensor from the files into `target`: its slices joined, its rows in Meta's order.
 
-    permute False: the rows of Hugging Face's files keep their own order.
+    permute=False leaves the rows of a Hugging Face file in their own order.
     """
     slices = shards.slices(name, target)
     if shards.is_hf and permute:
@@ -282,7 +282,7 @@ def load_llama(llama: LLaMA, source: str | Path | gguf.File, device: torch.devic
     """Copy LLaMA's files (see open_llama) into the frozen weights of `llama`, tensor by tensor.
 
     The blocks must be on the meta device. Each is allocated, filled and then yielded. So the caller
-    can quantize or shard it before the next one is allocated.
+    can quantize or shard it before the next one is allocated. For delta, see `load`.
     """
     names = list(frozen_parameters(llama))
     shards = open_weights(source, names)
@@ -297,7 +297,7 @@ def load_llama(llama: LLaMA, source: str | Path | gguf.File, device: torch.devic
         copy_tensor(shards, name, total, llama.config)
         added = torch.empty_like(total)
         # The authors add a delta without permuting it, so q and k get rows that belong to other
-        # channels. What they trained on such a base needs the same base again.
+        # channels. Adapters that they trained on such a base need the same base again.
         copy_tensor(deltas, name, added, llama.config, permute=not delta_unpermuted)
         total += added
         check_tensor(delta, name, total, dtype=parameter.dtype)
@@ -318,8 +318,8 @@ def save_folded(lavin: LaVIN, directory: str | Path) -> None:
     """Write the LLaMA of a LaVIN that is folded for text, in Meta's layout, fp16.
 
     params.json says "attention_bias": true. So a reader without support for biases rejects the
-    files instead of ignoring the biases. Its vocab_size may be more than the tokenizer has.
-    LavinError for anything that the layout cannot hold.
+    files instead of ignoring the biases. The vocab_size in params.json may be larger than the
+    tokenizer's. LavinError for anything that the layout cannot hold.
     """
     if lavin.folded_for != 0:
         raise ValueError("fold for modality 0 first: Meta's layout has no place for the "
@@ -337,7 +337,7 @@ def save_folded(lavin: LaVIN, directory: str | Path) -> None:
         if value is not None:
             params[field.name] = value
     state = {}
-    for name, p in frozen_parameters(lavin.llama).items():      # tied output: only once
+    for name, p in frozen_parameters(lavin.llama).items():      # a tied output is not listed
         p = p.detach()
         state[name] = p.to(torch.float16) if p.dtype == torch.float32 else p
         if not is_finite(state[name]):
@@ -396,11 +396,11 @@ def read_clip(path: str | Path) -> tuple[dict, ViTConfig]:
 
 
 def official_table(lavin: LaVIN) -> dict[str, tuple]:
-    """{official name: (our parameter, an expert's number or None, a convolution in their code?)}.
+    """{official name: (our parameter, an expert's number or None, is_convolution)}.
 
-    Only this function knows both names. The authors call the down-projection conv_A, the experts'
-    up-projections conv_B and conv_D, and the router expert_weights. (The projector's two layers are
-    conv_A and conv_B as well.)
+    is_convolution: in the authors' code, this is a convolution's kernel. Only this function knows
+    both names. The authors call the down-projection conv_A, the experts' up-projections conv_B and
+    conv_D, and the router expert_weights. (The projector's two layers are conv_A and conv_B too.)
     """
     table = {"adapter_modality_embedding.weight": (lavin.modality_embedding, None, False)}
     for name, p in lavin.projector.named_parameters():
@@ -465,8 +465,8 @@ def read_adapter(path: str | Path) -> tuple[dict, AdapterConfig, dict]:
     """A LaVIN checkpoint, released or ours -> ({official name: tensor}, AdapterConfig, settings).
 
     Rank and the projector's size come from the shapes. τ, scale and dropout come from `args` in the
-    file, or are the defaults. The settings are those of the training run: all of them in our files
-    ("config"), only the context and the prompt format in the authors'.
+    file, or are the defaults. The settings are the training run's: our files store all of them
+    ("config"), the authors' files only the context and the prompt format.
     LavinError if the file is not a LaVIN checkpoint.
     """
     checkpoint = read_checkpoint(path)
@@ -537,7 +537,7 @@ def memory(device: torch.device) -> int:
 
 
 def weights_size(lavin: LaVIN, dtype: torch.dtype, bits: int, n_parts: int) -> int:
-    """Bytes of all weights, from shapes: LLaMA's matrices in `bits` bits, or cut into n_parts."""
+    """Bytes of all weights on one device: LLaMA's matrices in `bits` bits, or one of n_parts."""
     size = 0
     for name, p in lavin.named_parameters():
         n_bytes = p.numel() * (4 if p.requires_grad else dtype.itemsize)
@@ -559,7 +559,7 @@ def check_fits(lavin: LaVIN, device: torch.device, dtype: torch.dtype, bits: int
     advice = ""
     for fewer in (4, 8):
         smaller = weights_size(lavin, dtype, fewer, n_parts)
-        if fewer < bits and smaller <= available and n_parts == 1:  # --fsdp takes no --bits
+        if fewer < bits and smaller <= available and n_parts == 1:  # no --bits with --fsdp
             advice = f"; with --bits {fewer} they take {smaller / 1e9:.3g} GB"
     raise LavinError(f"the weights of this model take {needed / 1e9:.3g} GB, but {device} "
                      f"has {available / 1e9:.3g} GB{advice}")
@@ -602,8 +602,8 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
     dropout of None becomes the checkpoint's value, or else 512, 10 or 0.1. fresh configures the
     adapters if there is no checkpoint. bits 8 or 4 quantizes LLaMA, and fsdp shards it over the
     ranks, block by block while it is read. delta: a Hugging Face folder whose weights are added to
-    LLaMA's; with delta_unpermuted, the rows of wq and wk are not brought to Meta's order first, as
-    in the authors' code. LavinError for files that are damaged or do not fit.
+    LLaMA's. delta_unpermuted: like the authors' code, add its rows of wq and wk in their own order,
+    not in Meta's. LavinError for files that are damaged or do not fit.
     """
     state, config, settings = begin_with(adapter, fresh, tau, dropout)
     max_seq_len = max_seq_len or settings.get("max_seq_len") or 512

@@ -5,8 +5,8 @@ concatenated, pictures decoded by DataLoader workers) -> LaVIN.forward. `encode`
 
     [BOS] "Image: " [features] prompt answer [EOS]     or     [BOS] "Image: N/A" prompt answer [EOS]
 
-It is the same for training and generation. A mask marks where the features go. The label −100 means
-"no loss on this token", as usual in PyTorch.
+Generation uses the same sequence, up to the end of the prompt. A mask marks where the features go.
+The label −100 means "no loss on this token", as usual in PyTorch.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ from files import LavinError, check_regular, tokenizer_path
 
 # Pictures
 
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]     # the authors' choice;
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]      # CLIP's own differ
+# The authors use these, not CLIP's own values.
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
-
-# The formats that Pillow may read. The Pillow on this machine may support fewer.
+# We let Pillow read only these formats. An installed Pillow may support fewer.
 PICTURE_FORMATS = frozenset("""
     AVIF BLP BMP CUR DCX DDS DIB FLI FTEX GBR GIF ICNS ICO IM JPEG JPEG2000 MSP PCD PCX PIXAR
     PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM XVTHUMB""".split())
@@ -56,10 +56,10 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def open_picture(source: str | Path | BinaryIO) -> Image.Image:
-    """A path or an open file -> the picture. Its size is known, its pixels are not decoded yet.
+    """A path or an open file -> the picture. Its size is then known, but no pixel is decoded yet.
 
-    The file's content must be in one of PICTURE_FORMATS; its name does not matter. EPS is left out:
-    Pillow would run it in Ghostscript as a program. LavinError for any other file.
+    LavinError unless the content is in one of PICTURE_FORMATS; the file's name does not matter.
+    EPS is not one of them, because Pillow would run the file as a program, in Ghostscript.
     """
     if isinstance(source, str | Path):
         if not os.path.exists(source):
@@ -118,8 +118,8 @@ class Encoded:
 class Batch:
     """Samples concatenated without padding: T counts the tokens of all B samples.
 
-    The two index tensors are computed in advance on the CPU. On a GPU, an operation like nonzero()
-    would make the CPU wait.
+    N samples have a picture of R × R pixels, which becomes F features. The two index tensors are
+    computed in advance on the CPU: on a GPU, an operation like nonzero() would make the CPU wait.
     """
     tokens: torch.Tensor            # (T,) int64
     labels: torch.Tensor            # (T,) int64
@@ -182,7 +182,7 @@ def load_tokenizer(llama: str | Path) -> SentencePieceProcessor:
 
 
 def answer_ends(tokenizer: Tokenizer) -> set[int]:
-    """The tokens that end an answer: EOS. Some models of the others' name several."""
+    """The tokens that end an answer: EOS, and in some models from Hugging Face several others."""
     return getattr(tokenizer, "ends", {tokenizer.eos_id()})
 
 
@@ -195,8 +195,8 @@ def tokenize(sample: Sample, tokenizer: Tokenizer) -> tuple[list[int], list[int]
     """-> (tokens, labels), lists of equal length, without the picture and not truncated.
 
     BOS, and then for each turn prompt + answer + EOS. Prompt and answer are tokenized as one
-    string. The labels begin after as many tokens as the prompt alone has. If a token spans prompt
-    and answer, this is one token off, as in the authors' code.
+    string. The labels start after n tokens, where n is the length of the prompt tokenized alone.
+    If a token spans prompt and answer, they start one token off, as in the authors' code.
     """
     tokens = [tokenizer.bos_id()]
     labels = [IGNORED]
@@ -234,10 +234,10 @@ def encode(sample: Sample, tokenizer: Tokenizer, n_features: int, max_seq_len: i
            prompt_only: bool = False) -> Encoded:
     """A sample -> the sequence that the module's docstring shows.
 
-    For training, the sequence is truncated to max_seq_len - 1 tokens. In the authors' code the
-    modality token takes one position; our sequence does not contain it (router.py). If a sample
-    loses its whole answer, runs.make_training_set drops it. prompt_only is for generation: the
-    sequence ends with the prompt. LavinError if that leaves no room for an answer.
+    For training, the sequence is truncated to max_seq_len - 1 tokens, because the authors' code
+    spends one position on the modality token. (Our sequence has no such token: see router.py.) If
+    a sample loses its whole answer, runs.make_training_set drops it. prompt_only is for generation:
+    the sequence ends with the prompt. LavinError if a long prompt leaves no room for an answer.
     """
     check_unicode(sample)
     if prompt_only:
@@ -260,7 +260,7 @@ def encode(sample: Sample, tokenizer: Tokenizer, n_features: int, max_seq_len: i
     tokens = tokens[:1] + prefix + tokens[1:]
     labels = labels[:1] + [IGNORED] * len(prefix) + labels[1:]
 
-    room = max_seq_len - 2                                  # for the modality and one new token
+    room = max_seq_len - 2              # less the modality token and one new token
     if prompt_only and len(tokens) > room:
         raise LavinError(f"the prompt has {len(tokens)} tokens, picture included, but a context of "
                          f"{max_seq_len} has room for {room}; shorten it or raise --max-seq-len")
@@ -342,8 +342,8 @@ def mixed_seed(seed: int, n: int) -> int:
 def mixture(sizes: list[int], shares: list[float], generator: torch.Generator) -> list[int]:
     """The sample indices of one epoch over several concatenated data sets, each with its share.
 
-    If a data set is too small for its share, its samples are repeated. If it is too large, every
-    epoch draws other samples from it.
+    If a data set is too small for its share, its samples are repeated. If it is too large, each
+    epoch draws a new random subset of it.
     """
     indices = []
     start = 0           # where a data set begins in the concatenation
@@ -371,7 +371,7 @@ def global_batch(step: int, lengths: list[int], batch_size: int, micro_batch: in
     an epoch may be smaller.
 
     The samples are dealt like cards, longest first, with every other round in reverse. So all
-    micro-batches get about the same number of tokens, and the largest needs little memory.
+    micro-batches have about as many tokens, which keeps the peak memory low.
     """
     steps_per_epoch = math.ceil(len(lengths) / batch_size)
     epoch = step // steps_per_epoch
@@ -396,7 +396,7 @@ def global_batch(step: int, lengths: list[int], batch_size: int, micro_batch: in
 
 
 def in_order(n_samples: int, batch_size: int, n_ranks: int = 1) -> list[list[range]]:
-    """All samples once, for evaluation. Item i holds one batch of indices for each rank."""
+    """All samples once, for evaluation. Item i: a batch for each rank; the last may have fewer."""
     batches = []
     for start in range(0, n_samples, batch_size):
         batches.append(range(start, min(start + batch_size, n_samples)))
@@ -437,7 +437,7 @@ class Batches(Dataset):
 
 
 class Pictures(Dataset):
-    """Item i: (sample i with its picture decoded, None), or (with a blank one, the error)."""
+    """Item i: (sample i with its pixels, None), or (sample i with blank pixels, the error)."""
 
     def __init__(self, encoded: list[Encoded], resolution: int):
         self.encoded = encoded
@@ -460,8 +460,8 @@ def _ignore_signals(worker: int) -> None:
 def pack(item: object) -> bytes:
     """The item that a worker prepared, as bytes for the main process.
 
-    torch would send every tensor as an open file. With many micro-batches there are more tensors
-    than a process may have open files, and the main process would hang.
+    torch would send every tensor as an open file. With many micro-batches, these would exceed the
+    limit on open files, and the main process would hang.
     """
     file = io.BytesIO()
     pickler = pickle.Pickler(file, protocol=5)
@@ -513,8 +513,8 @@ def default_workers() -> int:
 # ScienceQA
 
 
-# A format's letters: Question, Context (hint and caption), Multiple choices, Answer, Lecture,
-# Explanation (the solution). The prompt has the letters before the dash, the answer those after it.
+# The letters in a format: Question, Context (hint and caption), Multiple choices, Answer, Lecture,
+# Explanation (the solution). Letters before the dash make the prompt, letters after it the answer.
 ANSWERS = ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE")
 FORMATS = (*(f"CQM-{answer}" for answer in ANSWERS),
            *(f"QCM-{answer}" for answer in ANSWERS),
@@ -532,9 +532,9 @@ def check_format(format: str) -> None:
 def sqa_prompt(problem: dict, format: str = "QCM-ALE", caption: str = "") -> tuple[str, str]:
     """A ScienceQA problem -> (prompt, answer), exactly as the authors' code writes them.
 
-    The quirks of that code are kept, because the released adapters were trained on them. "AL" gives
-    the solution and "AE" the lecture. Newlines in both become a literal backslash-n. An answer with
-    neither ends in a bare "BECAUSE:".
+    The quirks of that code are kept, because the released adapters were trained on them: "AL" gives
+    the solution and "AE" the lecture, and newlines in both become a literal backslash-n. If a
+    problem has neither, its answer may end in a bare "BECAUSE:".
     """
     check_format(format)
     asked, answered = format.split("-")

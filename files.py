@@ -30,10 +30,10 @@ class LavinError(Exception):
 # The default paths of train.py and generate.py, and where to get these files.
 DEFAULTS = {"llama": "weights/7B", "vit": "weights/ViT-L-14.pt", "data_root": "data/scienceqa"}
 ORIGINS = {
-    "adapter": "LaVIN's adapters; python train.py --data sqa makes them, or --adapter FILE",
+    "adapter": "LaVIN's adapters: train them with python train.py --data sqa, or --adapter FILE",
     "llama": "LLaMA in Meta's layout, from https://llama.meta.com, or Hugging Face's with "
              "config.json (--llama DIR), or a llama.cpp file (--llama FILE.gguf)",
-    "tokenizer": "comes with LLaMA; in the folder of --llama or the one above it",
+    "tokenizer": "LLaMA's tokenizer, in the folder of --llama or the one above it",
     "vit": "CLIP's image encoder ViT-L-14.pt, linked from https://github.com/openai/CLIP; "
            "--vit FILE",
     "data_root": "ScienceQA, from https://github.com/lupantech/ScienceQA; --data-root DIR",
@@ -70,7 +70,7 @@ def is_hf_folder(path: str | Path) -> bool:
 
 
 def asks_sqa(args: object) -> bool:
-    """Is ScienceQA in --data? In train.py that is a list, in generate.py one source or None."""
+    """Is ScienceQA in --data? train.py has a list of sources there, generate.py one or None."""
     if isinstance(args.data, list):
         return "sqa" in args.data
     return args.data == "sqa"
@@ -210,7 +210,7 @@ def check_not_packed(path: str | Path, entries: list[zipfile.ZipInfo]) -> None:
 
 
 def check_archive(path: str | Path) -> None:
-    """LavinError for a zip file that was not written by torch.save."""
+    """LavinError for a TorchScript archive, or for entries that torch.save would not write."""
     with zipfile.ZipFile(path) as archive:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise LavinError(f"{path}: a TorchScript archive, like CLIP's; "
@@ -331,7 +331,7 @@ def fingerprint(path: str | Path) -> str:
     """A hash of a file, or of all weights in a folder, to tell models apart.
 
     It covers the size of every file and 64 KB at each of 16 places in it. So it takes milliseconds,
-    while hashing 13 GB takes a minute. Two trainings of one architecture still differ.
+    while hashing 13 GB takes a minute. Two models of one architecture get different hashes.
     """
     n_places = 16
     n_bytes = 2**16
@@ -394,14 +394,14 @@ def why_not(error: Exception) -> str:
 def save_tensors(path: str | Path, content: object) -> None:
     """torch.save, atomically. LavinError if the file cannot be written."""
     def write(temporary):
-        with open(temporary, "wb") as file:     # with a path, torch.save hides a full disk
+        with open(temporary, "wb") as file:     # a path would hide "disk full"
             torch.save(content, file)
 
     write_atomically(path, write)
 
 
 def check_writable(path: str | Path, flag: str) -> None:
-    """Make the directory of `path`. LavinError if nothing can be written there, now instead of
+    """Make the directory of `path`. LavinError if nothing can be written there: better now than
     after hours of work.
     """
     path = Path(path)

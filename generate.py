@@ -21,7 +21,7 @@ import signal
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until `run` takes over: imports take a second
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends the imports without a traceback
 
 import torch
 from PIL import Image
@@ -105,7 +105,7 @@ def answer_data(lavin: LaVIN, truths: dict | None, samples: list[data.Sample], f
                 args: argparse.Namespace) -> None:
     """Answer the samples of --data, print the table of scores, write --predictions.
 
-    If this ends early, the answers so far are written: with several ranks, those of rank 0.
+    If this ends early, the answers so far are written (with several ranks, only rank 0's).
     LavinError if a picture could not be decoded.
     """
     answers = evaluate.Answers(samples)
@@ -116,7 +116,7 @@ def answer_data(lavin: LaVIN, truths: dict | None, samples: list[data.Sample], f
         if args.predictions and has_some and ranks.rank() == 0:
             write_predictions(args, truths, answers)
     ranks.leave()
-    if ranks.rank() == 0:               # all ranks know of the pictures, and one line is enough
+    if ranks.rank() == 0:               # every rank knows the unread pictures
         answers.check()
 
 
@@ -178,7 +178,7 @@ def write_predictions(args: argparse.Namespace, truths: dict | None,
     text = json.dumps(written, indent=1, ensure_ascii=False)
 
     def write(path):
-        # Python reads a name that is not UTF-8 as surrogates. JSON can store these as \udc...
+        # Python reads a file name that is not UTF-8 as surrogates. JSON stores them as \udc...
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     write_atomically(args.predictions, write)

@@ -18,13 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 from adapters import Adapter, AdapterConfig, Projector
-from fast.ops import cross_entropy, rotate
+from fast.ops import attend_padded, attention, cross_entropy, padding_pays, rotate
 from router import route
 from vit import ViTConfig, VisionTransformer
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + ε) · weight, in fp32: in half precision the square would overflow."""
+    """x / sqrt(mean(x²) + ε) · weight. All but the last product is in fp32: x² could overflow."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -39,12 +39,12 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config: "LLaMAConfig", device: torch.device | None = None) -> torch.Tensor:
-    """RoPE: per position, pair i of a head's channels is rotated by the angle 1 / θ^(2i/D).
+    """RoPE: from one position to the next, pair i of a head's channels turns by 1 / θ^(2i/D).
 
-    -> these angles, the frequencies (D/2,), fp32.
+    -> these angles (D/2,), fp32, called frequencies.
 
-    LLaMA 3.1 extends the context of the pre-training by lowering the low frequencies. Over that
-    context, a pair makes some number of turns. With `rope_high` turns or more, it keeps its
+    LLaMA 3.1 extends the context of the pre-training by lowering the low frequencies. What counts
+    is how many turns a pair makes over that context. With `rope_high` turns or more, it keeps its
     frequency. With `rope_low` turns or fewer, its frequency is divided by `rope_factor`. In
     between, its frequency is a weighted mean of the two.
     """
@@ -79,20 +79,19 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     Without `lengths` every row is a sequence. With lengths (samples,), int64 on the CPU, a single
     row holds all samples, one after the other. Attention never crosses their boundaries.
     """
-    grouped = q.shape[1] != k.shape[1]      # LLaMA-2 70B: several query heads share a key head
+    # fast.ops.attention is F.scaled_dot_product_attention, except in half precision on a CPU.
     if lengths is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=grouped)
+        return attention(q, k, v, is_causal=True)
     if torch.compiler.is_compiling():
         # torch.compile would unroll the loop and recompile for every number of samples.
         torch._dynamo.skip_frame("the loop over samples is not compiled")
     sizes = lengths.tolist()
+    if padding_pays(q, sizes):
+        return attend_padded(q, k, v, sizes)        # the same as the loop, in one call
     outputs = []
     samples = zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2))
     for q_i, k_i, v_i in samples:
-        y_i = F.scaled_dot_product_attention(
-            q_i, k_i, v_i, is_causal=True, enable_gqa=grouped)
-        outputs.append(y_i)
+        outputs.append(attention(q_i, k_i, v_i, is_causal=True))
     return torch.cat(outputs, dim=2)
 
 
@@ -109,7 +108,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, rope: tuple, lengths: torch.Tensor | None = None,
                 cache: object | None = None) -> torch.Tensor:
-        """x (B, T, C) -> (B, T, C). A cache holds the keys and values of earlier tokens here.
+        """x (B, T, C) -> (B, T, C). A cache holds this layer's keys and values of earlier tokens.
 
         Training has no cache. Generation has two kinds of pass (fast/engine.py): one reads whole
         prompts and stores their keys and values, the other appends one token to each sequence.
@@ -144,7 +143,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """LLaMA's block, with the adapter before the attention.
 
-    Run a block only through its forward: --fsdp and --compile take effect there.
+    Always call the block itself, as in block(x, …): --fsdp and --compile hook into this call.
     """
 
     def __init__(self, config, adapter_config):
@@ -159,7 +158,7 @@ class Block(nn.Module):
                 lengths: torch.Tensor | None = None,
                 cache: object | None = None) -> torch.Tensor:
         """x (B, T, C); w (B, T or 1, 2): the experts' weights, None if folded -> (B, T, C)."""
-        # In a folded model, `adapter` is another module, which ignores w.
+        # fast/fold.py merges adapters into wq, wk and wv. The module that it leaves here ignores w.
         adapted = self.adapter(self.attention_norm(x), w)
         x = x + self.attention(adapted, rope, lengths, cache)
         x = x + self.feed_forward(self.ffn_norm(x))
@@ -168,7 +167,7 @@ class Block(nn.Module):
 
 @dataclass
 class LLaMAConfig:
-    """The contents of params.json. The defaults are those of 7B."""
+    """The contents of params.json. The defaults are 7B's."""
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
@@ -263,9 +262,9 @@ class LaVIN(nn.Module):
     """LLaMA and CLIP's ViT, both frozen, and the trained parts that join them: adapters with their
     routers, the projector and the modality embedding. checkpoints.load() makes one from files.
 
-    All frozen weights have one dtype, and trained ones are fp32. Under autocast both compute in the
-    dtype of the frozen ones. forward, logits, generate, route and image_features turn autocast on;
-    callers of embed, expert_weights and last_hidden_state must turn it on themselves.
+    All frozen weights have one dtype; the trained ones are fp32. Autocast casts the inputs of every
+    matrix product to the frozen dtype. forward, logits, generate, route and image_features turn
+    autocast on; callers of embed, expert_weights and last_hidden_state must turn it on themselves.
     """
 
     def __init__(self, llama_config: LLaMAConfig, vit_config: ViTConfig,
@@ -347,7 +346,7 @@ class LaVIN(nn.Module):
         """
         if self.folded_for is not None:
             n_pictures = len(batch.pixels)
-            n_expected = len(batch.lengths) if self.folded_for == 1 else 0
+            n_expected = len(batch.lengths) if self.folded_for == 1 else 0      # all, or none
             if n_pictures != n_expected:
                 raise ValueError(f"folded for modality {self.folded_for}, "
                                  f"but the batch has {n_pictures} pictures")
@@ -373,7 +372,7 @@ class LaVIN(nn.Module):
             x = self.last_hidden_state(batch, routed)
             # The token before an answer token predicts it, so we shift by 1. (A sample begins with
             # BOS, never an answer, so index - 1 is in the same sample.) Only answers get logits:
-            # with logits for all prompts too, they would be most of the work of a short batch.
+            # in a short batch, logits for the prompts too would be most of the work.
             x = x.index_select(0, batch.answer_indices - 1)         # (n_answer, C)
             labels = batch.labels[batch.answer_indices]             # (n_answer,)
             # Same as F.cross_entropy(logits, labels, reduction="sum"), but with less memory.
@@ -383,7 +382,7 @@ class LaVIN(nn.Module):
     def logits(self, batch: data.Batch) -> torch.Tensor:
         """(samples, longest, vocabulary), fp32, padded with 0 after each sample's end.
 
-        The sequence is that of data.py, without the modality token.
+        The sequence is the one in data.py's docstring; it has no modality token.
         """
         with self.autocast():
             logits = self.llama.output(self.last_hidden_state(batch)).float()
@@ -397,7 +396,7 @@ class LaVIN(nn.Module):
 
         This is the plain way: every new token recomputes the whole sequence, including the
         picture. fast/engine.py generates the same tokens, but computes each of them only once.
-        Dropout is active unless the model is in eval mode, as checkpoints.load returns it.
+        Dropout is active in train mode. checkpoints.load returns the model in eval mode.
         """
         texts = []
         ends = data.answer_ends(self.tokenizer)

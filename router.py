@@ -1,8 +1,8 @@
 """The router: it turns the modality token into the weights of the two experts in each adapter.
 
-The paper's routing (section 3.2): w = softmax((y W + b) / τ), where y is the modality token at
-that layer. The token is one of two learned embeddings: "text only" or "text and a picture". The
-paper puts it in front of the sequence.
+The paper's routing (section 3.2): w = softmax((y W + b) / τ), where y is the modality token's
+normalized hidden state at the layer. The token is one of two learned embeddings: "text only" or
+"text and a picture". The paper puts it in front of the sequence.
 
 The token attends only to itself, and no other token sees it. So its hidden state at every layer
 depends only on the modality. Here the token is never put into a sequence. Instead, the two possible

@@ -6,10 +6,11 @@
 Read down to the end of `train`: the settings, one optimizer step, the loop. The rest of the file
 builds the model, does the dry run and reads the command line.
 
-Mixed precision: frozen weights are in bf16 or fp16, trained ones in fp32. LaVIN's methods turn on
-autocast, and with fp16 a GradScaler scales the loss. A step depends only on the settings and its
-number: its samples are drawn from (seed, epoch), its dropout from (seed, step). So a resumed run
-computes what an uninterrupted run would have computed.
+Mixed precision: frozen weights, matrix products and activations are in --dtype. Trained weights,
+their gradients, AdamW's moments, the routing weights and the loss are fp32. Only fp16 needs a
+GradScaler. What a step draws depends only on the settings and its number: its samples come from
+(seed, epoch), its dropout from (seed, step). So a resumed run computes what an uninterrupted run
+would have computed.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until `run` takes over: imports take a second
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends the imports without a traceback
 
 import torch
 from torch.amp import GradScaler
@@ -49,7 +50,7 @@ from tiny import world
 class Settings:
     """Every setting of a run, with the paper's defaults for ScienceQA. Flags overwrite them.
 
-    `parse_args` resolves the epochs, warmup, lr and workers that are None here. For the small world
+    `parse_args` fills in epochs, warmup, lr and workers where they are None. For the small world,
     a few settings have other defaults (tiny/world.py: DEFAULTS).
     """
     # The training data
@@ -59,7 +60,7 @@ class Settings:
     captions: bool = False
     images: bool = True                 # False: no pictures, an ablation
     multi_turn: bool = False            # one sample per conversation, not per answer
-    skip_bad: bool = False
+    skip_bad: bool = False              # leave out rows that cannot be used
     val_fraction: float = 0.0           # held out from each source
     max_seq_len: int = 512
     # The training
@@ -83,8 +84,8 @@ class Settings:
     # Paths
     llama: str | None = None
     vit: str | None = None
-    delta: str | None = None
-    delta_unpermuted: bool = False      # added as the authors' code does
+    delta: str | None = None            # a Hugging Face folder of weights to add to LLaMA's
+    delta_unpermuted: bool = False      # do not reorder its rows first, as in the authors' code
     data_root: str | None = None
     adapter: str | None = None          # a checkpoint to start from
     out: str = "out"
@@ -92,7 +93,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     bits: int = 16                      # per weight of LLaMA's matrices: 16, 8 or 4
-    compile: bool | None = None         # None: on a GPU
+    compile: bool | None = None         # None: only on a GPU
     checkpointing: bool = False
     fsdp: bool = False
     workers: int | None = None          # processes that decode pictures; None: half the cores
@@ -113,7 +114,7 @@ class Settings:
 
 
 def learning_rate(step: int, steps_per_epoch: int, settings: Settings) -> float:
-    """Linear warm-up from 0 (at most a tenth of the run), then half a cosine down to 0.
+    """Linear warm-up from 0 over at most a tenth of the run, then half a cosine down to 0.
 
     `step` is the number of steps done so far. So with warm-up, the first step changes no weight.
     """
@@ -151,8 +152,8 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
     larger norm than `clip` is scaled down to it. With several ranks, micro_batches and the returned
     loss are this rank's share. LavinError if the loss or the gradient is not finite.
     """
-    n_answer = float(sum(batch.n_answer for batch in micro_batches))
-    n_answer = ranks.total(torch.tensor(n_answer, device=lavin.device))
+    n_answer = sum(batch.n_answer for batch in micro_batches)       # of this rank, then of all
+    n_answer = ranks.total(torch.tensor(float(n_answer), device=lavin.device))
     gradients.zero_()
 
     # Backward has two stages. The routing weights depend only on the modality, so they are the
@@ -173,10 +174,10 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
     losses = torch.stack(losses).tolist()                           # waits for the GPU
     for loss, batch in zip(losses, micro_batches):
         check_finite("loss", loss, [batch])
-    ranks.total(gradients)
+    ranks.total(gradients)                                          # over all ranks, in place
     scaler.unscale_(optimizer)
     norm = gradients.norm().item()
-    # An overflow in fp16 is no error: the scaler skips the step and halves its scale.
+    # In fp16 an overflow is no error while the scale is at least 1: the scaler skips the step.
     fp16_can_recover = scaler.is_enabled() and scaler.get_scale() >= 1
     if not fp16_can_recover:
         check_finite("gradient", norm, micro_batches)
@@ -219,7 +220,7 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
             except LavinError as error:
                 raise LavinError(f"step {step}: {error}; stopped without saving") from error
 
-            signals.listen()
+            signals.listen()        # from now on a signal lets the step finish and be saved
             n_samples = sum(len(batch.ids) for batch in micro_batches if batch.n_answer)
             has_to_stop = signals.count > 0 or log.failure is not None
             loss, n_samples, n_to_stop = ranks.sums(
@@ -266,6 +267,7 @@ def save(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, step: int,
          steps_per_epoch: int, settings: Settings) -> None:
     """Write OUT/checkpoint.pth: the official layout, plus what --resume and generate.py need.
 
+    It holds the trained tensors, but not LLaMA and CLIP: whoever loads it needs their files too.
     With --keep-epochs, after a whole epoch, also write OUT/checkpoint-N.pth (runs.kept_path).
     """
     epoch = (step - 1) // steps_per_epoch
@@ -277,7 +279,7 @@ def save(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, step: int,
         "step": step,
         "config": dataclasses.asdict(settings)}
     resume.check_sound(checkpoint)
-    # The kept one comes first: a run that is killed between the two writes both of them again.
+    # The kept copy comes first. If the run is killed before the second, --resume writes both again.
     if settings.keep_epochs and step % steps_per_epoch == 0:
         save_tensors(runs.kept_path(settings.out, epoch), checkpoint)
     save_tensors(Path(settings.out, "checkpoint.pth"), checkpoint)
@@ -380,7 +382,7 @@ def dry_run(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer,
 
 
 def stand_in(settings: Settings) -> torch.device:
-    """-> the CPU, to compute a dry run for a GPU that is missing. LavinError for several GPUs."""
+    """Prepare settings for a dry run on a missing GPU -> the CPU. LavinError for several GPUs."""
     if settings.fsdp or ranks.count() > 1:
         raise LavinError("--dry-run: there is no GPU here, so the memory is computed, but only "
                          "for a single GPU; leave out torchrun and --fsdp")
@@ -415,8 +417,8 @@ def computed_dry_run(sources: dict, settings: Settings) -> None:
 def parse_args() -> tuple[Settings, dict | None]:
     """-> the settings, and the checkpoint to resume from or None.
 
-    argparse sets only the fields whose flags were given. So a flag overrides the settings of the
-    resumed run, or the defaults of the small world, and the others stay.
+    argparse sets only the fields whose flags were given. So the flags override the settings of the
+    resumed run or the defaults of the small world, and all other fields stay.
     """
     parser = flags.train_parser(__doc__.split("\n\n")[0])
     settings = parser.parse_args(namespace=Settings())
@@ -451,7 +453,7 @@ def score_val(lavin: LaVIN, problems: dict, samples: list, step: int,
               settings: Settings) -> None:
     """Answer val's problems on all ranks, print the table, and write it to metrics.jsonl."""
     print(f"scoring  {len(samples)} problems of the val split")
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"):      # compiled for training only
         predictions, _ = evaluate.score(
             lavin.eval(), problems, samples, settings.format, workers=settings.workers)
     line = {"step": step, "split": "val"}
@@ -508,7 +510,7 @@ def main() -> None:
     if settings.check:
         sys.exit(runs.check_data(settings, world.PATHS["llama"]))
     choose_paths(settings, remembered, weights=not is_computed)
-    for name in ("llama", "vit", "data_root"):
+    for name in ("llama", "vit", "data_root"):      # the checkpoint names them for any folder
         setattr(settings, name, os.path.abspath(getattr(settings, name)))
 
     sources = runs.read_sources(settings)

@@ -1,7 +1,7 @@
 """CLIP's image encoder with adapters. Parameters have the names of OpenAI's file (ViT-L-14.pt).
 
 The picture's features are the class token after every fourth block. ViT-L/14 has 24 blocks, 1024
-wide, so it gives 6 features. LaVIN does not use CLIP's `ln_post`, `proj` and text tower.
+wide, so it gives 6 features. LaVIN does not use CLIP's `ln_post`, `proj` or text tower.
 Shapes: B pictures, T tokens (class token and patches), C width (called V in the other files).
 """
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from adapters import Adapter, AdapterConfig
+from fast.ops import attention
 
 
 @dataclass
@@ -26,7 +27,7 @@ class ViTConfig:
 
     @property
     def n_features(self) -> int:
-        """The number of tokens per picture: 6 for ViT-L/14."""
+        """The number of features per picture, each a token of LLaMA: 6 for ViT-L/14."""
         return self.layers // 4
 
 
@@ -57,7 +58,7 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)   # (B, T, 3C)
         qkv = qkv.unflatten(-1, (3, -1, 64))                        # (B, T, 3, H, 64)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, H, T, 64) each
-        y = F.scaled_dot_product_attention(q, k, v)                 # (B, H, T, 64)
+        y = attention(q, k, v)                                      # (B, H, T, 64)
         return self.out_proj(y.transpose(1, 2).flatten(2))          # (B, T, C)
 
 

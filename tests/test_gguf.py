@@ -254,7 +254,7 @@ def test_how_a_text_is_cut(byte_pairs, cut, digits):
     ({}, {"llama.block_count": None}, "llama.block_count is missing"),
     ({}, {"llama.block_count": 0}, "llama.block_count is 0"),
     ({}, {"llama.attention.head_count": "4"}, "llama.attention.head_count is '4'"),
-    ({}, {"llama.attention.head_count": 3}, "do not divide"),
+    ({}, {"llama.attention.head_count": 3}, "must divide"),
     ({}, {"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model 'bert'"),
     ({}, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-4o"}, "pre 'gpt-4o'"),
     ({}, {"tokenizer.ggml.tokens": None}, "its vocabulary is damaged"),

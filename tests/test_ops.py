@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from adapters import Adapter, AdapterConfig
 from conftest import ROOT, difference, relative_error
-from fast.ops import cross_entropy, is_one_token, mix_experts, one_token_product, rotate
+from fast.ops import (attend_padded, attention, cross_entropy, is_one_token, mix_experts,
+                      one_token_product, padding_pays, rotate)
 from model import LLaMAConfig, rope_angles, rope_frequencies
 
 BF16_ERROR = 2**-8      # the relative error of rounding to bf16
@@ -85,6 +86,79 @@ def test_rotate_computes_in_fp32(compiled):
     assert rotated.dtype == torch.bfloat16
     error = (rotated.float() - expected).abs()
     assert (error <= BF16_ERROR * expected.abs() + 1e-6).all()
+
+
+# attention
+
+
+def random_attention(n_tokens, dtype, n_heads=6, n_kv_heads=2):
+    """Queries, keys and values of one row, and a gradient for the output."""
+    torch.manual_seed(0)
+    q = torch.randn(1, n_heads, n_tokens, 16, dtype=dtype, requires_grad=True)
+    k = torch.randn(1, n_kv_heads, n_tokens, 16, dtype=dtype, requires_grad=True)
+    v = torch.randn(1, n_kv_heads, n_tokens, 16, dtype=dtype, requires_grad=True)
+    return q, k, v, torch.randn(1, n_heads, n_tokens, 16, dtype=dtype)
+
+
+def values_and_gradients(function, q, k, v, gradient):
+    y = function(q, k, v)
+    return y, *torch.autograd.grad(y, (q, k, v), gradient)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype, allowed", [
+    (torch.float32, 1e-6), (torch.bfloat16, 4 * BF16_ERROR), (torch.float16, 1e-2)])
+def test_attention(is_causal, dtype, allowed):
+    """Values and gradients are those of the formula in fp64, with keys for several queries."""
+    q, k, v, gradient = random_attention(9, dtype)
+
+    def formula(q, k, v):
+        k = k.repeat_interleave(3, dim=1)
+        v = v.repeat_interleave(3, dim=1)
+        scores = q @ k.transpose(-1, -2) / 4
+        if is_causal:
+            later = torch.ones(9, 9, dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(later, -torch.inf)
+        return scores.softmax(-1) @ v
+
+    def fast(q, k, v):
+        return attention(q, k, v, is_causal)
+
+    found = values_and_gradients(fast, q, k, v, gradient)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = values_and_gradients(formula, *exact, gradient.double())
+    for a, b in zip(found, expected):
+        assert a.dtype == dtype
+        assert relative_error(a, b) < allowed
+
+
+@pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [6, 1, 5, 3]])
+def test_attend_padded(lengths):
+    """One padded call gives what one call for each sample gives, in values and gradients."""
+    q, k, v, gradient = random_attention(sum(lengths), torch.float32)
+
+    def loop(q, k, v):
+        outputs = []
+        for q_i, k_i, v_i in zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2)):
+            outputs.append(attention(q_i, k_i, v_i, is_causal=True))
+        return torch.cat(outputs, dim=2)
+
+    def padded(q, k, v):
+        return attend_padded(q, k, v, lengths)
+
+    found = values_and_gradients(padded, q, k, v, gradient)
+    expected = values_and_gradients(loop, q, k, v, gradient)
+    for a, b in zip(found, expected):
+        assert a.shape == b.shape
+        assert difference(a, b) < 1e-6
+
+
+def test_padding_pays_only_for_samples_of_similar_length_on_a_cpu():
+    q = torch.empty(1)
+    assert padding_pays(q, [20, 22, 25])
+    assert not padding_pays(q, [20, 200])
+    assert not padding_pays(q, [20])                    # nothing to pad
+    assert not padding_pays(q.to("meta"), [20, 22, 25])
 
 
 # mix_experts
