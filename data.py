@@ -181,6 +181,16 @@ def load_tokenizer(llama: str | Path) -> SentencePieceProcessor:
     return tokenizer
 
 
+def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """The text of generated tokens.
+
+    Some models have more rows in `output` than their tokenizer has tokens. Such a token is no text,
+    and sentencepiece would raise IndexError.
+    """
+    n_tokens = tokenizer.vocab_size()
+    return tokenizer.decode([token for token in tokens if token < n_tokens])
+
+
 def answer_ends(tokenizer: Tokenizer) -> set[int]:
     """The tokens that end an answer: EOS, and in some models from Hugging Face several others."""
     return getattr(tokenizer, "ends", {tokenizer.eos_id()})

@@ -413,5 +413,5 @@ class LaVIN(nn.Module):
                 sequence = data.append_tokens(sequence, [token])
                 if len(sequence.tokens) == self.max_seq_len - 1:    # the context is full
                     break
-            texts.append(self.tokenizer.decode(new_tokens))
+            texts.append(data.decode(self.tokenizer, new_tokens))
         return texts

@@ -90,7 +90,7 @@ class Conversation:
 
     def text(self, turn: Turn) -> str:
         """The text of a turn's answer."""
-        return self.lavin.tokenizer.decode(turn.answer)
+        return data.decode(self.lavin.tokenizer, turn.answer)
 
     def prompt(self, question: str) -> str:
         return instruction_prompt(question, has_picture=self.start.image is not None)

@@ -219,7 +219,7 @@ def letter_is_out(lavin: LaVIN, format: str) -> Callable[[list[int]], bool] | No
         return None
 
     def is_out(ids):
-        return data.sqa_answer(lavin.tokenizer.decode(ids)) >= 0
+        return data.sqa_answer(data.decode(lavin.tokenizer, ids)) >= 0
 
     return is_out
 
@@ -261,7 +261,7 @@ def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: st
                 answering_model(lavin, modality), prompts, rows, max_new_tokens, temperature,
                 top_p, done=done, compiled=compiled, longest=len(group[0].tokens))
             for number, ids in generator:
-                answers.add(group[number].id, lavin.tokenizer.decode(ids))
+                answers.add(group[number].id, data.decode(lavin.tokenizer, ids))
                 bar.update()
     answers.gather()
 

@@ -193,7 +193,7 @@ def count_right(lavin: LaVIN, encoded: list[Encoded], source: str, format: str) 
     with torch.compiler.set_stance("force_eager"):
         # Not folded: training may leave no memory for copies of LLaMA's matrices.
         for number, ids in continue_prompts(lavin, prompts, min(32, len(prompts)), most, done=done):
-            output = lavin.tokenizer.decode(ids)
+            output = data.decode(lavin.tokenizer, ids)
             if source == "sqa":
                 letter = data.sqa_answer(output)
                 n_right += letter >= 0 and letter == data.sqa_answer(expected[number])

@@ -21,6 +21,7 @@ import data
 from adapters import Adapter
 from checkpoints import load_tokenizer, open_llama, read_clip
 from extras import board, instructions, plot
+from extras.neighbours import Neighbours
 from extras.scienceqa import load_sqa
 from fast import ranks
 from fast.quantize import n_quantized
@@ -428,6 +429,7 @@ class Log:
         if settings.tensorboard and ranks.rank() == 0:
             self.board = board.open_board(self.out, first_step)
         self.failure = None
+        self.neighbours = Neighbours()
         self.bar = tqdm(total=n_steps, initial=first_step, unit="step", file=sys.stdout)
         self.began = time.perf_counter()
 
@@ -479,6 +481,10 @@ class Log:
         self.bar.set_postfix_str(f"loss {loss:.3f} {speed:.1f} samples/s{memory}", refresh=False)
         with self.attempt():
             self.bar.update()
+        advice = self.neighbours.advice()
+        if advice and ranks.rank() == 0 and not torch.cuda.is_available():
+            with self.attempt():
+                self.bar.write(advice, file=sys.stdout)
 
     def held_out(self, step, losses, right):
         """Log {source: held-out loss} and {source: (rows answered correctly, rows asked)}."""

@@ -375,4 +375,4 @@ def generate(lavin: LaVIN, samples: list[data.Sample], max_new_tokens: int = 64,
     prompts = [lavin.encode(sample, prompt_only=True) for sample in samples]
     rows = min(len(prompts), rows)
     answers = dict(continue_prompts(lavin, prompts, rows, max_new_tokens, temperature, top_p))
-    return [lavin.tokenizer.decode(answers[i]) for i in range(len(prompts))]
+    return [data.decode(lavin.tokenizer, answers[i]) for i in range(len(prompts))]

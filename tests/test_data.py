@@ -77,6 +77,15 @@ def test_sqa_answer(text, index):
 # Tokens
 
 
+def test_a_token_that_the_tokenizer_lacks_is_no_text(lavin):
+    """A model may have more rows in `output` than its tokenizer has tokens."""
+    tokens = lavin.tokenizer.encode("a red bird")
+    n_tokens = lavin.tokenizer.vocab_size()
+    with pytest.raises(IndexError):
+        lavin.tokenizer.decode([n_tokens])
+    assert data.decode(lavin.tokenizer, [n_tokens + 3, *tokens, n_tokens]) == "a red bird"
+
+
 def test_tokens_and_labels(lavin, samples, expected):
     """The authors' code pads with 0 and inserts the picture and its prefix only later."""
     prefix_of = {

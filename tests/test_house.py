@@ -14,7 +14,7 @@ from conftest import ROOT
 
 FLOORS = {
     1: ["router", "files", "fast/ops"],
-    2: ["adapters", "data", "extras/terminal", "extras/torchscript"],
+    2: ["adapters", "data", "extras/neighbours", "extras/terminal", "extras/torchscript"],
     3: ["vit", "extras/values"],
     4: ["model", "extras/tokenizers"],
     5: ["fast/fold", "fast/quantize", "fast/ranks",
