@@ -51,8 +51,8 @@ class Adapter(nn.Module):
     def reset_parameters(self) -> None:
         """Both experts start at zero, so a fresh adapter is the identity.
 
-        While the experts are zero, nothing before them gets a gradient. So `down`, the router and
-        the modality tokens start to learn one step later.
+        While the experts are zero, only they and the projector get a gradient. `down`, the router
+        and the modality tokens get one once the experts have changed.
         """
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)

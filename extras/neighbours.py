@@ -65,5 +65,5 @@ class Neighbours:
         if others < OTHERS or idle / elapsed > IDLE:
             return None
         return (f"note     other programs use {others:.1f} of {os.cpu_count()} cores, and "
-                "PyTorch's threads wait for each other; if this run is too slow, stop it with Ctrl-C and "
-                "continue with OMP_WAIT_POLICY=passive python train.py --resume")
+                "PyTorch's threads wait for each other; if this run is too slow, stop it with "
+                "Ctrl-C and continue with OMP_WAIT_POLICY=passive python train.py --resume")

@@ -2,8 +2,8 @@
 
 A folded model runs as fast as plain LLaMA. For one modality, the routing weights w are constants
 (router.py). The adapter is then a single affine map, A(y) = y + U (D y + d) + u. D and d are the
-weight and bias of `down`. U and u are the weights and biases of the two experts, mixed by w. So
-each matrix W that reads A(y) can absorb the adapter exactly:
+weight and bias of `down`. U and u are the weights and biases of the two experts, mixed by w and
+scaled by s. So each matrix W that reads A(y) can absorb the adapter exactly:
 
     W A(y) = (W + W U D) y + W (U d + u)
 
