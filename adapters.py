@@ -1,4 +1,4 @@
-"""What is trained: the adapter in front of every attention, and the projector.
+"""The trained modules: the adapter in front of every attention, and the projector.
 
 The paper's Mixture-of-Modality Adapter (section 3.2) is a bottleneck without a non-linearity:
 

@@ -193,7 +193,7 @@ class MappedShards:
     """The files of a LLaMA, memory-mapped: a tensor stays on disk until it is read.
 
     Pages that were read count as memory until their map is dropped. So the files are mapped anew
-    before a budget is exceeded: the largest tensor of a shard, or 16 MB if that is more.
+    before these pages exceed a budget: the size of a shard's largest tensor, at least 16 MB.
     """
 
     def __init__(self, directory: str | Path, names: list[str], is_hf: bool):
@@ -481,8 +481,8 @@ def read_adapter(path: str | Path) -> tuple[dict, AdapterConfig, dict]:
         rank = len(state["layers.0.adapter_attn.conv_A.weight"])
         projector_dim = len(state["adapter_proj.conv_A.weight"])
     except (KeyError, TypeError) as error:                  # TypeError: len of a 0-d tensor
-        raise LavinError(f"{path}: not a LaVIN checkpoint: the first conv_A.weight of its adapters "
-                         "or its projector is missing, or has no rows") from error
+        raise LavinError(f"{path}: not a LaVIN checkpoint: conv_A.weight of its first adapter or "
+                         "of its projector is missing or is a single number") from error
     check_values(path, {"rank": rank, "projector_dim": projector_dim}, ADAPTER_SIZES)
     if rank % 2:
         raise LavinError(f"{path}: rank {rank} is odd, but an expert splits it into two groups")
@@ -537,7 +537,7 @@ def memory(device: torch.device) -> int:
 
 
 def weights_size(lavin: LaVIN, dtype: torch.dtype, bits: int, n_parts: int) -> int:
-    """Bytes of all weights on one device: LLaMA's matrices in `bits` bits, or one of n_parts."""
+    """Bytes of the weights on one device: only 1/n_parts of LLaMA's matrices, in `bits` bits."""
     size = 0
     for name, p in lavin.named_parameters():
         n_bytes = p.numel() * (4 if p.requires_grad else dtype.itemsize)

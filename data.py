@@ -206,7 +206,7 @@ def tokenize(sample: Sample, tokenizer: Tokenizer) -> tuple[list[int], list[int]
 
     BOS, and then for each turn prompt + answer + EOS. Prompt and answer are tokenized as one
     string. The labels start after n tokens, where n is the length of the prompt tokenized alone.
-    If a token spans prompt and answer, they start one token off, as in the authors' code.
+    If a token spans prompt and answer, the labels start one token off, as in the authors' code.
     """
     tokens = [tokenizer.bos_id()]
     labels = [IGNORED]
@@ -406,7 +406,7 @@ def global_batch(step: int, lengths: list[int], batch_size: int, micro_batch: in
 
 
 def in_order(n_samples: int, batch_size: int, n_ranks: int = 1) -> list[list[range]]:
-    """All samples once, for evaluation. Item i: a batch for each rank; the last may have fewer."""
+    """All samples once, for evaluation. Item i: a batch per rank; the last item may have fewer."""
     batches = []
     for start in range(0, n_samples, batch_size):
         batches.append(range(start, min(start + batch_size, n_samples)))

@@ -30,7 +30,7 @@ class LavinError(Exception):
 # The default paths of train.py and generate.py, and where to get these files.
 DEFAULTS = {"llama": "weights/7B", "vit": "weights/ViT-L-14.pt", "data_root": "data/scienceqa"}
 ORIGINS = {
-    "adapter": "LaVIN's adapters: train them with python train.py --data sqa, or --adapter FILE",
+    "adapter": "LaVIN's adapters: python train.py --data sqa trains them; or pass --adapter FILE",
     "llama": "LLaMA in Meta's layout, from https://llama.meta.com, or Hugging Face's with "
              "config.json (--llama DIR), or a llama.cpp file (--llama FILE.gguf)",
     "tokenizer": "LLaMA's tokenizer, in the folder of --llama or the one above it",

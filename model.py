@@ -158,7 +158,7 @@ class Block(nn.Module):
                 lengths: torch.Tensor | None = None,
                 cache: object | None = None) -> torch.Tensor:
         """x (B, T, C); w (B, T or 1, 2): the experts' weights, None if folded -> (B, T, C)."""
-        # fast/fold.py merges adapters into wq, wk and wv. The module that it leaves here ignores w.
+        # fast/fold.py merges an adapter into wq, wk and wv. The module that replaces it ignores w.
         adapted = self.adapter(self.attention_norm(x), w)
         x = x + self.attention(adapted, rope, lengths, cache)
         x = x + self.feed_forward(self.ffn_norm(x))
@@ -303,7 +303,7 @@ class LaVIN(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The model's device. --fsdp may shard the frozen weights, but not the trained ones."""
+        """The model's device, taken from a trained weight: --fsdp may shard the frozen ones."""
         return self.modality_embedding.device
 
     def autocast(self) -> torch.autocast:
@@ -372,7 +372,7 @@ class LaVIN(nn.Module):
             x = self.last_hidden_state(batch, routed)
             # The token before an answer token predicts it, so we shift by 1. (A sample begins with
             # BOS, never an answer, so index - 1 is in the same sample.) Only answers get logits:
-            # in a short batch, logits for the prompts too would be most of the work.
+            # a prompt's logits (in 7B, 32,000 numbers for each token) would not enter the loss.
             x = x.index_select(0, batch.answer_indices - 1)         # (n_answer, C)
             labels = batch.labels[batch.answer_indices]             # (n_answer,)
             # Same as F.cross_entropy(logits, labels, reduction="sum"), but with less memory.

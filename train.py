@@ -8,9 +8,9 @@ builds the model, does the dry run and reads the command line.
 
 Mixed precision: frozen weights, matrix products and activations are in --dtype. Trained weights,
 their gradients, AdamW's moments, the routing weights and the loss are fp32. Only fp16 needs a
-GradScaler. What a step draws depends only on the settings and its number: its samples come from
-(seed, epoch), its dropout from (seed, step). So a resumed run computes what an uninterrupted run
-would have computed.
+GradScaler. A step's randomness depends only on the settings and the step's number: its samples
+come from (seed, epoch), its dropout from (seed, step). So a resumed run computes what an
+uninterrupted run would have computed.
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ class Settings:
     llama: str | None = None
     vit: str | None = None
     delta: str | None = None            # a Hugging Face folder of weights to add to LLaMA's
-    delta_unpermuted: bool = False      # do not reorder its rows first, as in the authors' code
+    delta_unpermuted: bool = False      # like the authors' code, do not reorder its rows first
     data_root: str | None = None
     adapter: str | None = None          # a checkpoint to start from
     out: str = "out"
@@ -510,7 +510,7 @@ def main() -> None:
     if settings.check:
         sys.exit(runs.check_data(settings, world.PATHS["llama"]))
     choose_paths(settings, remembered, weights=not is_computed)
-    for name in ("llama", "vit", "data_root"):      # the checkpoint names them for any folder
+    for name in ("llama", "vit", "data_root"):      # the checkpoint stores absolute paths
         setattr(settings, name, os.path.abspath(getattr(settings, name)))
 
     sources = runs.read_sources(settings)

@@ -70,8 +70,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 def padding_pays(q: torch.Tensor, lengths: list[int]) -> bool:
     """Is one padded call faster than a call for each sample?
 
-    Yes on a CPU, if padding adds less than half to the T² scores. (On a GPU, the indices that
-    attend_padded makes would have to be copied there in every layer.)
+    Yes on a CPU, if padding adds less than half to the number of scores. (On a GPU, the indices
+    that attend_padded makes would have to be copied there in every layer.)
     """
     n_padded = len(lengths) * max(lengths) ** 2
     n_needed = sum(length ** 2 for length in lengths)
@@ -80,7 +80,7 @@ def padding_pays(q: torch.Tensor, lengths: list[int]) -> bool:
 
 def attend_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                   lengths: list[int]) -> torch.Tensor:
-    """model.attend's loop over samples as one call: q (1, H, T, D), k and v (1, K, T, D), as there.
+    """The loop in model.attend as one call: q (1, H, T, D), k and v (1, K, T, D) -> (1, H, T, D).
 
     Each of the n samples gets a row of its own, as long as the longest sample. The padding comes
     last, so the causal mask already hides it from all real tokens.
@@ -180,7 +180,7 @@ def one_token_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     The compiler turns this sum into one pass over the weight, which includes the dequantization.
     A matrix product of bf16 or quantized numbers reads the weight more slowly.
     """
-    # On a CPU, one loop over eight parts at once uses more memory bandwidth than one long sum.
+    # On a CPU, one loop over eight parts at once reads the weight faster than one long sum.
     n_parts = 8 if x.device.type == "cpu" else 1
     x_flat = x.flatten().float()
     sums = [(part.float() * x_flat).sum(-1) for part in weight.chunk(n_parts)]
