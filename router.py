@@ -19,7 +19,8 @@ import torch.nn as nn
 class Router(nn.Linear):
     """w = softmax((y W + b) / τ): (..., C) -> (..., 2), the weights of the two experts, fp32.
 
-    τ is a temperature. The larger it is, the closer both weights stay to one half.
+    τ is a temperature. The larger it is, the closer both weights stay to one half. The product is
+    in autocast's dtype; the division and the softmax over the two experts are in fp32.
     """
 
     def __init__(self, width: int, tau: float):

@@ -146,11 +146,11 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
     """One optimizer step on one global batch -> (its loss, the norm of its gradient).
 
     The loss is the sum over all answer tokens of the global batch, divided by their number. So the
-    split into micro-batches and ranks changes nothing. (A mean of micro-batch means, as in the
-    authors' code, gives the tokens of a short answer more weight.) `gradients` is one buffer, and
-    each trained parameter's p.grad is a view into it (ranks.gradient_buffer). A gradient with a
-    larger norm than `clip` is scaled down to it. With several ranks, micro_batches and the returned
-    loss are this rank's share. LavinError if the loss or the gradient is not finite.
+    split into micro-batches and ranks changes nothing but the dropout masks. (A mean of micro-batch
+    means, as in the authors' code, gives the tokens of a short answer more weight.) `gradients` is
+    one buffer: each trained parameter's p.grad is a view into it (ranks.gradient_buffer). A norm
+    above `clip` is scaled down to it. With several ranks, micro_batches and the returned loss are
+    this rank's share. LavinError if the loss or the gradient is not finite.
     """
     n_answer = sum(batch.n_answer for batch in micro_batches)       # of this rank, then of all
     n_answer = ranks.total(torch.tensor(float(n_answer), device=lavin.device))
@@ -199,7 +199,8 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
           first_step: int, settings: Settings) -> None:
     """The loop, from first_step until all steps are done or a signal asks to stop.
 
-    It writes metrics.jsonl, loss.png and checkpoint.pth (see `save`) to settings.out.
+    In settings.out, metrics.jsonl gets a line per step. checkpoint.pth (see `save`) is written
+    after each epoch, every save_every steps and on a signal, loss.png at the end.
     """
     steps_per_epoch, n_steps = count_steps(settings)
     loader = load_batches(lavin, samples, range(first_step, n_steps), settings)
