@@ -341,7 +341,7 @@ def collate(encoded: list[Encoded], resolution: int) -> Batch:
 
 
 def mixed_seed(seed: int, n: int) -> int:
-    """The seed for the order of epoch n, or for the dropout of step n.
+    """The seed for the order of epoch n, the dropout of step n, or new weights (n = 0).
 
     It has 32 bits, because the CPU's generator ignores the rest. An epoch and a step may share a
     seed. This is harmless: they draw different things.
