@@ -43,14 +43,14 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
               is_causal: bool = False) -> torch.Tensor:
     """F.scaled_dot_product_attention: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D).
 
-    On a CPU, PyTorch's fused kernel gains nothing from half precision: its backward converts every
-    number one by one. There we use plain matrix products, which keep all T² scores in memory. In
-    bf16 on two Intel cores, forward and backward for 8 heads take 2.4 instead of 3.1 ms for 256
-    tokens, and 5.4 instead of 8.9 ms for 512 (python -m bench.speed attention).
+    On a CPU, the backward of PyTorch's fused kernel is slow in half precision. To train there we
+    use plain matrix products, which keep all T² scores in memory. In bf16 on two Intel cores,
+    forward and backward for 8 heads take 2.4 instead of 3.4 ms for 256 tokens, 5.2 instead of 8.9
+    ms for 512, and 3 instead of 15 ms for 32 samples of 25 (python -m bench.speed attention).
     """
     grouped = q.shape[1] != k.shape[1]      # LLaMA-2 70B: several query heads share a key head
     is_half = q.dtype in (torch.bfloat16, torch.float16)
-    if q.device.type != "cpu" or not is_half:
+    if q.device.type != "cpu" or not is_half or not q.requires_grad:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=is_causal, enable_gqa=grouped)
     if grouped:

@@ -27,7 +27,7 @@ FLOORS = {
         "tiny/corpus", "tiny/shelf"],
     9: ["train", "generate", "tiny/pretrain"],
     10: ["bench/*", "examples/architecture", "examples/flags", "examples/tour",
-         "examples/easy_vqa", "examples/smollm2"],
+         "examples/easy_vqa", "examples/own_words", "examples/smollm2"],
 }
 TOP_LEVEL = {"model", "adapters", "router", "vit", "data", "checkpoints", "files", "train",
              "generate"}
