@@ -1,6 +1,6 @@
 """What a LLaMA says without a picture, as rows to train on together with pictures.
 
-    python -m examples.own_words LLAMA FILE.jsonl       320 rows {"prompt": question, "answer": text}
+    python -m examples.own_words LLAMA FILE.jsonl     rows {"prompt": question, "answer": text}
 
 Training on pictures alone changes a LLaMA's answers to questions without one: nothing in such data
 says what to keep. These rows do. The answers are the model's own, from before any training, so
@@ -25,13 +25,14 @@ QUESTIONS = [
     "Tell me about {}.", "What do people use {} for?", "Where do you find {}?",
     "Write a sentence about {}."]
 THINGS = """
-    water, bread, salt, sugar, rice, coffee, tea, honey, paper, glass, iron, gold, wood, stone, wool,
-    cotton, leather, soap, paint, oil, coal, wind, rain, snow, fire, the sun, the moon, the sea,
-    a river, a lake, a mountain, a forest, a desert, an island, a beach, a garden, a farm, a school,
-    a hospital, a museum, a market, a kitchen, a bridge, a road, a train, a bicycle, a ship, a plane,
-    a clock, a mirror, a lamp, a candle, a chair, a table, a bed, a door, a window, a key, a knife,
-    a spoon, a cup, a book, a letter, a map, a camera, a phone, a computer, a piano, a guitar, a drum,
-    a ball, a horse, a cow, a sheep, a bird, a fish, a bee, a spider, an apple, an onion"""
+    water, bread, salt, sugar, rice, coffee, tea, honey, paper, glass, iron, gold, wood, stone,
+    wool, cotton, leather, soap, paint, oil, coal, wind, rain, snow, fire, the sun, the moon, the
+    sea, a river, a lake, a mountain, a forest, a desert, an island, a beach, a garden, a farm, a
+    school, a hospital, a museum, a market, a kitchen, a bridge, a road, a train, a bicycle, a
+    ship, a plane, a clock, a mirror, a lamp, a candle, a chair, a table, a bed, a door, a window,
+    a key, a knife, a spoon, a cup, a book, a letter, a map, a camera, a phone, a computer, a
+    piano, a guitar, a drum, a ball, a horse, a cow, a sheep, a bird, a fish, a bee, a spider, an
+    apple, an onion"""
 NEW_TOKENS = 40
 
 

@@ -178,7 +178,7 @@ def one_token_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """x (1, 1, in) times weight (out, in) -> (1, 1, out), as a sum in fp32.
 
     The compiler turns this sum into one pass over the weight, which includes the dequantization.
-    A matrix product of bf16 or quantized numbers reads the weight more slowly.
+    A matrix product of a single token reads the weight more slowly, in any dtype.
     """
     # On a CPU, one loop over eight parts at once reads the weight faster than one long sum.
     n_parts = 8 if x.device.type == "cpu" else 1
