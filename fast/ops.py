@@ -2,7 +2,7 @@
 
     rotate              RoPE's rotation of every pair of channels
     attention           PyTorch's fused attention, or matrix products where those are faster
-    attend_padded       causal attention of several samples in one call
+    attend_in_groups    causal attention, in one call for all samples of similar length
     mix_experts         an adapter's two experts, mixed by the router's weights
     cross_entropy       the summed loss, without the logits of all tokens in memory at once
     one_token_product   a matrix times a single token, at memory bandwidth
@@ -67,42 +67,55 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     return y.unflatten(0, q.shape[:2])                                  # (B, H, T, D)
 
 
-def padding_pays(q: torch.Tensor, lengths: list[int]) -> bool:
-    """Is one padded call faster than a call for each sample?
+def similar_lengths(lengths: list[int]) -> list[list[int]]:
+    """The samples in groups of similar length, as lists of indices.
 
-    Yes on a CPU, if padding adds less than half to the number of scores. (On a GPU, the indices
-    that attend_padded makes would have to be copied there in every layer.)
+    Within a group, padding every sample to the longest adds at most half to the number of scores.
     """
-    n_padded = len(lengths) * max(lengths) ** 2
-    n_needed = sum(length ** 2 for length in lengths)
-    return q.device.type == "cpu" and len(lengths) > 1 and n_padded < 1.5 * n_needed
+    groups = []
+    n_scores = 0                            # that the samples of the last group need
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        n_scores += lengths[i] ** 2
+        if groups and (len(groups[-1]) + 1) * lengths[i] ** 2 <= 1.5 * n_scores:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+            n_scores = lengths[i] ** 2
+    return groups
 
 
-def attend_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                  lengths: list[int]) -> torch.Tensor:
-    """The loop in model.attend as one call: q (1, H, T, D), k and v (1, K, T, D) -> (1, H, T, D).
+def attend_in_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                     lengths: list[int]) -> torch.Tensor:
+    """The loop in model.attend, with one call for all samples of similar length.
 
-    Each of the n samples gets a row of its own, as long as the longest sample. The padding comes
-    last, so the causal mask already hides it from all real tokens.
+    q (1, H, T, D), k and v (1, K, T, D) -> (1, H, T, D). Within a group, each sample gets a row of
+    its own, as long as the longest. The padding comes last, so the causal mask hides it from all
+    real tokens. This is for CPUs: a GPU would wait for the indices in every layer.
     """
-    n = len(lengths)
-    longest = max(lengths)
     sizes = torch.tensor(lengths)
     starts = sizes.cumsum(0) - sizes                                    # (n,)
-    # Which token fills each slot of the rows. Padding repeats a sample's last token.
-    slots = torch.arange(longest).expand(n, -1)
-    tokens = starts[:, None] + slots.minimum(sizes[:, None] - 1)        # (n, longest)
-    # Which slot holds each token.
-    shifts = torch.arange(n) * longest - starts                         # (n,)
+    first_slots = [0] * len(lengths)        # where each sample begins in the concatenated outputs
+    n_slots = 0
+    outputs = []
+    for group in similar_lengths(lengths):
+        longest = lengths[group[-1]]
+        # Which token fills each slot of the rows. Padding repeats a sample's last token.
+        inside = torch.arange(longest).minimum(sizes[group, None] - 1)  # (rows, longest)
+        tokens = starts[group, None] + inside
+        rows = []
+        for x in (q, k, v):
+            x = x[0].transpose(0, 1).index_select(0, tokens.flatten())  # (rows longest, H, D)
+            rows.append(x.unflatten(0, tokens.shape).transpose(1, 2))   # (rows, H, longest, D)
+        y = attention(*rows, is_causal=True)
+        outputs.append(y.transpose(1, 2).flatten(0, 1))                 # (rows longest, H, D)
+        for i in group:
+            first_slots[i] = n_slots
+            n_slots += longest
+    # Back to the order of the tokens, without the padding.
     n_tokens = q.shape[2]
-    places = torch.arange(n_tokens) + shifts.repeat_interleave(sizes, output_size=n_tokens)
-
-    rows = []
-    for x in (q, k, v):
-        x = x[0].transpose(0, 1).index_select(0, tokens.flatten())      # (n longest, H, D)
-        rows.append(x.unflatten(0, (n, longest)).transpose(1, 2))       # (n, H, longest, D)
-    y = attention(*rows, is_causal=True)
-    y = y.transpose(1, 2).flatten(0, 1).index_select(0, places)         # (T, H, D)
+    shifts = (torch.tensor(first_slots) - starts).repeat_interleave(sizes, output_size=n_tokens)
+    places = torch.arange(n_tokens) + shifts                            # (T,)
+    y = torch.cat(outputs).index_select(0, places)                      # (T, H, D)
     return y.transpose(0, 1)[None]                                      # (1, H, T, D)
 
 

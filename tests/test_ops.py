@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from adapters import Adapter, AdapterConfig
 from conftest import ROOT, difference, relative_error
-from fast.ops import (attend_padded, attention, cross_entropy, is_one_token, mix_experts,
-                      one_token_product, padding_pays, rotate)
+from fast.ops import (attend_in_groups, attention, cross_entropy, is_one_token, mix_experts,
+                      one_token_product, rotate, similar_lengths)
 from model import LLaMAConfig, rope_angles, rope_frequencies
 
 BF16_ERROR = 2**-8      # the relative error of rounding to bf16
@@ -132,9 +132,9 @@ def test_attention(is_causal, dtype, allowed):
         assert relative_error(a, b) < allowed
 
 
-@pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [6, 1, 5, 3]])
-def test_attend_padded(lengths):
-    """One padded call gives what one call for each sample gives, in values and gradients."""
+@pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [6, 1, 5, 3], [9, 30, 10, 1, 8, 31]])
+def test_attend_in_groups(lengths):
+    """One call for each group gives what one call for each sample gives, with gradients."""
     q, k, v, gradient = random_attention(sum(lengths), torch.float32)
 
     def loop(q, k, v):
@@ -143,22 +143,28 @@ def test_attend_padded(lengths):
             outputs.append(attention(q_i, k_i, v_i, is_causal=True))
         return torch.cat(outputs, dim=2)
 
-    def padded(q, k, v):
-        return attend_padded(q, k, v, lengths)
+    def grouped(q, k, v):
+        return attend_in_groups(q, k, v, lengths)
 
-    found = values_and_gradients(padded, q, k, v, gradient)
+    found = values_and_gradients(grouped, q, k, v, gradient)
     expected = values_and_gradients(loop, q, k, v, gradient)
     for a, b in zip(found, expected):
         assert a.shape == b.shape
         assert difference(a, b) < 1e-6
 
 
-def test_padding_pays_only_for_samples_of_similar_length_on_a_cpu():
-    q = torch.empty(1)
-    assert padding_pays(q, [20, 22, 25])
-    assert not padding_pays(q, [20, 200])
-    assert not padding_pays(q, [20])                    # nothing to pad
-    assert not padding_pays(q.to("meta"), [20, 22, 25])
+def test_a_group_has_samples_of_similar_length():
+    assert similar_lengths([20]) == [[0]]
+    assert similar_lengths([20, 22, 21]) == [[0, 2, 1]]
+    assert similar_lengths([70, 20, 60, 21]) == [[1, 3], [2, 0]]
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 500, (64,), generator=generator).tolist()
+    groups = similar_lengths(lengths)
+    assert sorted(sum(groups, [])) == list(range(64))       # each sample once
+    assert len(groups) < 16
+    for group in groups:
+        sizes = [lengths[i] for i in group]
+        assert len(sizes) * max(sizes) ** 2 <= 1.5 * sum(size ** 2 for size in sizes)
 
 
 # mix_experts
