@@ -5,9 +5,10 @@
     python -m bench.memory check                        compare with a run on this CPU
 
 Every sample has a picture and fills the context of 512 tokens. extras/estimate.py explains how
-memory is computed. For decoding, the step that fills the cache is computed. Reading many long
-prompts takes more. `check` trains a middle-sized model for two steps, and compares the resident
-memory of its process with the computed memory of the same steps. `check` needs Linux.
+memory is computed. For decoding, it is the memory of the step that writes the last position of a
+full cache. Reading many long prompts takes more. `check` trains a middle-sized model for two steps,
+and compares the resident memory of its process with the computed memory of the same steps. `check`
+needs Linux.
 """
 
 import argparse

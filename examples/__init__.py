@@ -1,1 +1,1 @@
-"""Example pictures, a tour of the core, and scripts that write a data set, a figure and a page."""
+"""Example pictures, a tour of the core, and scripts that write data sets, a figure and a page."""

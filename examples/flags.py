@@ -1,4 +1,4 @@
-"""Every flag of the three scripts as a page of Markdown, made from the same texts as their --help.
+"""The flags of train.py, generate.py and checkpoints.py as Markdown, with --help's texts.
 
     python -m examples.flags docs/flags.md
 """

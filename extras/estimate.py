@@ -1,4 +1,4 @@
-"""Compute the GPU memory and the arithmetic that training needs, on a machine without that GPU.
+"""Compute the GPU memory and the arithmetic that training needs, on a machine without a GPU.
 
 The model takes a training step on fake tensors. PyTorch's FakeTensorMode gives tensors a shape and
 a dtype, but no values and no memory, so 7B runs on any machine. LiveBytes adds up the tensors that

@@ -1,9 +1,10 @@
 """Advice for training on a CPU while other programs use it too.
 
 PyTorch splits each operation over a team of threads, one per core. The threads meet when the
-operation ends, and by default a thread that is early spins while it waits. If another program holds
-one core, one thread is always late, and all the others burn their cores waiting for it. So a single
-busy neighbour can cost far more than its share. docs/speed.md has the figures.
+operation ends. By default, a thread that has finished spins while it waits for the others. If
+another program holds one core, one thread is always late, and all the others burn their cores
+waiting for it. So a single busy neighbour can cost far more than its share. docs/speed.md has the
+figures.
 """
 
 import multiprocessing
