@@ -67,7 +67,7 @@ def flags(sqa, out, *more):
 
 @pytest.fixture(scope="session")
 def expected():
-    """The numbers that the authors' code computes from the golden files (README, "Tests")."""
+    """The numbers that the authors' code computes from the golden files (see docs/tests.md)."""
     return np.load(GOLDEN / "expected.npz")
 
 
