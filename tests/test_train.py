@@ -144,7 +144,7 @@ def test_samples_without_an_answer_left_are_counted_and_left_out(call, sqa, tmp_
     code, stdout, _ = call(train, *flags(sqa, tmp_path / "out", "--max-steps", 1))
     assert code == 0
     assert "23 samples, 12 with a picture" in stdout
-    assert "cut off entirely: 1" in stdout
+    assert "1 left out because their answer is cut off entirely" in stdout
 
 
 def test_a_new_run_keeps_what_an_older_one_left(call, sqa, trained):
