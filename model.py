@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 from adapters import Adapter, AdapterConfig, Projector
-from fast.ops import attend_in_groups, attention, cross_entropy, rotate
+from fast.ops import attend_in_groups, cross_entropy, rotate
 from router import route
 from vit import ViTConfig, VisionTransformer
 
@@ -79,9 +79,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     Without `lengths` every row is a sequence. With lengths (samples,), int64 on the CPU, a single
     row holds all samples, one after the other. Attention never crosses their boundaries.
     """
-    # fast.ops.attention is F.scaled_dot_product_attention, except in half precision on a CPU.
+    grouped = q.shape[1] != k.shape[1]      # LLaMA-2 70B: several query heads share a key head
     if lengths is None:
-        return attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=grouped)
     if torch.compiler.is_compiling():
         # torch.compile would unroll the loop and recompile for every number of samples.
         torch._dynamo.skip_frame("the loop over samples is not compiled")
@@ -91,7 +92,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     outputs = []
     samples = zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2))
     for q_i, k_i, v_i in samples:
-        outputs.append(attention(q_i, k_i, v_i, is_causal=True))
+        y_i = F.scaled_dot_product_attention(
+            q_i, k_i, v_i, is_causal=True, enable_gqa=grouped)
+        outputs.append(y_i)
     return torch.cat(outputs, dim=2)
 
 

@@ -84,6 +84,7 @@ def similar_lengths(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
+@torch.compiler.disable
 def attend_in_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                      lengths: list[int]) -> torch.Tensor:
     """The loop in model.attend, with one call for all samples of similar length.
