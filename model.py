@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 from adapters import Adapter, AdapterConfig, Projector
-from fast.ops import attend_in_groups, cross_entropy, rotate
+from fast.ops import attend_in_groups, cross_entropy, is_on_cpu, rotate
 from router import route
 from vit import ViTConfig, VisionTransformer
 
@@ -87,7 +87,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         # torch.compile would unroll the loop and recompile for every number of samples.
         torch._dynamo.skip_frame("the loop over samples is not compiled")
     sizes = lengths.tolist()
-    if q.device.type == "cpu":
+    if is_on_cpu(q):
         return attend_in_groups(q, k, v, sizes)     # the same as the loop, in fewer calls
     outputs = []
     samples = zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2))

@@ -32,7 +32,7 @@ from adapters import AdapterConfig
 from checkpoints import (
     allocate, begin_with, check_context, load_tokenizer, open_llama, read_clip, read_params)
 from extras import runs
-from fast.ops import LOGIT_ROWS
+from fast.ops import LOGIT_ROWS, acting_as_gpu
 from fast.quantize import quantize
 from fast.ranks import gradient_buffer
 from files import DTYPES, LavinError
@@ -303,7 +303,7 @@ def training_memory(shape: Shape, settings, batches: list[data.Batch],
         lavin.logit_rows = LOGIT_ROWS["cuda"]
         inputs = [with_features(batch, lavin.n_features) for batch in batches]
         live = LiveBytes(shape.llama.vocab_size, BLOCK)
-        with FakeTensorMode(allow_non_fake_inputs=True), live:
+        with FakeTensorMode(allow_non_fake_inputs=True), acting_as_gpu(), live:
             at_corners.append(steps_memory(lavin, settings, inputs, live, ways))
     return extrapolate(shape, at_corners)
 

@@ -9,6 +9,7 @@
     keep_freed_memory   a setting of the C library, for training on a CPU
 """
 
+import contextlib
 import ctypes
 import math
 
@@ -39,6 +40,27 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
     return turned.flatten(-2).type_as(x)
 
 
+_acts_as_gpu = False
+
+
+@contextlib.contextmanager
+def acting_as_gpu():
+    """In this `with`, tensors on the CPU take a GPU's way through attention.
+
+    extras/estimate.py computes the memory of a GPU on fake tensors, which are on the CPU.
+    """
+    global _acts_as_gpu
+    _acts_as_gpu = True
+    try:
+        yield
+    finally:
+        _acts_as_gpu = False
+
+
+def is_on_cpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and not _acts_as_gpu
+
+
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
               is_causal: bool = False) -> torch.Tensor:
     """F.scaled_dot_product_attention: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D).
@@ -50,7 +72,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     """
     grouped = q.shape[1] != k.shape[1]      # LLaMA-2 70B: several query heads share a key head
     is_half = q.dtype in (torch.bfloat16, torch.float16)
-    if q.device.type != "cpu" or not is_half or not q.requires_grad:
+    if not is_on_cpu(q) or not is_half or not q.requires_grad:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=is_causal, enable_gqa=grouped)
     if grouped:
