@@ -5,8 +5,9 @@ a dtype, but no values and no memory, so 7B runs on any machine. LiveBytes adds 
 would be alive, and its peak is the peak of the step. These tensors are on the CPU, not on a GPU.
 Where that matters:
 
-    attention       the CPU's fused kernel keeps the same tensors for backward as the GPU's flash
-                    kernel: the output, and one fp32 number for each head and token
+    attention       takes a GPU's way (fast.ops.acting_as_gpu). The CPU's fused kernel keeps the
+                    same tensors for backward as the GPU's flash kernel: the output, and one fp32
+                    number for each head and token
     the loss        computes as many rows of logits at a time as on a GPU (LaVIN.logit_rows)
     --compile       is not simulated; it would fuse operations and keep fewer tensors between them
     UNSEEN          is added for memory that belongs to no tensor

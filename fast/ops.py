@@ -58,6 +58,7 @@ def acting_as_gpu():
 
 
 def is_on_cpu(x: torch.Tensor) -> bool:
+    """Does x take the CPU's way through attention? Not inside acting_as_gpu."""
     return x.device.type == "cpu" and not _acts_as_gpu
 
 
@@ -81,7 +82,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     T = q.shape[2]
     mask = torch.zeros(T, T, dtype=q.dtype)
     if is_causal:
-        mask = torch.full_like(mask, -math.inf).triu(1)
+        mask = mask.fill_(-math.inf).triu(1)
     # The mask plus the scaled scores in one call, for all B·H heads.
     scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2),
                            alpha=q.shape[-1] ** -0.5)                   # (B H, T, T)
