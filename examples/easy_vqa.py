@@ -11,12 +11,12 @@ pictures for training, and 9,673 questions on about 1,000 pictures for testing.
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
+from extras.instructions import write_rows
 from extras.terminal import Parser, run
-from files import LavinError, write_atomically
+from files import LavinError
 
 SHAPES = ("circle", "rectangle", "triangle")
 
@@ -37,14 +37,12 @@ def write_split(folder: Path, split: str, questions: tuple, pictures: dict[int, 
     (folder / split).mkdir(parents=True, exist_ok=True)
     for number, path in pictures.items():
         shutil.copy(path, folder / split / f"{number}.png")
-    lines = []
+    rows = []
     for question, answer, number in zip(*questions):
-        row = {"prompt": question, "image": f"{split}/{number}.png", "answer": answer,
-               "kind": kind_of(answer)}
-        lines.append(json.dumps(row) + "\n")
-    text = "".join(lines)
-    write_atomically(folder / f"{split}.jsonl", lambda temporary: temporary.write_text(text))
-    print(f"written: {folder}/{split}.jsonl, {len(lines):,} questions about "
+        rows.append({"prompt": question, "image": f"{split}/{number}.png", "answer": answer,
+                     "kind": kind_of(answer)})
+    write_rows(folder / f"{split}.jsonl", rows)
+    print(f"written: {folder}/{split}.jsonl, {len(rows):,} questions about "
           f"{len(pictures):,} pictures")
 
 

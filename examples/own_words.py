@@ -8,17 +8,16 @@ they teach it nothing new. Mix them in with train.py's --weights.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
 import checkpoints
 from data import Sample
-from extras.instructions import instruction_prompt
+from extras.instructions import instruction_prompt, write_rows
 from extras.terminal import Parser, run
 from fast import engine
-from files import check_writable, write_atomically
+from files import check_writable
 from tiny import world
 
 QUESTIONS = [
@@ -74,8 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     check_writable(args.file, "FILE")
     rows = answer(args.llama)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(args.file, lambda path: path.write_text(text))
+    write_rows(args.file, rows)
     print(f"written: {args.file}, {len(rows)} rows")
 
 

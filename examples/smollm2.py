@@ -17,10 +17,10 @@ words, and --score choices takes the one that the model finds likeliest.
 
 import argparse
 import importlib.util
-import json
 import shutil
 from pathlib import Path
 
+from extras.instructions import write_rows
 from extras.terminal import Parser, run
 from files import LavinError, write_atomically
 
@@ -126,8 +126,7 @@ def main() -> None:
     write_atomically(folder / "smollm2.gguf", lambda path: shutil.copyfile(source, path))
     print(f"written: {folder}/smollm2.gguf, a copy of {source.name}")
     rows = question_rows()
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(folder / "general.jsonl", lambda path: path.write_text(text))
+    write_rows(folder / "general.jsonl", rows)
     print(f"written: {folder}/general.jsonl, {len(rows)} questions")
 
 

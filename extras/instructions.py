@@ -266,6 +266,12 @@ def look_at(path):
     data.open_picture(path).close()
 
 
+def write_rows(path: str | Path, rows: list[dict]) -> None:
+    """Write a file for `jsonl:`. LavinError if this fails."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
 def read_instructions(source: str, multi_turn: bool = False,
                       look: bool = False) -> tuple[list[Sample], list[BadRow]]:
     """Read a source of --data -> ([Sample], [BadRow]). Raises LavinError if there is no such file.
