@@ -107,7 +107,8 @@ def similar_lengths(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-@torch.compiler.disable
+# torch.compiler.disable would import the compiler at once: two seconds in every start.
+@torch._disable_dynamo
 def attend_in_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                      lengths: list[int]) -> torch.Tensor:
     """The loop in model.attend, with one call for all samples of similar length.

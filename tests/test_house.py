@@ -213,11 +213,16 @@ for name, module in sorted(sys.modules.items()):
     ours = file and Path(file).is_relative_to(Path.cwd())
     if ours and "site-packages" not in file:        # where README's .venv keeps the packages
         print(name)
+if "torch._dynamo" in sys.modules:                  # the compiler: two seconds to import
+    print("torch._dynamo")
 """
 
 
 def test_a_reader_of_the_model_needs_six_other_files():
-    """These are our modules that `import model` loads in a fresh process, besides package fast."""
+    """These are our modules that `import model` loads in a fresh process, besides package fast.
+
+    It does not load the compiler.
+    """
     result = subprocess.run([sys.executable, "-c", LOADED], cwd=ROOT, capture_output=True,
                             text=True, timeout=120)
     assert result.returncode == 0, result.stderr
