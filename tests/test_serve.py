@@ -28,9 +28,8 @@ METAL = {"question": "Name a metal."}
 
 
 @pytest.fixture
-def server(capsys):
+def server(capsys, lavin):
     """The golden model, served by a thread. The test fails if a thread of the server fails."""
-    lavin = checkpoints.load(LLAMA, VIT, ADAPTER)
     with serve.listen("127.0.0.1", 0, "tiny") as server:
         server.desk = serve.Desk(lavin, dict(HOW), compiled=False)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
