@@ -432,6 +432,7 @@ class Log:
         self.neighbours = Neighbours()
         self.bar = tqdm(total=n_steps, initial=first_step, unit="step", file=sys.stdout)
         self.began = time.perf_counter()
+        self.speed = None               # samples/s, a moving mean over about ten steps
 
     def __enter__(self):
         return self
@@ -471,6 +472,9 @@ class Log:
         now = time.perf_counter()
         speed = n_samples / (now - self.began)
         self.began = now
+        if self.speed is None:
+            self.speed = speed
+        self.speed += 0.1 * (speed - self.speed)
         line = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "samples_per_s": speed,
                 "grad_norm": norm if math.isfinite(norm) else None}
         self.write(line)
@@ -478,7 +482,8 @@ class Log:
         if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
             memory = f" {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
         self.bar.set_description(f"epoch {math.ceil(epoch)}/{self.epochs}", refresh=False)
-        self.bar.set_postfix_str(f"loss {loss:.3f} {speed:.1f} samples/s{memory}", refresh=False)
+        status = f"loss {loss:.3f} {self.speed:.1f} samples/s{memory}"
+        self.bar.set_postfix_str(status, refresh=False)
         with self.attempt():
             self.bar.update()
         advice = self.neighbours.advice()

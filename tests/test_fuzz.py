@@ -1,4 +1,4 @@
-"""Thousands of wrong inputs, made from descriptions of the right ones. Each ends cleanly.
+"""Wrong inputs by the hundred, made from descriptions of the right ones. Each ends cleanly.
 
     python tests/test_fuzz.py 20000 7          20000 cases, drawn from seed 7
 
