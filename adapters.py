@@ -6,6 +6,11 @@ The paper's Mixture-of-Modality Adapter (section 3.2) is a bottleneck without a 
 
 `down` maps C channels to r = 8. The two experts, up0 and up1, map these back to C. The router gives
 their weights, w0 + w1 = 1. s is a fixed scale, 1 in all released models.
+
+For a fixed w, the adapter is a linear map plus a bias. A single expert with the parameters of
+w0 up0 + w1 up1 would compute the same. So two experts can do more than one only because w varies.
+For the same reason fast/fold.py can merge an adapter into wq, wk and wv: each changes by a matrix
+of rank r.
 """
 
 from dataclasses import dataclass
@@ -25,7 +30,8 @@ class AdapterConfig:
     tau: float = 10.0           # temperature of the routers: 10 for 7B, 5 for 13B
     scale: float = 1.0          # s
     dropout: float = 0.1
-    experts: int = 2            # 1: a plain adapter without a router, an ablation
+    experts: int = 2            # 1: a plain adapter without a router, an ablation. 3 would also
+                                # need a wider Router, and names in checkpoints.official_table
 
 
 class Adapter(nn.Module):

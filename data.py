@@ -192,7 +192,10 @@ def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
 
 
 def answer_ends(tokenizer: Tokenizer) -> set[int]:
-    """The tokens that end an answer: EOS, and in some models from Hugging Face several others."""
+    """The tokens that end an answer: EOS, and in some models from Hugging Face several others.
+
+    extras/tokenizers.py lists those in `ends`. LaVIN.generate and fast/engine.py stop at any.
+    """
     return getattr(tokenizer, "ends", {tokenizer.eos_id()})
 
 
@@ -299,7 +302,10 @@ def cut(encoded: Encoded, n: int) -> Encoded:
 
 
 def with_pixels(encoded: Encoded, resolution: int) -> Encoded:
-    """The same sample with its picture decoded to (3, R, R). A LavinError names the sample."""
+    """The same sample with its picture decoded to (3, R, R). A LavinError names the sample.
+
+    In training, this error ends the run. In scoring, only the sample goes without an answer.
+    """
     if encoded.image is None or isinstance(encoded.image, torch.Tensor):
         return encoded
     try:
@@ -419,8 +425,11 @@ def in_order(n_samples: int, batch_size: int, n_ranks: int = 1) -> list[list[ran
 class Batches(Dataset):
     """Item i: the micro-batches of step i. plan(i) gives their samples, a list of index lists.
 
-    With n ranks, each rank gets every n-th micro-batch. All ranks must run the same number of
-    forward passes. So a rank that would get one fewer gets an idle batch, without an answer.
+    Tokens were made once, before training. Pictures are decoded here, each time their sample is
+    drawn, in a worker process if there is one.
+
+    With n ranks, rank k gets micro-batches k, k + n, k + 2n, …. All ranks must run the same number
+    of forward passes. So a rank that would get one fewer gets an idle batch, without an answer.
     """
 
     def __init__(self, encoded: list[Encoded], plan: Callable, resolution: int, rank=0, n_ranks=1):

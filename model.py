@@ -230,6 +230,10 @@ class LLaMA(nn.Module):
         w (L, B, T or 1, 2): the experts' weights in every layer, or None if adapters are folded in.
         positions (B, T): by default 0, 1, 2, …. lengths: as in `attend`.
         caches: for generation, one for each layer.
+
+        Frozen layers get no gradient, but the gradient passes back through all of them, to the
+        adapters of lower layers and to the projector. This needs each layer's activations. With
+        `checkpointing`, only a layer's input is kept, and backward computes the layer again.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
@@ -334,7 +338,10 @@ class LaVIN(nn.Module):
             return route(self.llama, self.modality_embedding)
 
     def embed(self, batch: data.Batch) -> torch.Tensor:
-        """Tokens and pictures -> (1, T, C). Pictures enter the sequence here and nowhere else."""
+        """Tokens and pictures -> (1, T, C). Pictures enter the sequence here and nowhere else.
+
+        A batch without pictures skips the ViT and the projector, so it gives them no gradient.
+        """
         x = self.llama.tok_embeddings(batch.tokens)                 # (T, C)
         if len(batch.pixels) > 0:
             features = self.projector(self.image_features(batch.pixels))        # (N, F, C)

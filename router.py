@@ -36,7 +36,8 @@ class Router(nn.Linear):
 class NoRouter(nn.Module):
     """Replaces the router if there is a single expert: (..., C) -> (..., 1), a weight of 1.
 
-    The adapter is then a plain one, as in the paper's ablations.
+    The adapter is then a plain one, as in the paper's ablations. (--no-routing is something else:
+    it keeps both experts and freezes their weights at one half.)
     """
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:

@@ -159,7 +159,7 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
     # Backward has two stages. The routing weights depend only on the modality, so they are the
     # same for all micro-batches. We compute them once and detach them. The micro-batches add up
     # their gradients in leaf.grad. One backward pass then continues from there, through the layers
-    # that the two modality tokens went through. This is just the chain rule.
+    # that the two modality tokens went through. Only this pass reaches LLaMA's routers.
     routed = lavin.route()                                          # (L, 2 modalities, 2 experts)
     leaf = routed.detach().requires_grad_()
     losses = []
@@ -176,7 +176,7 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
         check_finite("loss", loss, [batch])
     ranks.total(gradients)                                          # over all ranks, in place
     scaler.unscale_(optimizer)
-    norm = gradients.norm().item()
+    norm = gradients.norm().item()          # of the global batch, for any number of ranks
     # In fp16 an overflow is no error while the scale is at least 1: the scaler skips the step.
     fp16_can_recover = scaler.is_enabled() and scaler.get_scale() >= 1
     if not fp16_can_recover:

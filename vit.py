@@ -1,7 +1,8 @@
 """CLIP's image encoder with adapters. Parameters have the names of OpenAI's file (ViT-L-14.pt).
 
 The picture's features are the class token after every fourth block. ViT-L/14 has 24 blocks, 1024
-wide, so it gives 6 features. LaVIN does not use CLIP's `ln_post`, `proj` or text tower.
+wide, so it gives 6 features. The patches reach LLaMA only through the class token, which attends to
+all of them in every block. LaVIN does not use CLIP's `ln_post`, `proj` or text tower.
 Shapes: B pictures, T tokens (class token and patches), C width (called V in the other files).
 """
 
@@ -27,7 +28,11 @@ class ViTConfig:
 
     @property
     def n_features(self) -> int:
-        """The number of features per picture, each a token of LLaMA: 6 for ViT-L/14."""
+        """The number of features per picture, each a token of LLaMA: 6 for ViT-L/14.
+
+        To take them more often, change this and `forward`. No tensor changes its shape, so
+        released adapters would still load, but they were trained on other features.
+        """
         return self.layers // 4
 
 

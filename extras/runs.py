@@ -200,8 +200,8 @@ def check_data(settings, small_llama: str | Path) -> int:
 def freeze(lavin: nn.Module, settings) -> None:
     """The paper's ablations: frozen adapters stay the identity, frozen routers give ½ and ½.
 
-    Without pictures, the projector and the ViT's adapters are frozen too. They would get no
-    gradient, but weight decay would still change them.
+    Without pictures, the projector and the ViT's adapters are frozen too. Otherwise their gradient
+    would be zero, not None, and weight decay would still change them.
     """
     left_out = []
     if settings.adapters in ("llama", "none") or not settings.images:

@@ -1,7 +1,8 @@
 """Generation with a cache: prompts are read in one pass, then continued a token at a time.
 
 LaVIN.generate recomputes the whole sequence for every token. The engine generates the same tokens,
-but computes each only once: a cache keeps the keys and values of earlier tokens.
+but computes each only once: a cache keeps the keys and values of earlier tokens, the picture's
+features among them. The experts' weights of a new token are those of its prompt's modality.
 
 A row of the cache belongs to one prompt. Prompts are concatenated when they are read, so no work is
 spent on padding. Then every step adds one token to each row. When a row has ended, the next waiting
