@@ -8,7 +8,8 @@ The paper's Mixture-of-Modality Adapter (section 3.2) is a bottleneck without a 
 their weights, w0 + w1 = 1. s is a fixed scale, 1 in all released models.
 
 For a fixed w, the adapter is a linear map plus a bias. A single expert with the parameters of
-w0 up0 + w1 up1 would compute the same. So two experts can do more than one only because w varies.
+w0 up0 + w1 up1 would compute the same. There are two experts so that w, which varies with the
+modality, can make the adapter act differently on text and on pictures.
 For the same reason fast/fold.py can merge an adapter into wq, wk and wv: each changes by a matrix
 of rank r.
 """
@@ -89,7 +90,10 @@ class Adapter(nn.Module):
 
 
 class Projector(nn.Module):
-    """The ViT's features (width V) -> LLaMA's tokens: Linear(V -> 128), SiLU, Linear(128 -> C)."""
+    """The ViT's features (width V) -> LLaMA's tokens: Linear(V -> 128), SiLU, Linear(128 -> C).
+
+    With the biases these are 128 V + 128 + 128 C + C parameters: 659,584 for ViT-L/14 and 7B.
+    """
 
     def __init__(self, vit_width: int, projector_dim: int, width: int):
         super().__init__()
