@@ -30,7 +30,7 @@ class AdapterConfig:
     projector_dim: int = 128    # hidden size of the projector
     tau: float = 10.0           # temperature of the routers: 10 for 7B, 5 for 13B
     scale: float = 1.0          # s
-    dropout: float = 0.1
+    dropout: float = 0.1        # on h; there is no other dropout in the model
     experts: int = 2            # 1: a plain adapter without a router, an ablation. 3 would also
                                 # need a wider Router, and names in checkpoints.official_table
 
