@@ -147,8 +147,8 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
 
     The loss is the sum over all answer tokens of the global batch, divided by their number. So the
     split into micro-batches and ranks changes nothing but the dropout masks. (A mean of micro-batch
-    means, as in the authors' code, gives the tokens of a short answer more weight.) Every p.grad is a
-    view into one buffer, `gradients`: its sum over ranks and its norm take one call each. A norm
+    means, as in the authors' code, gives the tokens of a short answer more weight.) Every p.grad is
+    a view into one buffer, `gradients`: its sum over ranks and its norm take one call each. A norm
     above `clip` is scaled down to it. With several ranks, micro_batches and the returned loss are
     this rank's share. LavinError if the loss or the gradient is not finite.
     """
