@@ -40,6 +40,9 @@ class Adapter(nn.Module):
 
     The caller runs the router and passes w in. In the ViT the caller is the block. In LLaMA,
     `router.route` computes w for all layers first, and LLaMA.forward passes each block its own w.
+
+    C r + r parameters are in `down`, C r + 2 C in the experts, and 2 C + 2 in the router: 81,930
+    for each of 7B's 32 layers.
     """
 
     def __init__(self, width: int, config: AdapterConfig):

@@ -401,6 +401,7 @@ def official_table(lavin: LaVIN) -> dict[str, tuple]:
     is_convolution: in the authors' code, this is a convolution's kernel. Only this function knows
     both names. The authors call the down-projection conv_A, the experts' up-projections conv_B and
     conv_D, and the router expert_weights. (The projector's two layers are conv_A and conv_B too.)
+    A checkpoint holds the tensors of this table, and no others.
     """
     table = {"adapter_modality_embedding.weight": (lavin.modality_embedding, None, False)}
     for name, p in lavin.projector.named_parameters():
