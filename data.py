@@ -358,8 +358,8 @@ def mixed_seed(seed: int, n: int) -> int:
 def mixture(sizes: list[int], shares: list[float], generator: torch.Generator) -> list[int]:
     """The sample indices of one epoch over several concatenated data sets, each with its share.
 
-    If a data set is too small for its share, its samples are repeated. If it is too large, each
-    epoch draws a new random subset of it.
+    The epoch has as many samples as all data sets together. If a data set is too small for its
+    share, its samples are repeated. If it is too large, each epoch draws a new random subset of it.
     """
     indices = []
     start = 0           # where a data set begins in the concatenation
