@@ -10,8 +10,8 @@ their weights, w0 + w1 = 1. s is a fixed scale, 1 in all released models.
 For a fixed w, the adapter is a linear map plus a bias. A single expert with the parameters of
 w0 up0 + w1 up1 would compute the same. There are two experts so that w, which varies with the
 modality, can make the adapter act differently on text and on pictures.
-For the same reason fast/fold.py can merge an adapter into wq, wk and wv: each changes by a matrix
-of rank r.
+For one modality, fast/fold.py can therefore merge LLaMA's adapters into wq, wk and wv: each changes
+by a matrix of rank r. In the ViT every token has its own w, so its adapters cannot be merged.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,8 @@ class Adapter(nn.Module):
         self.down = nn.Linear(width, config.rank)
         self.dropout = nn.Dropout(config.dropout)
         # One tensor holds all E = 2 experts. Each is a 1×1 convolution with two groups: the first
-        # half of its outputs reads the first half of h, the second half reads the second.
+        # half of its outputs reads the first half of h, the second half reads the second. Released
+        # checkpoints call `down` conv_A, the first expert conv_B and the second conv_D.
         n = config.experts
         self.up = nn.Parameter(torch.empty(n, width, config.rank // 2))     # (E, C, r/2)
         self.up_bias = nn.Parameter(torch.empty(n, width))                  # (E, C)

@@ -51,8 +51,8 @@ def route(llama: nn.Module, modality_embedding: torch.Tensor) -> torch.Tensor:
 
     `modality_embedding` (2, C) holds the two tokens. They go through the blocks of model.py as two
     rows of one token each, so each attends only to itself. Training needs the gradient through this
-    whole pass: the router of a layer sends gradients to the modality embedding and to the adapters
-    of all earlier layers.
+    whole pass: a layer's routing weights depend on its router, the modality embedding, and the
+    adapters and routers of all earlier layers.
     """
     x = modality_embedding[:, None]                                 # (2, 1, C)
     rope = llama.rope(torch.zeros(1, device=x.device))              # position 0: no rotation
