@@ -340,7 +340,8 @@ class LaVIN(nn.Module):
     def embed(self, batch: data.Batch) -> torch.Tensor:
         """Tokens and pictures -> (1, T, C). Pictures enter the sequence here and nowhere else.
 
-        A batch without pictures skips the ViT and the projector, so it gives them no gradient.
+        A batch without pictures skips the ViT and the projector. It trains only LLaMA's adapters
+        and routers, and row 0 of the modality embedding.
         """
         x = self.llama.tok_embeddings(batch.tokens)                 # (T, C)
         if len(batch.pixels) > 0:

@@ -61,7 +61,7 @@ class Settings:
     images: bool = True                 # False: no pictures, an ablation
     multi_turn: bool = False            # one sample per conversation, not per answer
     skip_bad: bool = False              # leave out rows that cannot be used
-    val_fraction: float = 0.0           # held out from each source
+    val_fraction: float = 0.0           # held out from each source, scored after each epoch
     max_seq_len: int = 512
     # The training
     epochs: int | None = None           # None: 20, or 15 without ScienceQA

@@ -22,7 +22,9 @@ from tiny import world
 
 QUESTIONS = [
     "Tell me about {}.", "What do people use {} for?", "Where do you find {}?",
-    "Write a sentence about {}."]
+    "Write a sentence about {}.", "Why do people like {}?", "What does {} look like?",
+    "Describe {} to a child.", "Tell a short story about {}.", "Name three facts about {}.",
+    "What would happen without {}?", "How has {} changed over time?", "What do you think of {}?"]
 THINGS = """
     water, bread, salt, sugar, rice, coffee, tea, honey, paper, glass, iron, gold, wood, stone,
     wool, cotton, leather, soap, paint, oil, coal, wind, rain, snow, fire, the sun, the moon, the
