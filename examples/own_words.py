@@ -47,13 +47,21 @@ def questions() -> list[str]:
 
 
 def whole_sentences(text: str) -> str:
-    """The text up to its last full stop, or all of it if there is none."""
-    before, stop, _ = text.rpartition(".")
-    return before + stop if stop else text
+    """The text up to its last full stop, or up to a line that it repeats. "" without a full stop.
+
+    Small models often end up saying the same line again and again.
+    """
+    lines = []
+    for line in text.splitlines():
+        if line.strip() in lines:
+            break
+        lines.append(line.strip())
+    before, stop, _ = "\n".join(lines).rpartition(".")
+    return before + stop
 
 
 def answer(llama: Path) -> list[dict]:
-    """Ask the model all questions. A question that it leaves unanswered gets no row."""
+    """Ask the model all questions. An answer without a whole sentence gets no row."""
     lavin = checkpoints.load(llama, world.PATHS["vit"], dtype=torch.bfloat16)
     asked = questions()
     samples = [Sample(instruction_prompt(question, has_picture=False)) for question in asked]

@@ -27,7 +27,8 @@ def test_rows_to_train_on(call, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("It is red. It is", "It is red."), ("It is red", "It is red"), ("", "")])
+    ("It is red. It is", "It is red."), ("It is red", ""), ("", ""),
+    ("It is red. \nIt is red.\nIt", "It is red."), ("It is:\nIt is:\nred.", "")])
 def test_an_answer_ends_with_a_sentence(text, expected):
     assert own_words.whole_sentences(text) == expected
 
