@@ -9,9 +9,9 @@ their weights, w0 + w1 = 1. s is a fixed scale, 1 in all released models.
 
 For a fixed w, the adapter is a linear map plus a bias. A single expert with the parameters of
 w0 up0 + w1 up1 would compute the same. There are two experts so that w, which varies with the
-modality, can make the adapter act differently on text and on pictures.
-For one modality, fast/fold.py can therefore merge LLaMA's adapters into wq, wk and wv: each changes
-by a matrix of rank r. In the ViT every token has its own w, so its adapters cannot be merged.
+modality, can make the adapter act differently on text and on pictures. For one modality,
+fast/fold.py can merge LLaMA's adapters into wq, wk and wv: each changes by a matrix of rank r. In
+the ViT every token has its own w, so its adapters cannot be merged.
 """
 
 from dataclasses import dataclass

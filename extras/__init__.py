@@ -7,7 +7,7 @@ Files that are read
     torchscript     OpenAI's CLIP, an archive of code and tensors, read as data
     scienceqa       ScienceQA: load_sqa gives its problems as samples
     instructions    rows of JSON lines, Alpaca, LLaVA: samples_of_row. instruction_prompt writes
-                    "Instruction: … \\nResponse:"
+                    the prompt
     benchmarks      MME; captions for COCO's evaluation
 
 A training run
