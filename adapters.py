@@ -63,7 +63,7 @@ class Adapter(nn.Module):
         """Both experts start at zero, so a fresh adapter is the identity.
 
         While the experts are zero, only they and the projector get a gradient. `down`, the router
-        and the modality tokens get one once the experts have changed.
+        and the modality tokens follow once the experts have changed.
         """
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)
@@ -79,7 +79,7 @@ class Adapter(nn.Module):
         return torch.add(y, mixed.type_as(y), alpha=self.scale)     # y + s · mixed, in one pass
 
     def mixed(self, h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """w0 up0(h) + w1 up1(h), written as the paper does: h (B, T, r) -> (B, T, C)."""
+        """w0 up0(h) + w1 up1(h), as the paper writes it: h (B, T, r) -> (B, T, C)."""
         total = 0
         for e in range(len(self.up)):
             total = total + w[..., e:e + 1] * self.expert(e, h)     # w_e: (B, T or 1, 1)
@@ -96,7 +96,7 @@ class Adapter(nn.Module):
 class Projector(nn.Module):
     """The ViT's features (width V) -> LLaMA's tokens: Linear(V -> 128), SiLU, Linear(128 -> C).
 
-    With the biases these are 128 V + 128 + 128 C + C parameters: 659,584 for ViT-L/14 and 7B.
+    It has 128 V + 128 + 128 C + C parameters: 659,584 for ViT-L/14 and 7B.
     """
 
     def __init__(self, vit_width: int, projector_dim: int, width: int):

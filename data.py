@@ -184,8 +184,8 @@ def load_tokenizer(llama: str | Path) -> SentencePieceProcessor:
 def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
     """The text of generated tokens.
 
-    Some models have more rows in `output` than their tokenizer has tokens. Such a token is no text,
-    and sentencepiece would raise IndexError.
+    Some models have more rows in `output` than their tokenizer has tokens. The tokens of these
+    rows have no text, and sentencepiece would raise IndexError.
     """
     n_tokens = tokenizer.vocab_size()
     return tokenizer.decode([token for token in tokens if token < n_tokens])
@@ -194,7 +194,8 @@ def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
 def answer_ends(tokenizer: Tokenizer) -> set[int]:
     """The tokens that end an answer: EOS, and in some models from Hugging Face several others.
 
-    extras/tokenizers.py lists those in `ends`. LaVIN.generate and fast/engine.py stop at any.
+    Our own tokenizers (extras/tokenizers.py) have them all in `ends`. LaVIN.generate and
+    fast/engine.py stop at each of them.
     """
     return getattr(tokenizer, "ends", {tokenizer.eos_id()})
 
@@ -304,7 +305,7 @@ def cut(encoded: Encoded, n: int) -> Encoded:
 def with_pixels(encoded: Encoded, resolution: int) -> Encoded:
     """The same sample with its picture decoded to (3, R, R). A LavinError names the sample.
 
-    In training, this error ends the run. In scoring, only the sample goes without an answer.
+    In training, this error ends the run. In scoring, only this sample gets no answer.
     """
     if encoded.image is None or isinstance(encoded.image, torch.Tensor):
         return encoded
@@ -387,7 +388,7 @@ def global_batch(step: int, lengths: list[int], batch_size: int, micro_batch: in
     an epoch may be smaller.
 
     The samples are dealt like cards, longest first, with every other round in reverse. So all
-    micro-batches have about as many tokens, which keeps the peak memory low.
+    micro-batches are about equally long, which keeps the peak memory low.
     """
     steps_per_epoch = math.ceil(len(lengths) / batch_size)
     epoch = step // steps_per_epoch

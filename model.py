@@ -64,8 +64,8 @@ def rope_angles(positions: torch.Tensor,
 
     positions (..., T), frequencies (D/2,) -> cosines and sines (..., T, 1, D/2), fp32.
 
-    `rotate` does this to queries and keys, so their dot product depends only on the distance
-    between them. Therefore a sequence without its modality token may still start at position 0.
+    `rotate` does this to queries and keys, so positions enter their dot product only as a
+    distance. Therefore a sequence without its modality token may still start at position 0.
     """
     angles = positions[..., None].float() * frequencies             # (..., T, D/2)
     angles = angles.unsqueeze(-2)                                   # one for all heads
@@ -160,7 +160,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, w: torch.Tensor | None, rope: tuple,
                 lengths: torch.Tensor | None = None,
                 cache: object | None = None) -> torch.Tensor:
-        """x (B, T, C); w (B, T or 1, 2): the experts' weights, None if folded -> (B, T, C)."""
+        """x (B, T, C); w (B, T or 1, E): the experts' weights, None if folded -> (B, T, C)."""
         # fast/fold.py merges an adapter into wq, wk and wv. The module that replaces it ignores w.
         adapted = self.adapter(self.attention_norm(x), w)
         x = x + self.attention(adapted, rope, lengths, cache)
@@ -227,7 +227,7 @@ class LLaMA(nn.Module):
                 caches: list | None = None) -> torch.Tensor:
         """Embeddings x (B, T, C) -> the last hidden state (B, T, C), normalized, for `output`.
 
-        w (L, B, T or 1, 2): the experts' weights in every layer, or None if adapters are folded in.
+        w (L, B, T or 1, E): the experts' weights in every layer, or None if adapters are folded in.
         positions (B, T): by default 0, 1, 2, …. lengths: as in `attend`.
         caches: for generation, one for each layer.
 
@@ -267,11 +267,11 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor
 
 class LaVIN(nn.Module):
     """LLaMA and CLIP's ViT, both frozen, and the trained parts that join them: adapters with their
-    routers, the projector and the modality embedding. checkpoints.load() makes one from files.
+    routers, the projector and the modality embedding. checkpoints.load() reads it from files.
 
     All frozen weights have one dtype; the trained ones are fp32. Autocast casts the inputs of every
     matrix product to the frozen dtype. forward, logits, generate, route and image_features turn
-    autocast on; callers of embed, expert_weights and last_hidden_state must turn it on themselves.
+    autocast on; callers of embed and last_hidden_state must turn it on themselves.
     """
 
     def __init__(self, llama_config: LLaMAConfig, vit_config: ViTConfig,
@@ -333,7 +333,7 @@ class LaVIN(nn.Module):
             return self.vit(pixels.to(self.vit.conv1.weight.dtype))
 
     def route(self) -> torch.Tensor:
-        """(L, 2 modalities, 2 experts): the weights of each layer's experts, by modality."""
+        """(L, 2 modalities, E experts): the weights of each layer's experts, by modality."""
         with self.autocast():
             return route(self.llama, self.modality_embedding)
 
@@ -351,7 +351,7 @@ class LaVIN(nn.Module):
 
     def expert_weights(self, batch: data.Batch,
                        routed: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The experts' weights for every token, (L, 1, T, 2), or None if adapters are folded in.
+        """The experts' weights for every token, (L, 1, T, E), or None if adapters are folded in.
 
         routed: the result of route(), if the caller has it already.
         """
@@ -364,9 +364,9 @@ class LaVIN(nn.Module):
             return None
         if routed is None:
             routed = self.route()
-        text, picture = routed.split(1, dim=1)                      # (L, 1, 2) each
+        text, picture = routed.split(1, dim=1)                      # (L, 1, E) each
         # Like routed[:, batch.modality], but backward through that indexing is slow.
-        w = torch.where(batch.modality[:, None] == 0, text, picture)        # (L, T, 2)
+        w = torch.where(batch.modality[:, None] == 0, text, picture)        # (L, T, E)
         return w[:, None]
 
     def last_hidden_state(self, batch: data.Batch,

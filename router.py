@@ -1,4 +1,4 @@
-"""The router: it turns the modality token into the weights of the two experts in each adapter.
+"""The router: it computes the weights of the two experts in each adapter.
 
 The paper's routing (section 3.2): w = softmax((y W + b) / τ), where y is the modality token's
 normalized hidden state at the layer. The token is one of two learned embeddings: "text only" or

@@ -8,9 +8,9 @@ builds the model, does the dry run and reads the command line.
 
 Mixed precision: frozen weights, matrix products and activations are in --dtype. Trained weights,
 their gradients, AdamW's moments, the routing weights and the loss are fp32. Only fp16 needs a
-GradScaler. A step's randomness depends only on the settings and the step's number: its samples
-come from (seed, epoch), its dropout from (seed, step). So a resumed run computes what an
-uninterrupted run would have computed.
+GradScaler. A step's randomness depends only on the settings, the step's number and the rank: its
+samples come from (seed, epoch), its dropout from (seed, step, rank). So a resumed run computes what
+an uninterrupted run would have computed.
 """
 
 import dataclasses
@@ -96,7 +96,7 @@ class Settings:
     compile: bool | None = None         # None: only on a GPU
     checkpointing: bool = False
     fsdp: bool = False
-    workers: int | None = None          # processes that decode pictures; None: half the cores
+    workers: int | None = None          # that decode pictures; None: half the cores, at most 8
     resume: bool = False
     check: bool = False
     dry_run: bool = False
@@ -145,9 +145,9 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
                micro_batches: list[data.Batch], clip: float | None = None) -> tuple[float, float]:
     """One optimizer step on one global batch -> (its loss, the norm of its gradient).
 
-    The loss is the sum over all answer tokens of the global batch, divided by their number. So the
-    split into micro-batches and ranks changes nothing but the dropout masks. (A mean of micro-batch
-    means, as in the authors' code, gives the tokens of a short answer more weight.) Every p.grad is
+    The loss is the mean over all answer tokens of the global batch. So the split into micro-batches
+    and ranks changes nothing but the dropout masks. (In the mean of micro-batch means of the
+    authors' code, a token weighs more if its micro-batch has few of them.) Every p.grad is
     a view into one buffer, `gradients`: its sum over ranks and its norm take one call each. A norm
     above `clip` is scaled down to it. With several ranks, micro_batches and the returned loss are
     this rank's share. LavinError if the loss or the gradient is not finite.
@@ -160,7 +160,7 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
     # same for all micro-batches. We compute them once and detach them. The micro-batches add up
     # their gradients in leaf.grad. One backward pass then continues from there, through the layers
     # that the two modality tokens went through. Only this pass reaches LLaMA's routers.
-    routed = lavin.route()                                          # (L, 2 modalities, 2 experts)
+    routed = lavin.route()                                          # (L, 2 modalities, E experts)
     leaf = routed.detach().requires_grad_()
     losses = []
     for batch in micro_batches:
@@ -168,7 +168,7 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
         loss = lavin(batch.to(lavin.device), leaf) * share
         scaler.scale(loss).backward()
         losses.append(loss.detach())
-    if routed.requires_grad:                                        # not with --adapters none
+    if routed.requires_grad:                                        # not without routers
         routed.backward(leaf.grad)
 
     losses = torch.stack(losses).tolist()                           # waits for the GPU

@@ -14,7 +14,7 @@ A training run
     flags, values   every flag; the type and range of each value
     runs            the data (read_sources, hold_out), ablations (freeze), signals, log, loss.png
     resume          --resume. FIXED: the settings that may not change
-    estimate        --dry-run --device cuda: memory and time, computed on a machine without a GPU
+    estimate        --dry-run --device cuda: memory and work, computed on a machine without a GPU
     board           --tensorboard
     neighbours      advice for training on a busy CPU
 
@@ -26,6 +26,6 @@ Answers and scores
     chat, serve     a conversation in the terminal, or on a web page
 
 What is printed
-    terminal        `run`: an error of the user ends in one line, a LavinError of files.py
+    terminal        `run`: a user's error (LavinError, files.py) ends in one line
     plot            charts as PNG files
 """
