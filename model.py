@@ -4,8 +4,9 @@ Read it from top to bottom: norm, RoPE, attention, feed-forward, block, LLaMA, L
 Modules are named as in Meta's checkpoints, so a parameter has the same name here and in the file.
 
 Shapes: B rows, T tokens, C width, H heads, K key/value heads, D width of a head, L layers;
-N pictures of R × R pixels, F features of V channels each. A training batch has no padding: its
-samples are concatenated into one row. So B is 1 in the layers, and T counts all samples' tokens.
+N pictures of R × R pixels, F features of V channels each; E experts, 2. A training batch has no
+padding: its samples are concatenated into one row. So B is 1 in the layers, and T counts all
+samples' tokens.
 """
 
 import math
