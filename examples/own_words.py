@@ -22,9 +22,7 @@ from tiny import world
 
 QUESTIONS = [
     "Tell me about {}.", "What do people use {} for?", "Where do you find {}?",
-    "Write a sentence about {}.", "Why do people like {}?", "What does {} look like?",
-    "Describe {} to a child.", "Tell a short story about {}.", "Name three facts about {}.",
-    "What would happen without {}?", "How has {} changed over time?", "What do you think of {}?"]
+    "Write a sentence about {}."]
 THINGS = """
     water, bread, salt, sugar, rice, coffee, tea, honey, paper, glass, iron, gold, wood, stone,
     wool, cotton, leather, soap, paint, oil, coal, wind, rain, snow, fire, the sun, the moon, the
@@ -47,21 +45,13 @@ def questions() -> list[str]:
 
 
 def whole_sentences(text: str) -> str:
-    """The text up to its last full stop, or up to a line that it repeats. "" without a full stop.
-
-    Small models often end up saying the same line again and again.
-    """
-    lines = []
-    for line in text.splitlines():
-        if line.strip() in lines:
-            break
-        lines.append(line.strip())
-    before, stop, _ = "\n".join(lines).rpartition(".")
-    return before + stop
+    """The text up to its last full stop, or all of it if there is none."""
+    before, stop, _ = text.rpartition(".")
+    return before + stop if stop else text
 
 
 def answer(llama: Path) -> list[dict]:
-    """Ask the model all questions. An answer without a whole sentence gets no row."""
+    """Ask the model all questions. A question that it leaves unanswered gets no row."""
     lavin = checkpoints.load(llama, world.PATHS["vit"], dtype=torch.bfloat16)
     asked = questions()
     samples = [Sample(instruction_prompt(question, has_picture=False)) for question in asked]
