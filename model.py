@@ -277,7 +277,7 @@ class LaVIN(nn.Module):
 
     def __init__(self, llama_config: LLaMAConfig, vit_config: ViTConfig,
                  adapter_config: AdapterConfig, tokenizer: data.Tokenizer, max_seq_len: int):
-        """max_seq_len: context length, including the modality token. Weights stay uninitialized."""
+        """max_seq_len: context length, including the modality token. Frozen weights stay empty."""
         super().__init__()
         self.adapter_config = adapter_config
         self.tokenizer = tokenizer
