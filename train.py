@@ -146,11 +146,11 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
     """One optimizer step on one global batch -> (its loss, the norm of its gradient).
 
     The loss is the mean over all answer tokens of the global batch. So the split into micro-batches
-    and ranks changes nothing but the dropout masks. (The authors average micro-batch means,
-    so a token weighs more if its micro-batch has few answer tokens.) Every p.grad is
-    a view into one buffer, `gradients`: its sum over ranks and its norm take one call each. A norm
-    above `clip` is scaled down to it. With several ranks, micro_batches and the returned loss are
-    this rank's share. LavinError if the loss or the gradient is not finite.
+    and ranks changes nothing but the dropout masks. (The authors average micro-batch means, so a
+    token weighs more if its micro-batch has few answer tokens.) Every p.grad is a view into one
+    buffer, `gradients`: its sum over ranks and its norm take one call each. A norm above `clip` is
+    scaled down to it. With several ranks, micro_batches and the returned loss are this rank's
+    share. LavinError if the loss or the gradient is not finite.
     """
     n_answer = sum(batch.n_answer for batch in micro_batches)       # of this rank, then of all
     n_answer = ranks.total(torch.tensor(float(n_answer), device=lavin.device))

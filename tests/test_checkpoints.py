@@ -203,9 +203,10 @@ def test_the_rope_frequencies_that_metas_files_carry_are_ignored(tmp_path, lavin
     assert torch.equal(loaded.llama.output.weight, lavin.llama.output.weight)
 
 
-def test_peak_memory_of_loading():
-    """It is the model in bf16, one tensor of each shard, and 6 MB for modules and kernels."""
-    measured = peak_memory.measure("bf16")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_peak_memory_of_loading(dtype):
+    """It is the model in its dtype, one tensor of each shard, and 6 MB for modules and kernels."""
+    measured = peak_memory.measure(dtype)
     taken = measured["after"] - measured["before"]
     assert taken < measured["model"] + measured["one tensor of each shard"] + 6, measured
 

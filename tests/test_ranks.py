@@ -32,14 +32,14 @@ BARS = ("answering:", "choosing:")          # how a line of a progress bar begin
 
 
 def flags(sqa, out, *more):
-    """Three steps of ten samples, three in a micro-batch.
+    """Six steps of ten samples, three in a micro-batch.
 
     So the ranks get different numbers of answer tokens and of pictures. At the end of an epoch,
     they also get different numbers of micro-batches.
     """
     flags = [
         "--data", "sqa", "--data-root", sqa, "--llama", LLAMA, "--vit", VIT, "--out", out,
-        "--batch-size", 10, "--micro-batch", 3, "--epochs", 1, "--lr", 1e-3, "--dropout", 0,
+        "--batch-size", 10, "--micro-batch", 3, "--epochs", 2, "--lr", 1e-3, "--dropout", 0,
         "--max-seq-len", 160, "--workers", 0, "--eval-limit", 0, "--device", "cpu", *more]
     return [str(flag) for flag in flags]
 
@@ -63,7 +63,7 @@ def read_run(out):
 def assert_equal_runs(out, other_out):
     losses, weights = read_run(out)
     other_losses, other_weights = read_run(other_out)
-    assert len(losses) == len(other_losses) == 3
+    assert len(losses) == len(other_losses) == 6
     assert difference(losses, other_losses) < 1e-5
     assert weights.keys() == other_weights.keys()
     for name, weight in weights.items():
@@ -84,12 +84,12 @@ def test_two_and_four_ranks_do_what_one_does(sqa, tmp_path, call):
         2,
         ["train", *flags(sqa, two)],
         ["train", *flags(sqa, two_fsdp, "--fsdp")],
-        ["train", *flags(sqa, changed, "--max-steps", 1)]]
+        ["train", *flags(sqa, changed, "--max-steps", 2)]]
     on_four = [
         4,
         ["train", *flags(sqa, four)],
         ["train", *flags(sqa, four_fsdp, "--fsdp", "--checkpointing")],
-        ["train", *flags(sqa, changed, "--resume", "--max-steps", 2, "--fsdp")]]
+        ["train", *flags(sqa, changed, "--resume", "--max-steps", 4, "--fsdp")]]
     result = start(__file__, json.dumps(on_two), json.dumps(on_four))
     assert result.returncode == 0, result.stderr
     for count in (2, 4):                        # once per run, as only rank 0 prints
@@ -151,7 +151,7 @@ def test_ranks_score_val_as_one_does(sqa, tmp_path, call):
     alone = tmp_path / "alone"
     two = tmp_path / "two"
     two_fsdp = tmp_path / "two-fsdp"
-    short = ("--eval-limit", 7, "--lr", 0.01)
+    short = ("--epochs", 1, "--eval-limit", 7, "--lr", 0.01)
     code, stdout, _ = call(train, *flags(sqa, alone, *short))
     assert code == 0
     on_two = [

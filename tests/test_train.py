@@ -222,7 +222,7 @@ def test_compiled_blocks_train_the_same(call, sqa, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", compile_without_cpp)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()        # from other tests
-    run = ("--max-steps", 4, "--batch-size", 7, "--dropout", 0)
+    run = ("--max-steps", 8, "--batch-size", 7, "--dropout", 0)
     code, stdout, _ = call(train, *flags(sqa, tmp_path / "compiled", *run, "--compile"))
     assert code == 0
     # There is one graph for the ViT's block and two for LLaMA's, up to its attention and after it.
@@ -272,7 +272,8 @@ def test_a_run_in_two_parts_is_the_unbroken_run(call, trained, cut):
     assert_same_run(whole, parts)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=["SIGKILL", "Ctrl-C", "SIGTERM"])
 def test_a_killed_run_resumes_as_if_nothing_had_happened(call, sqa, tmp_path, number):
     """The run is killed in the middle of an epoch, with a worker.
 
