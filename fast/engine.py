@@ -14,7 +14,6 @@ Shapes: n rows in use, S positions in each; H heads, K key/value heads, D their 
 C the model's width, T tokens of all prompts that are read together.
 """
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +27,8 @@ import data
 from fast import ranks
 from fast.ops import is_one_token, one_token_product
 from model import LaVIN, pick
+
+LAYERS_PER_GRAPH = 8        # at most; see in_groups
 
 # The cache of one layer in the two kinds of pass. model.Attention calls its attend(q, k, v)
 
@@ -96,8 +97,9 @@ class StepCache:
         k = k[:, :, None].float()                                       # (n, K, 1, S, D)
         v = v[:, :, None].float()
         scores = (q * k).sum(-1) / q.shape[-1] ** 0.5                   # (n, K, H/K, S)
-        p = scores.masked_fill(~self.mask, -torch.inf).softmax(-1)
-        y = (p[..., None] * v).sum(-2)                                  # (n, K, H/K, D)
+        scores = scores.masked_fill(~self.mask, -torch.inf)
+        p = (scores - scores.amax(-1, keepdim=True)).exp()
+        y = (p[..., None] * v).sum(-2) / p.sum(-1, keepdim=True)        # (n, K, H/K, D)
         return y.flatten(1, 2)[:, :, None]                              # (n, H, 1, D)
 
 
@@ -121,8 +123,8 @@ class OneTokenLinear(nn.Module):
         return y
 
 
-def compile_steps(llama: nn.Module) -> None:
-    """Turn a LLaMA's linear layers into OneTokenLinear, and compile its blocks and `output`."""
+def prepare_linears(llama: nn.Module) -> None:
+    """Turn a LLaMA's linear layers into OneTokenLinear."""
     holders = [llama]
     for block in llama.layers:
         holders += [block.attention, block.feed_forward]
@@ -130,8 +132,30 @@ def compile_steps(llama: nn.Module) -> None:
         for name, child in list(holder.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(holder, name, OneTokenLinear(child))
-    for module in [*llama.layers, llama.output]:
-        module.compile()
+
+
+def in_groups(n_layers: int) -> list[slice]:
+    """The layers in groups of equal size, as a compiled step takes them.
+
+    To call a compiled function costs 0.2 ms on a CPU, as much as a small layer's work. But to
+    compile many layers at once takes minutes. All groups share the code of the first.
+    """
+    size = max(n for n in range(1, LAYERS_PER_GRAPH + 1) if n_layers % n == 0)
+    return [slice(first, first + size) for first in range(0, n_layers, size)]
+
+
+def run_layers(llama: nn.Module, layers: nn.ModuleList, x, w, positions, caches):
+    """A group of LLaMA's layers, as in LLaMA.forward: x (n, 1, C) -> (n, 1, C)."""
+    rope = llama.rope(positions[:, None])
+    for i, layer in enumerate(layers):
+        w_i = None if w is None else w[i]
+        x = layer(x, w_i, rope, cache=caches[i])
+    return x
+
+
+def read_out(llama: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The last layer's x (n, 1, C) -> logits (n, vocabulary), fp32."""
+    return llama.output(llama.norm(x))[:, 0].float()
 
 
 # The engine
@@ -153,7 +177,8 @@ class Engine:
         self.compiled = compiled
         self.lengths = []       # tokens in each row in use
         self.graphs = {}        # CUDA graphs, by the number of rows
-        shape = (rows, llama.config.n_kv_heads, max_tokens, llama.config.head_dim)
+        # One position more than is used: the compiler has a special case for a slice of all.
+        shape = (rows, llama.config.n_kv_heads, max_tokens + 1, llama.config.head_dim)
         dtype = llama.norm.weight.dtype
         self.keys = [torch.zeros(shape, device=lavin.device, dtype=dtype) for _ in llama.layers]
         self.values = [torch.zeros(shape, device=lavin.device, dtype=dtype) for _ in llama.layers]
@@ -165,8 +190,13 @@ class Engine:
                 self.routed = lavin.route()
             n_layers, _, n_experts = self.routed.shape
             self.w = torch.zeros(n_layers, rows, 1, n_experts, device=lavin.device)
+        self.groups = in_groups(len(llama.layers))
+        self.run_layers = run_layers
+        self.read_out = read_out
         if compiled:
-            compile_steps(llama)
+            prepare_linears(llama)
+            self.run_layers = torch.compile(run_layers)
+            self.read_out = torch.compile(read_out)
 
     @torch.inference_mode()
     def prefill(self, batch: data.Batch) -> torch.Tensor:
@@ -219,10 +249,7 @@ class Engine:
         """
         positions = torch.cat([torch.arange(start, start + length) for _, start, length in spans])
         caches = [PromptCache(keys, values, spans) for keys, values in zip(self.keys, self.values)]
-        eager = contextlib.nullcontext()
-        if self.compiled:
-            eager = torch.compiler.set_stance("force_eager")
-        with self.lavin.autocast(), eager:
+        with self.lavin.autocast():
             x = self.lavin.llama(x, w, positions.to(x.device), caches=caches)
             return self.lavin.llama.output(x[0, wanted]).float()
 
@@ -249,12 +276,20 @@ class Engine:
         mask = seen <= positions[:, None, None, None]                   # (n, 1, 1, S)
         caches = [StepCache(keys, values, rows, positions, mask)
                   for keys, values in zip(self.keys, self.values)]
+        llama = self.lavin.llama
         with self.lavin.autocast():
-            x = self.lavin.llama.tok_embeddings(ids[:, None])           # (n, 1, C)
+            x = llama.tok_embeddings(ids[:, None])                      # (n, 1, C)
             if self.compiled and n == 1:
                 x = x.float()           # one_token_product computes in fp32: avoid rounding
-            x = self.lavin.llama(x, w, positions[:, None], caches=caches)
-            return self.lavin.llama.output(x)[:, 0].float()
+            if self.compiled:
+                # One graph for every S, and one for every n above 1.
+                for tensor, dim in ((mask, 3), (mask, 0), (rows, 0), (positions, 0), (x, 0)):
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+            for group in self.groups:
+                w_group = None if w is None else w[group]
+                x = self.run_layers(
+                    llama, llama.layers[group], x, w_group, positions, caches[group])
+            return self.read_out(llama, x)
 
     def replay_step(self, ids, positions):
         """one_step as a CUDA graph, with the number of rows rounded up to a power of two.

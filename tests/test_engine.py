@@ -12,7 +12,7 @@ import checkpoints
 import data
 from conftest import ADAPTER, LLAMA, VIT, difference, relative_error
 from fast import engine
-from fast.engine import Engine, PromptCache, StepCache, continue_prompts
+from fast.engine import Engine, PromptCache, StepCache, continue_prompts, in_groups
 from fast.fold import fold
 
 # Seven prompts of five lengths
@@ -341,12 +341,12 @@ def test_steps_that_are_captured_and_replayed(lavin, fake_cuda):
 
 @pytest.fixture
 def compiler_without_code(monkeypatch):
-    """Module.compile without the compiler's last part.
+    """torch.compile without the compiler's last part.
 
     That part writes C++, which takes half a minute. bench/speed.py runs it.
     """
-    without_code = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
-    monkeypatch.setattr(torch.nn.Module, "compile", without_code)
+    without_code = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", without_code)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
@@ -370,23 +370,25 @@ def test_compiled_steps_are_eager_steps(bits, rows, compiler_without_code):
         assert relative_error(compiled.step(ids), eager.step(ids)) < 2e-2
 
 
-@pytest.mark.parametrize("bits", [16, 8])
-def test_compiled_steps_share_a_few_graphs(bits, compiler_without_code):
-    """There is one graph for the blocks and one for `output`, for all layers and positions.
+@pytest.mark.parametrize("n_layers, size", [(32, 8), (30, 6), (40, 8), (5, 5), (11, 1), (1, 1)])
+def test_groups_of_layers_are_equally_large(n_layers, size):
+    layers = list(range(n_layers))
+    groups = [layers[group] for group in in_groups(n_layers)]
+    assert [len(group) for group in groups] == [size] * (n_layers // size)
+    assert sum(groups, []) == layers
 
-    Up to 64 positions there is one shape. After that, the block is compiled once more, for any
-    number of positions.
-    """
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_compiled_steps_share_two_graphs(bits, compiler_without_code, monkeypatch):
+    """There is one graph for all groups of layers and one for `output`, for any position."""
+    monkeypatch.setattr(engine, "LAYERS_PER_GRAPH", 2)
     lavin = checkpoints.load(LLAMA, VIT, ADAPTER, bits=bits, dtype=torch.bfloat16)
-    assert len(lavin.llama.layers) == 4
     compiled = Engine(fold(lavin, 0), 1, 256, compiled=True)
+    assert compiled.groups == [slice(0, 2), slice(2, 4)]
     compiled.prefill(data.collate(encode_prompts(lavin, TEXTS[:1]), lavin.resolution))
-    n_graphs = {}       # by the number of positions in use
-    while compiled.lengths[0] < 150:
+    while compiled.lengths[0] < 256:
         compiled.step([5])
-        n_graphs[compiled.lengths[0]] = count_graphs()
-    assert n_graphs[30] == n_graphs[64] == 2
-    assert n_graphs[65] == n_graphs[150] == 3
+        assert count_graphs() == 2
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
@@ -399,7 +401,7 @@ def test_compiled_prompts_that_take_turns_go_on_as_eager_ones(lavin, compiler_wi
         compiled = continue_prompts(fold(lavin, 0), prompts, rows, 12, compiled=True)
         assert dict(compiled) == eager
         n_graphs.append(count_graphs())
-    assert n_graphs[1] <= 9
+    assert n_graphs[1] <= 6
     assert n_graphs[3] == n_graphs[1]
 
 
