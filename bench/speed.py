@@ -48,7 +48,7 @@ from extras.estimate import SHAPES, flops
 from extras.terminal import Parser, run
 from fast.engine import Engine, continue_prompts
 from fast.fold import fold
-from fast.ops import attention, keep_freed_memory, mix_experts
+from fast.ops import attention, mix_experts
 from fast.quantize import quantize
 from fast.ranks import gradient_buffer
 from files import DTYPES, pick_device
@@ -283,8 +283,6 @@ def prepare_training(args, device, dtype, compiled):
     lavin = build(args.shape, device, dtype, args.bits)
     lavin.llama.checkpointing = args.checkpointing
     lavin.vit.checkpointing = args.checkpointing
-    if device.type == "cpu":
-        keep_freed_memory()
     if compiled:
         train.compile_blocks(lavin)
     return lavin
@@ -556,8 +554,6 @@ def time_passes(function, *inputs) -> float:
 def measure_experts(args) -> None:
     """Print how much faster mix_experts is than Adapter.mixed, at 1,200 tokens."""
     device, _ = pick_device(args.device, "fp32")
-    if device.type == "cpu":
-        keep_freed_memory()             # as training does
     for width in (128, 512, 4096):
         torch.manual_seed(0)
         adapter = Adapter(width, AdapterConfig()).to(device)
@@ -575,8 +571,6 @@ def measure_experts(args) -> None:
 
 def measure_attention() -> None:
     """Print how much faster fast.ops.attention is than PyTorch's, for 8 heads in bf16 on a CPU."""
-    keep_freed_memory()                     # as training does
-
     def fused(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 

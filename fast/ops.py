@@ -6,11 +6,9 @@
     mix_experts         an adapter's two experts, mixed by the router's weights
     cross_entropy       the summed loss, without the logits of all tokens in memory at once
     one_token_product   a matrix times a single token, at memory bandwidth
-    keep_freed_memory   a setting of the C library, for training on a CPU
 """
 
 import contextlib
-import ctypes
 import math
 
 import torch
@@ -223,15 +221,3 @@ def one_token_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     x_flat = x.flatten().float()
     sums = [(part.float() * x_flat).sum(-1) for part in weight.chunk(n_parts)]
     return torch.cat(sums).type_as(x).view(1, 1, -1)
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees.
-
-    By default, glibc returns the memory of large tensors to the system. The system then clears
-    every page of the next tensor. On a CPU, this takes about a tenth of a training step.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)         # M_MMAP_MAX: no separate mapping for each tensor
-        libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD: never return memory
