@@ -9,6 +9,7 @@ import torch
 
 import checkpoints
 import train
+from bench import reference
 from conftest import difference
 from fast import engine
 from fast.ranks import gradient_buffer
@@ -91,3 +92,7 @@ def test_greedy_tokens(lavin, samples, expected):
     texts = [lavin.tokenizer.decode(ids) for ids in ours]
     assert engine.generate(lavin, samples, 12) == texts
     assert lavin.generate(samples, 12) == texts
+
+
+def test_the_comparison_of_speed_needs_their_code(fails, tmp_path):
+    fails(reference, tmp_path, says=[str(tmp_path), "luogen1996/LaVIN"])
