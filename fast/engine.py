@@ -15,7 +15,6 @@ C the model's width, T tokens of all prompts that are read together.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -262,10 +261,7 @@ class Engine:
         device = self.lavin.device
         if device.type == "cuda" and self.w is None:
             return self.replay_step(tokens, positions)
-        n_seen = max(self.lengths)
-        if self.compiled:               # round up, so that the compiler sees few shapes
-            n_seen = min(self.max_tokens, math.ceil(n_seen / 64) * 64)
-        return self.one_step(tokens.to(device), positions.to(device), n_seen)
+        return self.one_step(tokens.to(device), positions.to(device), max(self.lengths))
 
     def one_step(self, ids, positions, n_seen):
         """Tokens ids (n,) at positions (n,), all below n_seen -> logits (n, vocabulary), fp32."""
