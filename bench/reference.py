@@ -213,8 +213,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
     if not (args.authors / "lavin" / "eval_model.py").is_file():
-        raise LavinError(f"{args.authors}: this is not a copy of https://github.com/luogen1996/LaVIN"
-                         ", there is no lavin/eval_model.py")
+        raise LavinError(f"{args.authors}: not a copy of https://github.com/luogen1996/LaVIN, "
+                         "there is no lavin/eval_model.py")
     torch.manual_seed(0)
     lavin = build("mid", torch.device("cpu"), DTYPES[args.dtype], bits=16).eval()
     for module in lavin.trained_modules():          # so that the adapters are not the identity
