@@ -189,10 +189,11 @@ class Engine:
                 self.routed = lavin.route()
             n_layers, _, n_experts = self.routed.shape
             self.w = torch.zeros(n_layers, rows, 1, n_experts, device=lavin.device)
-        self.groups = in_groups(len(llama.layers))
+        self.groups = [slice(len(llama.layers))]
         self.run_layers = run_layers
         self.read_out = read_out
         if compiled:
+            self.groups = in_groups(len(llama.layers))
             prepare_linears(llama)
             self.run_layers = torch.compile(run_layers)
             self.read_out = torch.compile(read_out)
@@ -275,9 +276,9 @@ class Engine:
         llama = self.lavin.llama
         with self.lavin.autocast():
             x = llama.tok_embeddings(ids[:, None])                      # (n, 1, C)
-            if self.compiled and n == 1:
-                x = x.float()           # one_token_product computes in fp32: avoid rounding
             if self.compiled:
+                if n == 1:
+                    x = x.float()       # one_token_product computes in fp32: avoid rounding
                 # One graph for every S, and one for every n above 1.
                 for tensor, dim in ((mask, 3), (mask, 0), (rows, 0), (positions, 0), (x, 0)):
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
