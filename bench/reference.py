@@ -30,6 +30,7 @@ import data
 from bench.speed import PROBLEMS, build, make_prompt
 from checkpoints import to_official
 from extras.estimate import SHAPES
+from extras.evaluate import by_modality
 from extras.terminal import Parser, run
 from fast.engine import continue_prompts
 from fast.fold import fold
@@ -157,6 +158,7 @@ def make_prompts(lavin: LaVIN, with_pictures: bool) -> list[data.Encoded]:
         prefix = PREFIXES[has_picture]
         length = len(prefix) + lavin.n_features * has_picture + n_tokens
         prompt = make_prompt(lavin, length, has_picture)
+        prompt.id = str(i)
         prompt.tokens[:len(prefix)] = prefix
         if has_picture:
             prompt.image = torch.randn(3, lavin.resolution, lavin.resolution)
@@ -180,20 +182,14 @@ def answer_as_authors(generator, prompts: list[data.Encoded], n_features: int) -
     return [row[len(prompt.tokens):][:NEW_TOKENS] for row, prompt in zip(rows, prompts)]
 
 
-def answer_as_we_do(folded: dict[bool, LaVIN], prompts: list[data.Encoded]) -> list[list[int]]:
+def answer_as_we_do(folded: list[LaVIN], prompts: list[data.Encoded]) -> list[list[int]]:
     """Longest prompts first, one modality after the other -> the new tokens of each."""
     answers = {}
-    for has_picture, lavin in folded.items():
-        chosen = []
-        for i, prompt in enumerate(prompts):
-            if (prompt.image is not None) == has_picture:
-                chosen.append(i)
-        chosen.sort(key=lambda i: len(prompts[i].tokens), reverse=True)
-        waiting = [prompts[i] for i in chosen]
+    for lavin, waiting in zip(folded, by_modality(prompts)):
         if waiting:
             for number, ids in continue_prompts(lavin, waiting, len(waiting), NEW_TOKENS):
-                answers[chosen[number]] = ids
-    return [answers[i] for i in range(len(prompts))]
+                answers[waiting[number].id] = ids
+    return [answers[prompt.id] for prompt in prompts]
 
 
 def seconds_of(function, *inputs) -> tuple[float, list[list[int]]]:
@@ -221,7 +217,7 @@ def main() -> None:
         for p in module.parameters():
             nn.init.normal_(p, std=0.02)
     generator = build_authors(args.authors, lavin)
-    folded = {False: fold(lavin, 0), True: fold(lavin, 1)}
+    folded = [fold(lavin, 0), fold(lavin, 1)]
     prompts = make_prompts(lavin, with_pictures=not args.text)
 
     theirs = []
