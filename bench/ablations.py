@@ -1,12 +1,14 @@
 """What each part of MMA contributes, measured on the small world over several seeds.
 
+    python -m tiny.pretrain small-clip      first, once: the smaller ViT
     python -m bench.ablations DIRECTORY [--seeds 5] [--jobs 2]
 
-The variants are the rows of the paper's ablation: text only, pictures with single adapters in
-LLaMA, adapters in the ViT as well, and MMA. There are two more variants: MMA without routing, and
-single adapters of twice the rank. The script first chooses a learning rate for each variant, by the
-val split: it trains one epoch with each of three rates, with a separate seed. Two controls show
-what can be answered without seeing a picture: MMA with blank pictures, and LLaMA alone.
+The variants are the rows of the paper's ablation: text only; pictures, with single adapters in
+LLaMA; adapters in the ViT as well; a larger ViT; and MMA. There are two more variants: MMA without
+routing, and single adapters of twice the rank. The script first chooses a learning rate for each
+variant, by the val split: it trains with each of three rates on half of the problems, with a
+separate seed. Two controls show what can be answered without seeing a picture: MMA with blank
+pictures, and LLaMA alone.
 
 The script prints Markdown tables: the scores by ScienceQA's columns, the scores by skill, and the
 distance between the routing weights of the two modalities. It runs train.py and generate.py from
@@ -28,21 +30,23 @@ import checkpoints
 from extras.evaluate import sqa_scores
 from extras.scienceqa import load_sqa
 from extras.terminal import Parser, run
+from files import LavinError
 from tiny import world
 
 ROOT = Path(__file__).absolute().parent.parent
 SINGLE = ["--experts", "1"]
+SMALL_VIT = ["--vit", world.SMALL_VIT]
 VARIANTS = {
     "text only": [*SINGLE, "--adapters", "llama", "--no-images"],
-    "pictures, adapters in LLaMA": [*SINGLE, "--adapters", "llama"],
-    "adapters in the ViT as well": SINGLE,
+    "pictures, adapters in LLaMA": [*SINGLE, *SMALL_VIT, "--adapters", "llama"],
+    "adapters in the ViT as well": [*SINGLE, *SMALL_VIT],
+    "a larger ViT": SINGLE,
     "MMA": [],
     "MMA without routing": ["--no-routing"],
     "single adapters of rank 16": [*SINGLE, "--rank", "16"],
 }
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (4e-3, 8e-3, 16e-3)
 RATE_SEED = 100             # of the runs that choose the learning rate
-RATE_EPOCHS = 1
 
 
 # Runs
@@ -66,12 +70,11 @@ def train_flags(variant: str, rate: float, seed: int, **more) -> list:
 
     more: settings that replace the small world's, by name.
     """
+    settings = world.PATHS | world.DEFAULTS | {"lr": rate, "seed": seed} | more
     flags = []
-    for name, path in world.PATHS.items():
-        flags += [f"--{name.replace('_', '-')}", path]
-    for name, value in (world.DEFAULTS | {"lr": rate, "seed": seed} | more).items():
+    for name, value in settings.items():
         flags += [f"--{name.replace('_', '-')}", value]
-    return flags + VARIANTS[variant]
+    return flags + VARIANTS[variant]        # the last value of a flag counts
 
 
 def folder_of(directory: Path, variant: str, what: str) -> Path:
@@ -82,16 +85,25 @@ def folder_of(directory: Path, variant: str, what: str) -> Path:
     return folder
 
 
-def val_score(directory: Path, variant: str, rate: float) -> float:
-    """Train with this learning rate -> AVG on the val split, in percent."""
+def half_of_the_world(directory: Path) -> Path:
+    """The folder with the first half of the training problems and all of the val split."""
+    folder = directory / "half"
+    train, val, _ = world.SIZES
+    sizes = (train // 2, val, 0)
+    world.make_folder(folder, lambda new: world.write_world(new, sizes=sizes), anew=False)
+    return folder
+
+
+def val_score(directory: Path, data_root: Path, variant: str, rate: float) -> float:
+    """Train with this learning rate on data_root -> AVG on its val split, in percent."""
     out = folder_of(directory, variant, f"rate {rate}")
     path = out / "val.json"
     if not path.exists():
-        flags = train_flags(variant, rate, RATE_SEED, epochs=RATE_EPOCHS)
+        flags = train_flags(variant, rate, RATE_SEED, data_root=data_root)
         call("train.py", out / "train.log", "--out", out, "--eval-limit", 0, *flags)
         call("generate.py", out / "val.log", "--adapter", out / "checkpoint.pth",
              "--split", "val", "--predictions", path)
-    problems, _ = load_sqa(world.PATHS["data_root"], "val")
+    problems, _ = load_sqa(data_root, "val")
     return sqa_scores(problems, read_results(path))["AVG"]
 
 
@@ -126,10 +138,11 @@ def read_results(path: Path) -> dict[str, int]:
 
 def choose_rates(directory: Path, pool: ThreadPoolExecutor) -> dict[str, float]:
     """{variant: the learning rate that is best on the val split}."""
+    half = half_of_the_world(directory)
     futures = {}
     for variant in VARIANTS:
         for rate in RATES:
-            futures[variant, rate] = pool.submit(val_score, directory, variant, rate)
+            futures[variant, rate] = pool.submit(val_score, directory, half, variant, rate)
     rates = {}
     for variant in VARIANTS:
         scores = {rate: futures[variant, rate].result() for rate in RATES}
@@ -245,6 +258,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
+    if not world.SMALL_VIT.exists():
+        raise LavinError(f"{world.SMALL_VIT}: no such file; make it first: "
+                         "python -m tiny.pretrain small-clip")
     # Make the data first, so that several runs do not try to make them at once.
     world.prepare(argparse.Namespace(data="sqa", llama=None, vit=None, data_root=None))
     problems, _ = load_sqa(world.PATHS["data_root"], "test")

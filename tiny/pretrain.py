@@ -2,6 +2,7 @@
 
     python -m tiny.pretrain              train both again, one after the other
     python -m tiny.pretrain clip         train one of them: llama or clip
+    python -m tiny.pretrain small-clip   train a smaller CLIP, for bench/ablations.py only
     python -m tiny.pretrain --compile    CLIP with torch.compile, which is faster
 
 LLaMA is trained on text about the world (tiny/corpus.py): facts, and questions about scenes that
@@ -36,11 +37,12 @@ from model import LLaMA, LLaMAConfig
 from tiny import album
 from tiny.corpus import CURRICULUM, document, train_tokenizer
 from tiny.world import (
-    PATHS, PICTURE_SKILLS, ROOT, TEXT_SKILLS, VERSION, Item, make_folder, problem,
+    PATHS, PICTURE_SKILLS, ROOT, SMALL_VIT, TEXT_SKILLS, VERSION, Item, make_folder, problem,
     render, things)
 from vit import LayerNorm, ViTConfig, VisionTransformer
 
 MODELS = ("llama", "clip")
+SMALL_CLIP = "small-clip"
 LLAMA_STEPS = 5000
 CLIP_STEPS = 10000
 
@@ -264,6 +266,8 @@ def pretrain_llama(folder: Path, steps: int, seed: int = 0, batch_size: int = 32
 
 
 CLIP_CONFIG = ViTConfig(width=64, layers=12, patch=8, resolution=64)
+# As ViT-B/16 is to ViT-L/14: fewer blocks, so fewer features, and coarser patches.
+SMALL_CLIP_CONFIG = ViTConfig(width=64, layers=8, patch=16, resolution=64)
 
 
 class Towers(nn.Module):
@@ -420,14 +424,14 @@ def official_clip(towers: Towers) -> dict[str, torch.Tensor]:
     return state
 
 
-def pretrain_clip(path: Path, steps: int, seed: int = 0,
+def pretrain_clip(path: Path, steps: int, config: ViTConfig = CLIP_CONFIG, seed: int = 0,
                   batch_size: int = 96, lr: float = 1e-3, n_scored: int = 200,
                   compiled: bool = False) -> dict[str, float]:
     """Write CLIP's image encoder to the path -> its caption_scores, "new combinations" included."""
     torch.manual_seed(seed)
     rng = Random(f"{seed} album")
     tokenizer = SentencePieceProcessor(model_proto=train_tokenizer(seed))
-    towers = Towers(CLIP_CONFIG, tokenizer.vocab_size())
+    towers = Towers(config, tokenizer.vocab_size())
     if compiled:
         towers.visual.compile()
     optimizer = make_optimizer(towers, beta2=0.98)
@@ -448,13 +452,14 @@ def pretrain_clip(path: Path, steps: int, seed: int = 0,
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(MODELS)}")
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help=f"{', '.join(MODELS)} or {SMALL_CLIP}")
     parser.add_argument("--compile", action="store_true", help="torch.compile for CLIP")
     args = parser.parse_args()
     models = args.models or MODELS
     for model in models:
-        if model not in MODELS:
-            parser.error(f"{model}: the models are {', '.join(MODELS)}")
+        if model not in (*MODELS, SMALL_CLIP):
+            parser.error(f"{model}: the models are {', '.join(MODELS)} and {SMALL_CLIP}")
     path = ROOT / "scores.json"
     scores = read_json(path) if path.exists() else {}
 
@@ -465,6 +470,9 @@ def main() -> None:
         make_folder(PATHS["llama"], write_llama)
     if "clip" in models:
         scores["clip"] = pretrain_clip(PATHS["vit"], CLIP_STEPS, compiled=args.compile)
+    if SMALL_CLIP in models:
+        scores[SMALL_CLIP] = pretrain_clip(
+            SMALL_VIT, CLIP_STEPS, SMALL_CLIP_CONFIG, compiled=args.compile)
     text = json.dumps(scores, indent=1)
     write_atomically(path, lambda temporary: temporary.write_text(text))
     print(text)
