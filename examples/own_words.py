@@ -18,7 +18,7 @@ from data import Sample
 from extras.instructions import instruction_prompt, read_instructions, write_rows
 from extras.terminal import Parser, run
 from fast import engine
-from files import check_writable
+from files import LavinError, check_writable
 from tiny import world
 
 THINGS = """
@@ -121,7 +121,9 @@ def main() -> None:
     check_writable(args.file, "FILE")
     asked = questions()
     if args.without is not None:
-        samples, _ = read_instructions(f"jsonl:{args.without}")
+        samples, bad_rows = read_instructions(f"jsonl:{args.without}")
+        if bad_rows:
+            raise LavinError(f"--without {bad_rows[0]}")    # its question might be asked
         tested = {sample.prompt for sample in samples}
         asked = [question for question in asked if instruction_prompt(question) not in tested]
     rows = answer(args.llama, asked)

@@ -60,3 +60,9 @@ def test_a_file_that_cannot_be_written(fails, tmp_path):
 def test_a_test_that_cannot_be_read(fails, tmp_path):
     missing = tmp_path / "missing.jsonl"
     fails(own_words, LLAMA, tmp_path / "own.jsonl", "--without", missing, says=["missing.jsonl"])
+
+
+def test_a_test_with_a_row_that_cannot_be_read(fails, tmp_path):
+    file = tmp_path / "test.jsonl"
+    instructions.write_rows(file, [{"prompt": "What is 3 + 4?"}, {"question": "What is 2 + 2?"}])
+    fails(own_words, LLAMA, tmp_path / "own.jsonl", "--without", file, says=["--without", "2"])
