@@ -105,6 +105,31 @@ def similar_lengths(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
+def padded_rows(lengths: list[int]) -> tuple[list[list[int]], list[torch.Tensor], torch.Tensor]:
+    """How concatenated samples become rows, each padded to the longest of its group.
+
+    -> the groups of similar_lengths; for each group the token that fills each slot of its rows,
+    (rows longest,); and for each token its slot among those of all groups, (T,).
+    """
+    sizes = torch.tensor(lengths)
+    starts = sizes.cumsum(0) - sizes                                    # (n,)
+    groups = similar_lengths(lengths)
+    tokens = []
+    first_slots = [0] * len(lengths)        # of each sample
+    n_slots = 0
+    for group in groups:
+        longest = lengths[group[-1]]
+        # Padding repeats a sample's last token.
+        inside = torch.arange(longest).minimum(sizes[group, None] - 1)  # (rows, longest)
+        tokens.append((starts[group, None] + inside).flatten())
+        for i in group:
+            first_slots[i] = n_slots
+            n_slots += longest
+    shifts = torch.tensor(first_slots) - starts                         # (n,)
+    places = torch.arange(sum(lengths)) + shifts.repeat_interleave(sizes)
+    return groups, tokens, places
+
+
 # torch.compiler.disable would import the compiler at once: two seconds in every start.
 @torch._disable_dynamo
 def attend_in_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -115,29 +140,19 @@ def attend_in_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     its own, as long as the longest. The padding comes last, so the causal mask hides it from all
     real tokens. This is for CPUs: a GPU would wait for the indices in every layer.
     """
-    sizes = torch.tensor(lengths)
-    starts = sizes.cumsum(0) - sizes                                    # (n,)
-    first_slots = [0] * len(lengths)        # where each sample begins in the concatenated outputs
-    n_slots = 0
+    groups, tokens, places = padded_rows(lengths)
+    sizes = [len(t) for t in tokens]
+    tokens = torch.cat(tokens)
+    picked = []
+    for x in (q, k, v):
+        # For all groups at once: the backward of each index_select takes a pass over all tokens.
+        x = x[0].transpose(0, 1).index_select(0, tokens)                # (slots, H, D)
+        picked.append(x.split(sizes))
     outputs = []
-    for group in similar_lengths(lengths):
-        longest = lengths[group[-1]]
-        # Which token fills each slot of the rows. Padding repeats a sample's last token.
-        inside = torch.arange(longest).minimum(sizes[group, None] - 1)  # (rows, longest)
-        tokens = starts[group, None] + inside
-        rows = []
-        for x in (q, k, v):
-            x = x[0].transpose(0, 1).index_select(0, tokens.flatten())  # (rows longest, H, D)
-            rows.append(x.unflatten(0, tokens.shape).transpose(1, 2))   # (rows, H, longest, D)
-        y = attention(*rows, is_causal=True)
+    for group, *qkv in zip(groups, *picked):
+        rows = [x.unflatten(0, (len(group), -1)).transpose(1, 2) for x in qkv]
+        y = attention(*rows, is_causal=True)                            # (rows, H, longest, D)
         outputs.append(y.transpose(1, 2).flatten(0, 1))                 # (rows longest, H, D)
-        for i in group:
-            first_slots[i] = n_slots
-            n_slots += longest
-    # Back to the order of the tokens, without the padding.
-    n_tokens = q.shape[2]
-    shifts = (torch.tensor(first_slots) - starts).repeat_interleave(sizes, output_size=n_tokens)
-    places = torch.arange(n_tokens) + shifts                            # (T,)
     y = torch.cat(outputs).index_select(0, places)                      # (T, H, D)
     return y.transpose(0, 1)[None]                                      # (1, H, T, D)
 
