@@ -126,7 +126,9 @@ def padded_rows(lengths: list[int]) -> tuple[list[list[int]], list[torch.Tensor]
             first_slots[i] = n_slots
             n_slots += longest
     shifts = torch.tensor(first_slots) - starts                         # (n,)
-    places = torch.arange(sum(lengths)) + shifts.repeat_interleave(sizes)
+    n_tokens = sum(lengths)
+    shifts = shifts.repeat_interleave(sizes, output_size=n_tokens)      # (T,)
+    places = torch.arange(n_tokens) + shifts
     return groups, tokens, places
 
 

@@ -458,7 +458,7 @@ def test_ablations_train_what_they_say(call, small_world, flags, trained):
 
 def test_ablations_choose_the_rate_on_the_same_training_problems(small_world, tmp_path):
     world.write_world(small_world)
-    folder = ablations.draw_more_val(tmp_path)
+    folder = ablations.draw_more_val(tmp_path / "ablations")
     expected, samples = load_sqa(small_world, "train")
     problems, again = load_sqa(folder, "train")
     assert [sample.id for sample in again] == [sample.id for sample in samples]
