@@ -12,7 +12,7 @@ show what can be answered without seeing a picture: MMA with blank pictures, and
 The script prints Markdown tables: the scores by ScienceQA's columns, the scores by skill, and the
 distance between the routing weights of the two modalities. It runs train.py and generate.py from
 the command line and writes into DIRECTORY. It does not repeat runs whose results are already there.
-With 5 seeds it takes about 80 minutes on two CPU cores.
+With 5 seeds it takes about 70 minutes on two CPU cores.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from tiny import world
 
 ROOT = Path(__file__).absolute().parent.parent
 SINGLE = ["--experts", "1"]
-SMALL_VIT = ["--vit", world.SMALL_VIT]
+SMALLER = ["--vit", world.SMALL_VIT]
 VARIANTS = {
     "text only": [*SINGLE, "--adapters", "llama", "--no-images"],
-    "pictures, adapters in LLaMA": [*SINGLE, *SMALL_VIT, "--adapters", "llama"],
-    "adapters in the ViT as well": [*SINGLE, *SMALL_VIT],
+    "pictures, adapters in LLaMA": [*SINGLE, *SMALLER, "--adapters", "llama"],
+    "adapters in the ViT as well": [*SINGLE, *SMALLER],
     "a larger ViT": SINGLE,
     "MMA": [],
     "MMA without routing": ["--no-routing"],
