@@ -64,5 +64,7 @@ def test_a_test_that_cannot_be_read(fails, tmp_path):
 
 def test_a_test_with_a_row_that_cannot_be_read(fails, tmp_path):
     file = tmp_path / "test.jsonl"
-    instructions.write_rows(file, [{"prompt": "What is 3 + 4?"}, {"question": "What is 2 + 2?"}])
-    fails(own_words, LLAMA, tmp_path / "own.jsonl", "--without", file, says=["--without", "2"])
+    rows = [{"prompt": "What is 3 + 4?", "answer": "7"}, {"question": "What is 2 + 2?"}]
+    instructions.write_rows(file, rows)
+    fails(own_words, LLAMA, tmp_path / "own.jsonl", "--without", file,
+          says=["--without", "test.jsonl line 2"])
