@@ -261,7 +261,8 @@ def describe(lavin: nn.Module, settings, steps_per_epoch: int) -> None:
     print(line)
 
     n_steps = settings.epochs * steps_per_epoch
-    line = (f"steps    {n_steps} = {settings.epochs} epochs × {steps_per_epoch} · "
+    epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs} epochs"
+    line = (f"steps    {n_steps} = {epochs} × {steps_per_epoch} · "
             f"peak lr {settings.lr:.3g} · τ {settings.tau:g}")
     if settings.max_steps:
         line += f" · stops after {settings.max_steps}"
