@@ -6,7 +6,8 @@
     LLaMA    Meta's layout (DIR/params.json, DIR/consolidated.00.pth, .01.pth, …) or a Hugging
              Face folder (extras/hf.py), with tokenizer.model or tokenizer.json; or a GGUF file
              (extras/gguf.py)
-    CLIP     ViT-L-14.pt: OpenAI's TorchScript archive, or a plain state dict with the same names
+    CLIP     ViT-L-14.pt: OpenAI's TorchScript archive, or a plain state dict with the same names;
+             or a Hugging Face folder (extras/hf.py)
     LaVIN    checkpoint-19.pth: {"model": {name: tensor}, "args": argparse.Namespace}
 
 Everything is read strictly. A missing or unknown name or a wrong shape raises a LavinError, which
@@ -315,7 +316,7 @@ def load_llama(llama: LLaMA, source: str | Path | gguf.File, device: torch.devic
 
 
 def save_folded(lavin: LaVIN, directory: str | Path) -> None:
-    """Write the LLaMA of a LaVIN that is folded for text, in Meta's layout, fp16.
+    """Write the LLaMA of a LaVIN that is folded for text, in Meta's layout.
 
     params.json says "attention_bias": true. So a reader without support for biases rejects the
     files instead of ignoring the biases. The vocab_size in params.json may be larger than the
@@ -325,8 +326,7 @@ def save_folded(lavin: LaVIN, directory: str | Path) -> None:
         raise ValueError("fold for modality 0 first: Meta's layout has no place for the "
                          "ViT and the projector that pictures need")
     if n_quantized(lavin.llama):
-        raise LavinError("--fold: quantized matrices have no place in Meta's layout; "
-                         "leave --bits out")
+        raise ValueError("quantized matrices have no place in Meta's layout")
     directory = Path(directory)
     if any(directory.glob("consolidated.*.pth")):
         raise LavinError(f"--fold {directory}: holds a model already; "
@@ -517,7 +517,8 @@ def read_settings(path: str | Path, checkpoint: dict) -> tuple[dict, dict]:
     check_values(path, vars(args), ADAPTER_ARGS)
     check_values(path, checkpoint, PROGRESS)
     check_values(path, config, SETTINGS)
-    return vars(args), config
+    known = {name: value for name, value in config.items() if name in SETTINGS}
+    return vars(args), known
 
 
 # The whole model
@@ -600,11 +601,12 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
     """LLaMA's folder or GGUF file, CLIP's file and a LaVIN checkpoint or None -> LaVIN.
 
     The model is in eval mode. Frozen weights have `dtype`, trained ones fp32. A max_seq_len, tau or
-    dropout of None becomes the checkpoint's value, or else 512, 10 or 0.1. fresh configures the
-    adapters if there is no checkpoint. bits 8 or 4 quantizes LLaMA, and fsdp shards it over the
-    ranks, block by block while it is read. delta: a Hugging Face folder whose weights are added to
-    LLaMA's. delta_unpermuted: like the authors' code, add its rows of wq and wk in their own order,
-    not in Meta's. LavinError for files that are damaged or do not fit.
+    dropout of None becomes the checkpoint's value, or else 512 and what `fresh` has. fresh
+    configures the adapters if there is no checkpoint (default: AdapterConfig()). bits 8 or 4
+    quantizes LLaMA, and fsdp shards it over the ranks, block by block while it is read. delta: a
+    Hugging Face folder whose weights are added to LLaMA's. delta_unpermuted: like the authors'
+    code, add its rows of wq and wk in their own order, not in Meta's. LavinError for files that are
+    damaged or do not fit.
     """
     state, config, settings = begin_with(adapter, fresh, tau, dropout)
     max_seq_len = max_seq_len or settings.get("max_seq_len") or 512

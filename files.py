@@ -1,6 +1,6 @@
 """Files: find them, open them safely, check them, write them atomically.
 
-All scripts and loaders read and write through this module. So a wrong, truncated or malicious input
+Scripts and loaders check their files with this module. So a wrong, truncated or malicious input
 ends in one sentence on stderr and exit code 2. It never ends in a traceback, an executed pickle or
 a half-written result.
 """
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import zipfile
@@ -365,7 +366,8 @@ def check_is_file(path: str | Path) -> None:
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Call `write(temporary path)`, then rename. Readers never see a half-written file.
 
-    The temporary name contains the process id, so that two processes do not write to one file.
+    The temporary name contains the process id, so that two processes do not write to one file. The
+    folder is made if it does not exist. LavinError if the file cannot be written.
     """
     temporary = None
     try:
@@ -418,7 +420,8 @@ def check_writable(path: str | Path, flag: str) -> None:
 def remove_temporaries(folder: str | Path) -> None:
     """Remove the temporary files that a killed process's `write_atomically` left in a folder."""
     for temporary in Path(folder).glob("*.tmp"):
-        temporary.unlink(missing_ok=True)
+        if re.fullmatch(r".+\.\d+\.tmp", temporary.name) and temporary.is_file():
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

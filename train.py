@@ -509,8 +509,10 @@ def main() -> None:
     if settings.check:
         sys.exit(runs.check_data(settings, world.PATHS["llama"]))
     choose_paths(settings, remembered, weights=not is_computed)
-    for name in ("llama", "vit", "data_root"):      # the checkpoint stores absolute paths
-        setattr(settings, name, os.path.abspath(getattr(settings, name)))
+    for name in ("llama", "vit", "data_root", "delta"):     # the checkpoint has absolute paths
+        path = getattr(settings, name)
+        if path is not None:
+            setattr(settings, name, os.path.abspath(path))
 
     sources = runs.read_sources(settings)
     if is_computed:

@@ -11,7 +11,8 @@ show what can be answered without seeing a picture: MMA with blank pictures, and
 
 The script prints Markdown tables: the scores by ScienceQA's columns, the scores by skill, and the
 distance between the routing weights of the two modalities. It runs train.py and generate.py from
-the command line and writes into DIRECTORY. It does not repeat runs whose results are already there.
+the command line and writes into DIRECTORY. It does not repeat runs whose results are already there,
+so use a new DIRECTORY after a change of the code or the models.
 With 5 seeds it takes about 70 minutes on two CPU cores.
 """
 
@@ -29,6 +30,7 @@ import checkpoints
 from extras.evaluate import sqa_scores
 from extras.scienceqa import load_sqa
 from extras.terminal import Parser, run
+from extras.values import Kind
 from files import LavinError
 from tiny import world
 
@@ -90,6 +92,7 @@ def draw_more_val(directory: Path) -> Path:
     folder = directory / "world"
     sizes = (world.SIZES[0], N_VAL, 0)
     world.make_folder(folder, lambda new: world.write_world(new, sizes=sizes), anew=False)
+    world.check_version(folder, "world.json", f"rm -r {directory}; python -m bench.ablations …")
     return folder
 
 
@@ -115,7 +118,7 @@ def measure(directory: Path, variant: str, rate: float, seed: int) -> dict[str, 
     kinds = {"test": []}
     if variant == "MMA":
         kinds["blank"] = ["--blank-images"]
-    out = folder_of(directory, variant, f"seed {seed}")
+    out = folder_of(directory, variant, f"rate {rate} seed {seed}")
     adapter = out / "checkpoint.pth"
     if not (out / "seconds.json").exists():
         seconds = {}
@@ -164,7 +167,10 @@ def measure_llama_alone(directory: Path) -> dict[str, int]:
     """The answers of LLaMA without LaVIN's adapters. It sees no picture."""
     path = directory / "frozen.json"
     if not path.exists():
-        call("generate.py", directory / "frozen.log", "--adapter", "none", "--predictions", path)
+        flags = ["--adapter", "none", "--predictions", path]
+        for name, value in world.PATHS.items():
+            flags += [f"--{name.replace('_', '-')}", value]
+        call("generate.py", directory / "frozen.log", *flags)
     return read_results(path)
 
 
@@ -194,9 +200,9 @@ def score_columns(problems, predictions) -> dict[str, float]:
     return scores
 
 
-def count_trained(directory: Path, variant: str) -> str:
+def count_trained(directory: Path, variant: str, rate: float) -> str:
     """The number of trained parameters, as train.py printed it."""
-    log = folder_of(directory, variant, "seed 0") / "train.log"
+    log = folder_of(directory, variant, f"rate {rate} seed 0") / "train.log"
     return re.search(r"trained +([\d,]+) parameters", log.read_text()).group(1)
 
 
@@ -212,7 +218,7 @@ def print_variants(directory, problems, results, rates, frozen, n_seeds):
         for seed in range(n_seeds):
             scores.append(score_columns(problems, results[variant, seed][kind]))
         cells = [spread([score[column] for score in scores]) for column in columns]
-        trained = count_trained(directory, variant)
+        trained = count_trained(directory, variant, rates[variant])
         print_row([label, trained, f"{rates[variant]:g}", *cells])
     frozen_scores = score_columns(problems, frozen)
     cells = [f"{frozen_scores[column]:.1f}" for column in columns]
@@ -236,11 +242,11 @@ def print_skills(problems, results, n_seeds):
         print_row([f"{skill} ({len(pids)})", spread(percents["test"]), blank])
 
 
-def print_distances(directory, n_seeds):
+def print_distances(directory, rate, n_seeds):
     """|w(text only) − w(text and a picture)| of the first expert, for each layer of MMA."""
     distances = []
     for seed in range(n_seeds):
-        adapter = folder_of(directory, "MMA", f"seed {seed}") / "checkpoint.pth"
+        adapter = folder_of(directory, "MMA", f"rate {rate} seed {seed}") / "checkpoint.pth"
         lavin = checkpoints.load(world.PATHS["llama"], world.PATHS["vit"], adapter)
         w = lavin.route()[:, :, 0]                          # (L, 2 modalities)
         distances.append((w[:, 0] - w[:, 1]).abs().tolist())
@@ -255,24 +261,28 @@ def main() -> None:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    count = Kind(int, low=1, high=1000).parse
+    parser.add_argument("--seeds", type=count, default=5)
+    parser.add_argument("--jobs", type=count, default=2, help="runs at a time")
     args = parser.parse_args()
     if not world.SMALL_VIT.exists():
         raise LavinError(f"{world.SMALL_VIT}: no such file; make it first: "
                          "python -m tiny.pretrain small-clip")
     # Make the data first, so that several runs do not try to make them at once.
-    world.prepare(argparse.Namespace(data="sqa", llama=None, vit=None, data_root=None))
+    world.prepare(argparse.Namespace(data="sqa", **world.PATHS))
     problems, _ = load_sqa(world.PATHS["data_root"], "test")
-    with ThreadPoolExecutor(args.jobs) as pool:
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
         rates = choose_rates(args.directory, pool)
         results = measure_all(args.directory, rates, args.seeds, pool)
+    finally:
+        pool.shutdown(cancel_futures=True)      # after an error, start no more runs
     frozen = measure_llama_alone(args.directory)
     print_variants(args.directory, problems, results, rates, frozen, args.seeds)
     print()
     print_skills(problems, results, args.seeds)
     print()
-    print_distances(args.directory, args.seeds)
+    print_distances(args.directory, rates["MMA"], args.seeds)
 
 
 if __name__ == "__main__":

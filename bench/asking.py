@@ -1,18 +1,18 @@
-"""Questions in a user's words about new scenes of the small world, for a trained model to answer.
+"""Questions without choices about new scenes of the small world, for a trained model to answer.
 
     python -m bench.asking FOLDER           draw 600 scenes, and write FOLDER/questions.jsonl
-    python generate.py --data jsonl:FOLDER/questions.jsonl --by hand
+    python generate.py --data jsonl:FOLDER/questions.jsonl --by style
 
 In training, all problems have lettered choices. A user just asks. An answer counts as right if it
 is the whole sentence that explains the scene. Half of the scenes are in pencil, like the problems'
 pictures. The other half are flat, like a picture that is made with a drawing program. The field
-"hand" says which.
+"style" says which.
 """
 
-import json
 from pathlib import Path
 from random import Random
 
+from extras.instructions import write_rows
 from extras.terminal import Parser, run
 from tiny import world
 
@@ -27,21 +27,21 @@ def make(folder: Path) -> None:
     for i in range(N_SCENES):
         item = world.picture_item(rng)
         if i % 2:
-            hand = "pencil"
+            style = "pencil"
             picture = world.sketch(item, rng)
         else:
-            hand = "flat"
+            style = "flat"
             picture = world.render(item, rng)
         picture.save(folder / f"{i}.png")
         row = {
             "prompt": item.question,
             "image": f"{i}.png",
             "answer": item.solution,
-            "hand": hand,
+            "style": style,
             "skill": item.skill,
         }
-        rows.append(json.dumps(row))
-    (folder / "questions.jsonl").write_text("\n".join(rows))
+        rows.append(row)
+    write_rows(folder / "questions.jsonl", rows)
     print(f"written: {folder / 'questions.jsonl'}")
 
 

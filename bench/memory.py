@@ -87,11 +87,14 @@ def training_rows(name: str, bits: int) -> list[str]:
 
 @torch.no_grad()
 def decode(shape: Shape, bits: int, n_rows: int, live: LiveBytes) -> None:
-    """Fold a model, and decode the last token that fits into a cache of n_rows."""
+    """Fold a model, and decode the last token that fits into a cache of n_rows.
+
+    The peak counted is the step's. The unfolded wq, wk and wv stay in memory, as in generate.py.
+    """
     lavin = shape.on_meta()
     estimate.give_memory(lavin, torch.bfloat16, bits)
-    live.restart()
     engine = Engine(fold(lavin.eval(), 1), n_rows, CONTEXT)
+    live.restart()
     engine.lengths = [CONTEXT - 1] * n_rows
     engine.step([7] * n_rows)
 

@@ -26,8 +26,8 @@ import checkpoints
 import data
 from extras.terminal import Parser, run
 from files import LavinError
-from tiny import album, drawing, pretrain, world
-from vit import VisionTransformer
+from model import LaVIN
+from tiny import album, drawing, world
 
 N_TRAIN = 3000          # of our own pictures; easy-VQA has 4000
 N_TEST = 1000
@@ -36,14 +36,14 @@ EASY_COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yello
 
 
 @torch.no_grad()
-def features(vit: VisionTransformer, pictures: list[Image.Image]) -> torch.Tensor:
+def features(lavin: LaVIN, pictures: list[Image.Image]) -> torch.Tensor:
     """Pictures -> the frozen features of each, concatenated: (N, F · V)."""
     batches = []
     for start in range(0, len(pictures), 100):
         pixels = []
         for picture in pictures[start:start + 100]:
-            pixels.append(data.load_pixels(picture, pretrain.CLIP_CONFIG.resolution))
-        batches.append(vit(torch.stack(pixels)).flatten(1))
+            pixels.append(data.load_pixels(picture, lavin.resolution))
+        batches.append(lavin.vit(torch.stack(pixels)).flatten(1))
     return torch.cat(batches)
 
 
@@ -128,14 +128,14 @@ def world_shapes(n: int, seed: str, with_pencil: bool) -> tuple[list, list[str]]
 # The table
 
 
-def score(vit, train: tuple[list, list[str]], test: tuple[list, list[str]]) -> float:
+def score(lavin, train: tuple[list, list[str]], test: tuple[list, list[str]]) -> float:
     """Train a probe on `train` -> the percentage of `test` that it gets right."""
     names = sorted(set(train[1]))
-    predict = probe(features(vit, train[0]), train[1], names)
-    return percent_right(predict(features(vit, test[0])), test[1])
+    predict = probe(features(lavin, train[0]), train[1], names)
+    return percent_right(predict(features(lavin, test[0])), test[1])
 
 
-def print_easy_vqa(vit) -> None:
+def print_easy_vqa(lavin) -> None:
     try:
         import easy_vqa
     except ImportError as error:
@@ -144,22 +144,22 @@ def print_easy_vqa(vit) -> None:
         train = easy_vqa_split(
             easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions(), names)
         test = easy_vqa_split(easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions(), names)
-        percent = score(vit, train, test)
+        percent = score(lavin, train, test)
         print(f"| easy-VQA, {len(names)} {kind} | {len(test[0])} | {percent:.1f} |")
 
 
-def print_own(vit) -> None:
+def print_own(lavin) -> None:
     train = unseen_shapes(N_TRAIN, "train")
     test = unseen_shapes(N_TEST, "test")
     n_shapes = len(album.UNSEEN_SHAPES)
-    print(f"| {n_shapes} unseen shapes | {N_TEST} | {score(vit, train, test):.1f} |")
+    print(f"| {n_shapes} unseen shapes | {N_TEST} | {score(lavin, train, test):.1f} |")
     flat = world_shapes(N_TRAIN, "train", with_pencil=False)
     pencil = world_shapes(N_TRAIN, "train", with_pencil=True)
     flat_test = world_shapes(N_TEST, "test", with_pencil=False)
     pencil_test = world_shapes(N_TEST, "test", with_pencil=True)
-    of_flat = score(vit, flat, flat_test)
-    of_pencil = score(vit, pencil, pencil_test)
-    crossed = score(vit, flat, pencil_test)
+    of_flat = score(lavin, flat, flat_test)
+    of_pencil = score(lavin, pencil, pencil_test)
+    crossed = score(lavin, flat, pencil_test)
     print(f"| the world's 5 shapes, flat | {N_TEST} | {of_flat:.1f} |")
     print(f"| the same in pencil | {N_TEST} | {of_pencil:.1f} |")
     print(f"| the same in pencil, with the probe trained on flat ones | {N_TEST} | {crossed:.1f} |")
@@ -170,10 +170,10 @@ def main() -> None:
     parser.add_argument("vit", nargs="?", type=Path, default=world.PATHS["vit"])
     args = parser.parse_args()
     torch.manual_seed(0)
-    vit = checkpoints.load(world.PATHS["llama"], args.vit).vit
+    lavin = checkpoints.load(world.PATHS["llama"], args.vit)
     print("| pictures | test | right, % |\n|---|---|---|")
-    print_easy_vqa(vit)
-    print_own(vit)
+    print_easy_vqa(lavin)
+    print_own(lavin)
 
 
 if __name__ == "__main__":

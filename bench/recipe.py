@@ -9,12 +9,12 @@ comparison, score a checkpoint that was trained on the small world alone.
 """
 
 import argparse
-import json
 from pathlib import Path
 from random import Random
 
 from PIL import Image, ImageDraw
 
+from extras.instructions import write_rows
 from extras.terminal import Parser, run
 from tiny import drawing
 
@@ -53,8 +53,8 @@ def write_faces(folder: Path, name: str) -> None:
         picture, mood = face(rng)
         picture.save(folder / name / f"{i}.png")
         row = {"prompt": QUESTION, "image": f"{name}/{i}.png", "answer": f"The face is {mood}."}
-        rows.append(json.dumps(row))
-    (folder / f"{name}.jsonl").write_text("\n".join(rows))
+        rows.append(row)
+    write_rows(folder / f"{name}.jsonl", rows)
 
 
 def main() -> None:

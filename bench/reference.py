@@ -151,7 +151,7 @@ class AuthorsTokenizer:
 
 
 def make_prompts(lavin: LaVIN, with_pictures: bool) -> list[data.Encoded]:
-    """PROBLEMS as prompts. Every second one has a picture."""
+    """PROBLEMS as prompts. with_pictures: every second one has a picture."""
     prompts = []
     for i, (n_tokens, _, _) in enumerate(PROBLEMS):
         has_picture = with_pictures and i % 2 == 1
@@ -220,19 +220,19 @@ def main() -> None:
     folded = [fold(lavin, 0), fold(lavin, 1)]
     prompts = make_prompts(lavin, with_pictures=not args.text)
 
-    theirs = []
-    ours = []
+    their_seconds = []
+    our_seconds = []
     for _ in range(args.turns):
         seconds, their_answers = seconds_of(
             answer_as_authors, generator, prompts, lavin.n_features)
-        theirs.append(seconds)
+        their_seconds.append(seconds)
         seconds, our_answers = seconds_of(answer_as_we_do, folded, prompts)
-        ours.append(seconds)
+        our_seconds.append(seconds)
     n_tokens = NEW_TOKENS * len(prompts)
     assert n_tokens == sum(len(ids) for ids in our_answers)
     same = sum(their_ids == our_ids for their_ids, our_ids in zip(their_answers, our_answers))
-    theirs = statistics.median(theirs)
-    ours = statistics.median(ours)
+    theirs = statistics.median(their_seconds)
+    ours = statistics.median(our_seconds)
     print(f"{args.dtype}, {len(prompts)} prompts, {NEW_TOKENS} new tokens each: "
           f"the authors {n_tokens / theirs:.0f} tokens/s, we {n_tokens / ours:.0f}, "
           f"{theirs / ours:.2f} × as fast; {same} answers equal")

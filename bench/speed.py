@@ -11,8 +11,8 @@ ScienceQA's.
 
 `train` prints samples and tokens per second, peak memory, and the hours for 20 epochs of ScienceQA.
 It computes the FLOPs of a step from the model's shapes. It compares the FLOP/s with those of large
-matrix products, measured on the same machine between the steps. --share adds the share of a step
-that the adapters take. --pictures adds the cost of decoding real files.
+matrix products, measured on the same machine between the steps. --share adds how much
+time the adapters add to a step. --pictures adds the cost of decoding real files.
 
 `generate` prints tokens per second of a single conversation. Each token reads all of LLaMA's
 weights once, so the script compares the bytes read per second with the memory bandwidth. It also
@@ -47,11 +47,11 @@ from extras import hf
 from extras.estimate import SHAPES, flops
 from extras.terminal import Parser, run
 from fast.engine import Engine, continue_prompts
-from fast.fold import fold
+from fast.fold import NoAdapter, fold
 from fast.ops import attention, mix_experts
 from fast.quantize import quantize
 from fast.ranks import gradient_buffer
-from files import DTYPES, pick_device
+from files import DTYPES, LavinError, pick_device
 from model import LaVIN, LLaMA, pick
 
 ROOT = Path(__file__).absolute().parent.parent
@@ -215,7 +215,7 @@ def median_step(lavin: LaVIN, loads, n: int) -> float:
 
 
 class IdentityAdapter(nn.Module):
-    """Replaces an adapter. The optimizer sees the same parameters, but nothing is computed."""
+    """Replaces an adapter. The optimizer sees the same parameters, and the router still runs."""
 
     def __init__(self, adapter: Adapter, uses_w: bool):
         super().__init__()
@@ -233,7 +233,7 @@ def remove_adapters(lavin: LaVIN) -> None:
     """Replace the adapters by the identity, but keep the whole backward pass.
 
     If no block had trained parameters, backward would stop before the first block. So the
-    embeddings of both models are multiplied by a trained factor of 1.
+    embeddings of both models are multiplied by a factor of 1 that needs a gradient.
     """
     one = nn.Parameter(torch.ones((), device=lavin.device))
 
@@ -248,13 +248,13 @@ def remove_adapters(lavin: LaVIN) -> None:
     lavin.llama.tok_embeddings.register_forward_hook(times_one)
 
 
-def measure_adapters_share(lavin, loads, step, n):
+def measure_adapters(lavin, loads, step, n):
     """Print how much the adapters add to the time of a step. This removes lavin's adapters."""
     remove_adapters(lavin)
     torch._dynamo.reset()
     identity = median_step(lavin, loads, n)
-    share = 100 * (step / identity - 1)
-    print(f"  the adapters add {share:.1f} % to the {identity:.3f} s of a step without them")
+    added = 100 * (step / identity - 1)
+    print(f"  the adapters add {added:.1f} % to the {identity:.3f} s of a step without them")
 
 
 def measure_pictures(lavin, plan, step, n):
@@ -318,7 +318,7 @@ def measure_training(args) -> None:
     if args.pictures:
         measure_pictures(lavin, plan, step, args.steps)
     if args.share:
-        measure_adapters_share(lavin, loads, step, args.steps)
+        measure_adapters(lavin, loads, step, args.steps)
 
 
 def print_training(lavin, ready, step, rate, peak):
@@ -443,11 +443,13 @@ def run_hf(model, batch: data.Batch, n: int) -> tuple[float, list[int]]:
     return statistics.median(seconds), ids[0, len(batch.tokens):].tolist()
 
 
-def without_biases(folded: LaVIN) -> LaVIN:
-    """Plain LLaMA: a folded LLaMA without the biases that the adapters left in it."""
+def without_adapters(folded: LaVIN) -> LaVIN:
+    """Plain LLaMA: a folded LLaMA without the biases or adapters that folding left in it."""
     for block in folded.llama.layers:
-        for linear in (block.attention.wq, block.attention.wk, block.attention.wv):
-            linear.bias = None
+        block.adapter = NoAdapter()
+        for matrix in (block.attention.wq, block.attention.wk, block.attention.wv):
+            if isinstance(matrix, nn.Linear):           # a quantized one has no bias
+                matrix.bias = None
     return folded
 
 
@@ -525,9 +527,7 @@ def measure_generation(args) -> None:
     picture = fold(lavin, 1)
     synchronize(device)
     print(f"  folding for two modalities {time.perf_counter() - began:.2f} s")
-    plain = fold(lavin, 0)
-    if args.bits == 16:             # quantized matrices get no biases when adapters are folded
-        plain = without_biases(plain)
+    plain = without_adapters(fold(lavin, 0))
     measure_conversation(text, plain, args)
     measure_first_token(picture)
     if args.sqa:
@@ -591,12 +591,15 @@ def measure_attention() -> None:
 
 def run_rows(what: str, device: torch.device) -> None:
     """Measure each row in a process of its own, because peak memory belongs to a process."""
+    if device.type not in ROWS[what]:
+        raise LavinError(f"--device {device}: there are rows for cpu and cuda; give --shape")
     for row in ROWS[what][device.type]:
-        has_bf16 = device.type != "cpu" or "bf16" in Path("/proc/cpuinfo").read_text()
+        cpu = Path("/proc/cpuinfo")
+        has_bf16 = device.type != "cpu" or (cpu.exists() and "bf16" in cpu.read_text())
         if what == "train" and "bf16" in row and not has_bf16:
             print(f"{row}: skipped; this CPU has no bf16 instructions and would take hours")
             continue
-        command = [sys.executable, "-m", "bench.speed", what, *row.split()]
+        command = [sys.executable, "-m", "bench.speed", what, "--device", str(device), *row.split()]
         subprocess.run(command, cwd=ROOT, check=False)
 
 
@@ -621,7 +624,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.hf and args.bits < 16:
+        parser.error("--hf goes with --bits 16")
     if args.what == "experts":
         measure_experts(args)
     elif args.what == "attention":

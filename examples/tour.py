@@ -45,14 +45,15 @@ def load_lavin() -> LaVIN:
     """The small world's models, with trained adapters if there are any, otherwise fresh ones."""
     adapter = None
     if CHECKPOINT.exists():
-        _, _, settings = checkpoints.read_adapter(CHECKPOINT)
+        _, config, settings = checkpoints.read_adapter(CHECKPOINT)
         llama = settings.get("llama") or ""
-        if os.path.abspath(llama) == str(world.PATHS["llama"]):
+        is_ours = os.path.abspath(llama) == str(world.PATHS["llama"])
+        if is_ours and config.experts == 2:         # the tour shows how two are mixed
             adapter = CHECKPOINT
     if adapter:
         print(f"The adapters are trained. They come from {CHECKPOINT}.")
     else:
-        print(f"The adapters are fresh: there is no {CHECKPOINT} of the small world.\n"
+        print(f"The adapters are fresh: {CHECKPOINT} is missing or is not of the small world.\n"
               "`python train.py` makes one in about two minutes. Then take the tour again.")
     torch.manual_seed(0)
     return checkpoints.load(world.PATHS["llama"], world.PATHS["vit"], adapter,
@@ -193,9 +194,9 @@ def show_adapters(lavin: LaVIN) -> None:
 
 def print_shapes(name: str, lavin: LaVIN, pixels: torch.Tensor) -> None:
     patches = lavin.vit.conv1(pixels).flatten(2).transpose(1, 2)
-    with_class_token = lavin.vit.positional_embedding[None]         # one row for each token
+    positions = lavin.vit.positional_embedding[None]        # (1, T, V), the class token included
     features = lavin.vit(pixels)
-    print(f"{name:13}{shape(pixels):18}{shape(patches):16}{shape(with_class_token):16}"
+    print(f"{name:13}{shape(pixels):18}{shape(patches):16}{shape(positions):16}"
           f"{shape(features):14}{shape(lavin.projector(features))}")
 
 
@@ -300,7 +301,7 @@ def show_model(lavin: LaVIN) -> None:
     print(f"The loss of lavin(batch) is {lavin(batch):.6f}. F.cross_entropy gives {by_hand:.6f}.\n")
 
     question, _, options, _ = picture.prompt.splitlines()
-    print(f"{question}  {options}  Right: {picture.answer[14]}\n"
+    print(f"{question}  {options}  Right: {data.LETTERS[data.sqa_answer(picture.answer)]}\n"
           "The five most likely tokens after \"The answer is\":")
     begun = data.Sample(picture.prompt + "The answer is", image=picture.image)
     next_token = lavin.logits(lavin.batch([begun], prompt_only=True))[0, -1]
@@ -343,19 +344,18 @@ def show_train(lavin: LaVIN) -> None:
     """train.py: train_step
 
     An optimizer step takes one global batch, here 32 problems. We start with fresh adapters and
-    take two steps on the same batch, with the learning rate just after the warm-up.
+    take two steps on the same batch, at the peak learning rate.
     """
     torch.manual_seed(0)
     lavin.init_trained()
     lavin.train()
     rng = Random("train")
-    samples = [make_sample(world.draw_item(rng, i, "train"), rng) for i in range(32)]
+    samples = [make_sample(world.random_item(rng, i, "train"), rng) for i in range(32)]
     whole = lavin.batch(samples)
     settings = train.Settings(**world.DEFAULTS, warmup=2.0, n_samples=world.SIZES[0])
-    steps_per_epoch, _ = train.count_steps(settings)
     optimizer = train.make_optimizer(lavin, settings)
     for group in optimizer.param_groups:
-        group["lr"] = train.learning_rate(60, steps_per_epoch, settings)
+        group["lr"] = settings.lr
     scaler = torch.amp.GradScaler("cpu", enabled=False)             # fp32 needs none
     gradients = gradient_buffer(lavin)
     print_steps(lavin, optimizer, scaler, gradients, whole)

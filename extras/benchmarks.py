@@ -42,6 +42,8 @@ def read_questions(picture, subtask):
         if not question or answer not in ("yes", "no"):
             raise LavinError(f"{path} line {number}: not a question, a tab, and Yes or No")
         questions.append((question, answer == "yes"))
+    if len(questions) != 2:
+        raise LavinError(f"{path}: MME asks two questions about a picture, not {len(questions)}")
     return questions
 
 

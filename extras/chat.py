@@ -39,7 +39,7 @@ Picture = str | Path | Image.Image | torch.Tensor       # a tensor holds pixels 
 @dataclass
 class Turn:
     question: str
-    prompt: list[int]                                       # tokens of the question
+    prompt: list[int]                                       # its tokens, with those around it
     answer: list[int] = field(default_factory=list)         # tokens of the answer, without EOS
 
     def length(self):

@@ -480,7 +480,7 @@ def print_work(epoch: int, n_epochs: float, settings) -> None:
         return
     work = n_epochs * epoch
     if settings.checkpointing:
-        work *= 1.5                         # forward, half as long as backward, runs twice
+        work *= 1.5         # forward runs twice; with frozen weights it is as long as backward
     least, most = SHARES
     shortest = hours(work, settings.tflops, most)
     longest = hours(work, settings.tflops, least)

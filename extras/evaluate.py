@@ -1,7 +1,7 @@
 """Answer a whole data set, and score ScienceQA's problems in the paper's nine columns.
 
     answer_all      generates an answer to every sample
-    choose_all      picks the likeliest letter instead, in one pass and without generating
+    choose_letters  picks the likeliest letter instead, in one pass and without generating
     score           answers ScienceQA's problems in one of these two ways and prints the table
 
 Under torchrun, every rank answers its share and then gets the answers of all other ranks.
@@ -163,18 +163,18 @@ class Answers:
 
 
 def by_modality(encoded: list[Encoded],
-                shared: bool = True) -> tuple[list[Encoded], list[Encoded]]:
+                deal: bool = True) -> tuple[list[Encoded], list[Encoded]]:
     """-> (prompts without a picture, prompts with one), the longest first.
 
     Prompts of similar length then run together, and a lack of memory shows at the start.
-    shared: keep only this rank's share of each.
+    deal: keep only this rank's share of each.
     """
     groups = ([], [])
     for prompt in encoded:
         groups[prompt.image is not None].append(prompt)
     for group in groups:
         group.sort(key=lambda prompt: -len(prompt.tokens))
-    if not shared:
+    if not deal:
         return groups
     without, with_picture = groups
     return ranks.share(without), ranks.share(with_picture)
@@ -248,7 +248,7 @@ def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: st
         return lavin.encode(sample, prompt_only=True)
 
     encoded = encode_prompts(lavin, samples, answers, encode)
-    groups = by_modality(encoded, shared=not lavin.is_sharded)
+    groups = by_modality(encoded, deal=not lavin.is_sharded)
     n_prompts = sum(len(group) for group in groups)
     with tqdm(total=n_prompts, desc="answering", unit=" problems", file=sys.stdout) as bar:
         for modality, group in enumerate(groups):
@@ -283,7 +283,7 @@ def letter_prompt(lavin, sample, n_choices):
     return data.cut(variants[0], position), tokens[:n_choices, position].tolist()
 
 
-def choose_group(lavin, group, letters, answers, modality, batch_size, workers):
+def choose_letters_of_group(lavin, group, letters, answers, modality, batch_size, workers):
     """Yield (id of a sample, index of its likeliest choice)."""
     rows = min(batch_size, len(group))
     engine = Engine(fold(lavin, modality), rows, len(group[0].tokens))
@@ -313,7 +313,7 @@ def add_chosen(encoded: list[Encoded], answers: Answers,
     answers.gather()
 
 
-def choose_all(lavin: LaVIN, samples: list[Sample], answers: Answers, problems: dict,
+def choose_letters(lavin: LaVIN, samples: list[Sample], answers: Answers, problems: dict,
                batch_size: int = 32, workers: int = 0) -> None:
     """For each of ScienceQA's samples, add the likeliest letter after "The answer is".
 
@@ -327,7 +327,8 @@ def choose_all(lavin: LaVIN, samples: list[Sample], answers: Answers, problems: 
         return start
 
     def choose(group, modality):
-        chosen = choose_group(lavin, group, letters, answers, modality, batch_size, workers)
+        chosen = choose_letters_of_group(
+            lavin, group, letters, answers, modality, batch_size, workers)
         for identity, index in chosen:
             yield identity, f"The answer is {data.LETTERS[index]}."
 
@@ -357,7 +358,7 @@ def score(lavin: LaVIN, problems: dict, samples: list[Sample], format: str, by: 
     """
     answers = answers or Answers(samples)
     if letters:
-        choose_all(lavin, samples, answers, problems, how["batch_size"], how["workers"])
+        choose_letters(lavin, samples, answers, problems, how["batch_size"], how["workers"])
     else:
         answer_all(lavin, samples, answers, format, **how)
     predictions = sqa_predictions(problems, answers.outputs())
@@ -374,7 +375,7 @@ def score(lavin: LaVIN, problems: dict, samples: list[Sample], format: str, by: 
 
 
 def show_routing(lavin: LaVIN, path: str | Path) -> None:
-    """Print and draw how each layer mixes its two experts, next to the routing before training.
+    """Print and draw how each layer mixes its two experts, next to untrained routers.
 
     This resets the trained parameters of `lavin`. Raises LavinError if `path` cannot be written.
     """
@@ -401,7 +402,9 @@ def show_routing(lavin: LaVIN, path: str | Path) -> None:
     for name, column in columns.items():
         firsts[name] = [first for first, second in column]
     print_distances(firsts["text, trained"], firsts["picture, trained"])
-    draw_routing(path, *firsts.values())
+    draw_routing(
+        path, firsts["text, trained"], firsts["picture, trained"],
+        firsts["text, untrained"], firsts["picture, untrained"])
     print(f"written: {path}")
 
 

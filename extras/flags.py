@@ -14,8 +14,8 @@ from extras.values import HELD_OUT_ROWS, QUESTION, SETTINGS, SQA_FIELDS
 from fast import ranks
 from files import LavinError
 
-DTYPE_HELP = ("dtype of the frozen weights (default: auto, which is bf16 on a GPU, fp16 on a GPU "
-              "too old for bf16, and fp32 on a CPU)")
+DTYPE_HELP = ("dtype of the frozen weights (default: auto, which is bf16 on an NVIDIA GPU, fp16 on "
+              "one too old for bf16, and fp32 on a CPU or Apple's GPU)")
 WORKERS_HELP = "processes that decode pictures (default: half the number of cores, at most 8)"
 
 
@@ -93,8 +93,8 @@ def add_training_flags(group) -> None:
     add("--experts", help="experts per adapter; 1: a plain adapter without a router (default: 2)")
     add("--seed", help="random seed (default: 0)")
     add("--adapters",
-        help="where to put adapters. llama: not in the ViT; none: not in LLaMA either, so only "
-        "the projector is trained (default: all)")
+        help="which adapters to train. llama: not those in the ViT; none: not those in LLaMA "
+        "either, so only the projector is trained (default: all)")
     switch("--no-routing", dest="routing", action="store_false",
            help="give each expert a fixed weight of one half")
     switch("--resume", action="store_true", help="continue from OUT/checkpoint.pth")
@@ -110,7 +110,8 @@ def add_training_flags(group) -> None:
     switch("--check", action="store_true", help="read all data, print what it looks like and "
            "what is wrong with it, and train nothing")
     switch("--dry-run", action="store_true", help="try the longest batch, print memory and hours, "
-           "and train nothing; with --device cuda but no GPU, they are computed")
+           "and train nothing; with --device cuda but no GPU, the memory is computed, and with "
+           "--tflops the hours")
     add("--tflops", help="with --dry-run: a GPU's bf16 TFLOP/s (data sheet), to estimate hours")
 
 
@@ -120,7 +121,7 @@ def add_speed_flags(group) -> None:
     add("--device", help="cpu, cuda, cuda:1, mps, … (default: a GPU if there is one)")
     add("--dtype", help=DTYPE_HELP)
     switch("--compile", action=argparse.BooleanOptionalAction,
-           help="compile the blocks (default: on a GPU)")
+           help="compile the blocks (default: on an NVIDIA GPU)")
     switch("--checkpointing", action="store_true", help="recompute activations, to save memory")
     add("--bits", help="bits per number in LLaMA's matrices (default: 16)")
     switch("--fsdp", action="store_true", help="under torchrun: shard LLaMA's matrices over the "
@@ -138,6 +139,8 @@ def check_settings(settings) -> None:
         raise LavinError("--tflops goes with --dry-run")
     if settings.rank % 2:
         raise LavinError("--rank must be even: each expert has two groups")
+    if settings.adapters == "none" and not settings.images:
+        raise LavinError("--adapters none with --no-images trains nothing; leave one of them out")
     check_delta(settings.delta, settings.delta_unpermuted)
     if settings.fsdp and (settings.bits < 16 or "RANK" not in os.environ):
         raise LavinError("--fsdp goes with torchrun (torchrun --nproc-per-node 8 train.py …) "

@@ -128,6 +128,8 @@ def read_header(file: BinaryIO, size: int, library) -> tuple[dict, dict]:
         kind = library.GGMLQuantizationType(header.number("I"))
         tensors[name] = (kind, shape[::-1], header.number("Q"))
     alignment = fields.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError("general.alignment is not a positive whole number")
     start = math.ceil((size - header.left) / alignment) * alignment
     for name, (kind, shape, offset) in tensors.items():
         n_numbers, n_bytes = library.GGML_QUANT_SIZES[kind]         # in a block
@@ -253,7 +255,7 @@ class File:
     def rope_factor(self, params: dict) -> float:
         """The factor of LLaMA 3.1's scaled RoPE, found from the divisors in the file."""
         scales = self.read(ROPE_SCALES).flatten()
-        factor = scales.max().item()
+        factor = scales.max().item() if len(scales) else 1.0
         plain = LLaMAConfig(**params)
         scaled = LLaMAConfig(**params | {"rope_factor": factor})
         expected = rope_frequencies(plain) / rope_frequencies(scaled)
@@ -274,6 +276,7 @@ class File:
             special[name] = self.fields.get(f"tokenizer.ggml.{name}_token_id")
         special["bos"] = special["eos"] if special["bos"] is None else special["bos"]
         sound = (isinstance(tokens, list) and isinstance(types, list)
+                 and all(isinstance(token, str) for token in tokens)
                  and len(types) == len(tokens) == len(set(tokens)))
         for number in special.values():
             sound = sound and type(number) is int and 0 <= number < len(tokens)

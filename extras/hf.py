@@ -146,14 +146,15 @@ def read_config(folder: str | Path) -> dict:
     path = Path(folder, "config.json")
     config = read_object(path)
     # RoPE's settings: rope_parameters in newer files, rope_scaling and rope_theta in older ones.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(rope_name) or {}
     if not isinstance(rope, dict):
-        raise LavinError(f"{path}: rope_scaling {short(rope)} is not supported")
+        raise LavinError(f"{path}: {rope_name} {short(rope)} is not supported")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    check_supported(path, config | {"rope_scaling": rope_type}, {
+    check_supported(path, config | {rope_name: rope_type}, {
         "model_type": ("llama", "qwen2"),
         "hidden_act": ("silu",),
-        "rope_scaling": ("default", "llama3"),
+        rope_name: ("default", "llama3"),
         "attention_bias": (False,),
         "mlp_bias": (False,),
         "use_sliding_window": (False,),
@@ -229,7 +230,7 @@ def has_quick_gelu(folder: str | Path) -> bool:
 
 
 def is_unused(name):
-    """Is this a tensor of the text tower, or after the ViT's last block? LaVIN uses neither."""
+    """Is this a tensor that LaVIN does not use, as in the text tower or after the last block?"""
     unused = ("post_layernorm", "visual_projection", "text_", "logit_scale")
     return name.startswith(unused) or name.endswith("position_ids")
 

@@ -1,4 +1,4 @@
-"""Instruction data for training: public data sets, and files of your own.
+"""Instruction data to train on or to answer: public data sets, and files of your own.
 
     alpaca:FILE.json            a list of {instruction, input, output}
     llava:FILE.json[:IMAGES]    a list of {id, image, conversations: [{from, value}, …]}
@@ -10,9 +10,10 @@
 IMAGES is the folder of the pictures (default: the folder of FILE). COCO's pictures are found with
 and without the prefix COCO_train2014_ in their names.
 
-An unusable row becomes a BadRow, which gives the row's place in the file and what is wrong. Nothing
-in a row makes the reader raise an error. A picture must be inside IMAGES: rows come from other
-people, and a name such as ../../x.png could point to any file on your machine.
+An unusable row becomes a BadRow, which gives the row's place in the file and what is wrong.
+`read_instructions` raises no error for a row; `rows.read_rows` does. A picture must be inside
+IMAGES: rows come from other people, and a name such as ../../x.png could point to any file on your
+machine.
 """
 
 import functools
@@ -72,9 +73,9 @@ def text_field(row, *names, needed=True):
     for name in names:
         if row.get(name) is not None:
             value = row[name]
+            if not data.is_unicode(value):
+                raise ValueError(f"{name!r} is not Unicode text")
             break
-    if not data.is_unicode(value):
-        raise ValueError(f"{names[0]!r} is not Unicode text")
     if needed and not value.strip():
         missing = " or ".join(repr(name) for name in names)
         raise ValueError(f"{missing} is missing or empty")
@@ -105,8 +106,8 @@ def find_image(row, folder):
     bare = base.removeprefix(prefix)
     variants = (
         name,
-        name.replace(base, prefix + base),
-        name.replace(base, bare),
+        os.path.join(os.path.dirname(name), prefix + base),
+        os.path.join(os.path.dirname(name), bare),
         f"train2014/{prefix}{bare}",
     )
     for variant in variants:
@@ -386,6 +387,8 @@ def encode_all(samples: list[Sample], tokenizer: data.Tokenizer, n_features: int
     if flat is None:
         write_tokens(path, samples, tokenizer, n_features, max_seq_len)
         flat = map_tokens(path, len(samples), tokenizer.vocab_size())
+    if flat is None:
+        raise LavinError(f"{path}: cannot be mapped into memory; choose another --out")
     return split_tokens(flat, samples)
 
 
@@ -428,7 +431,8 @@ def show(sample: Sample, encoded: Encoded, tokenizer: data.Tokenizer) -> str:
     return f"{title}\n{shown}"
 
 
-def decode(path):
+def decode_picture(path):
+    """LavinError if the picture cannot be decoded."""
     data.load_pixels(path, 1)
 
 
@@ -460,7 +464,7 @@ def check_samples(name: str, samples: list[Sample], bad_rows: list[BadRow],
     name: the name of the source. bad_rows: those found while reading it. Rows whose picture cannot
     be decoded are added to them. n_features: the number of tokens per picture.
     """
-    bad_rows = bad_rows + bad_pictures(samples, decode)
+    bad_rows = bad_rows + bad_pictures(samples, decode_picture)
     for row in bad_rows:
         print(row)
     n_pictures = sum(sample.image is not None for sample in samples)

@@ -12,8 +12,8 @@ import os
 import time
 
 WATCH_FOR = 10.0        # seconds before the advice
-OTHERS = 0.3            # cores that other programs use at least
-IDLE = 0.2              # cores that are idle at most
+OTHERS = 0.3            # advise only if other programs use at least this many cores
+IDLE = 0.2              # and if at most this many are idle
 CHOSEN = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 

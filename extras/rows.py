@@ -207,7 +207,7 @@ def held_out_right(lavin: LaVIN, held_out: dict[str, list[Encoded]],
     """{source: (rows answered correctly, rows asked)} for the held-out rows, over all ranks.
 
     The first --eval-limit rows of every source are asked, by default HELD_OUT_ROWS. With --fsdp
-    the result is {}, because no rank has the whole model.
+    the result is {}: every pass needs all ranks, but here each rank answers rows of its own.
     """
     results = {}
     if settings.fsdp:

@@ -198,8 +198,9 @@ def check_data(settings, small_llama: str | Path) -> int:
 
 
 def freeze(lavin: nn.Module, settings) -> None:
-    """The paper's ablations: frozen adapters stay the identity, frozen routers give ½ and ½.
+    """The paper's ablations: what is left out of a run is frozen. Frozen routers give ½ and ½.
 
+    Frozen adapters stay as they are: the identity, unless --adapter has loaded them.
     Without pictures, the projector and the ViT's adapters are frozen too. Otherwise their gradient
     would be zero, not None, and weight decay would still change them.
     """
@@ -240,18 +241,21 @@ def print_counts(title, counts):
 
 def describe(lavin: nn.Module, settings, steps_per_epoch: int) -> None:
     """Print a run's parameter counts, batch, steps and device."""
-    n_modality = {True: 0, False: 0}
-    n_modality[lavin.modality_embedding.requires_grad] = lavin.modality_embedding.numel()
+    n_trained = n_frozen = 0            # numbers in the modality embedding
+    if lavin.modality_embedding.requires_grad:
+        n_trained = lavin.modality_embedding.numel()
+    else:
+        n_frozen = lavin.modality_embedding.numel()
     print_counts("trained", {
         "adapters and routers in LLaMA": count_parameters(lavin.llama, trained=True),
         "in the ViT": count_parameters(lavin.vit, trained=True),
         "projector": count_parameters(lavin.projector, trained=True),
-        "modality embedding": n_modality[True]})
+        "modality embedding": n_trained})
     print_counts("frozen", {
         "LLaMA": count_parameters(lavin.llama, trained=False) + n_quantized(lavin.llama),
         "ViT": count_parameters(lavin.vit, trained=False),
         "projector": count_parameters(lavin.projector, trained=False),
-        "modality embedding": n_modality[False]})
+        "modality embedding": n_frozen})
 
     micro_batch = min(settings.micro_batch, settings.batch_size)
     line = (f"batch    {settings.batch_size} in micro-batches of {micro_batch} · "
@@ -432,7 +436,7 @@ class Log:
         self.failure = None
         self.neighbours = Neighbours()
         self.bar = tqdm(total=n_steps, initial=first_step, unit="step", file=sys.stdout)
-        self.began = time.perf_counter()
+        self.last_step_at = time.perf_counter()
         self.speed = None               # samples/s, a moving mean over about ten steps
 
     def __enter__(self):
@@ -471,8 +475,8 @@ class Log:
     def step(self, step, epoch, loss, lr, n_samples, norm):
         """Log one step. Its speed is measured since the previous one."""
         now = time.perf_counter()
-        speed = n_samples / (now - self.began)
-        self.began = now
+        speed = n_samples / (now - self.last_step_at)
+        self.last_step_at = now
         if self.speed is None:
             self.speed = speed
         self.speed += 0.1 * (speed - self.speed)

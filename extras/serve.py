@@ -46,6 +46,7 @@ import torch
 
 import data
 from extras.chat import Conversation
+from extras.terminal import explain
 from extras.values import short
 from files import LavinError
 from model import LaVIN
@@ -66,7 +67,7 @@ TOO_MANY = (b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json
 MAX_REQUEST = 20_000_000        # bytes
 MAX_PIXELS = 50_000_000
 MAX_TEXT = 20_000               # characters
-MAX_TURNS = 100
+MAX_TURNS = 100                 # the last ones; earlier ones are dropped without a count
 MAX_WAITING = 20                # questions
 MAX_CONNECTIONS = 64
 MAX_SECONDS = 30                # how long we wait for a client, in total
@@ -349,8 +350,13 @@ class Handler(BaseHTTPRequestHandler):
             with contextlib.closing(self.server.desk.answer(question, turns, pixels)) as events:
                 for event in events:
                     self.send(event)
-        except LavinError as error:
-            self.send({"error": str(error)})
+        except OSError:                 # the browser has left
+            raise
+        except Exception as error:
+            why = explain(error)
+            if why is None:
+                raise                   # a bug: its traceback goes to stderr
+            self.send({"error": why})
 
     def send(self, event):
         self.wfile.write(json.dumps(event).encode() + b"\n")

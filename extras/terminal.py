@@ -105,8 +105,8 @@ def explain(error: Exception) -> str | None:
     too_little = (MemoryError, torch.OutOfMemoryError)
     words = ("can't allocate memory", "MPS backend out of memory")
     if isinstance(error, too_little) or any(part in str(error) for part in words):
-        return ("there is too little memory for this; try --bits 8 or 4, or a lower --batch-size "
-                "or --max-seq-len")
+        return ("there is too little memory for this; try --bits 8 or 4, a lower --max-seq-len, or "
+                "fewer samples at a time (train.py: --micro-batch; generate.py: --batch-size)")
     if "probability tensor contains" in str(error):         # torch.multinomial's message
         return ("the model's logits are not finite, so no token can be drawn; "
                 "--dtype bf16 or fp32 has a wider range than fp16")

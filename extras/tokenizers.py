@@ -136,10 +136,10 @@ def find_special(folder: Path, kind: str, model) -> int | None:
         if isinstance(number, list) and number: # several that end an answer, the usual one first
             number = number[0]
         if token is not None:
-            number = model.token_to_id(token) if isinstance(token, str) else None
-        elif number is None:
-            continue
-        return check_special(path, kind, number, model, number if token is None else token)
+            its_number = model.token_to_id(token) if isinstance(token, str) else None
+            return check_special(path, kind, its_number, model, token)
+        if number is not None:
+            return check_special(path, kind, number, model, number)
     return None
 
 

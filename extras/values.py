@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from data import FORMATS
 from files import DTYPES, LavinError
 
+LONGEST_TEXT = 4096             # characters of a text in a flag or a checkpoint
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -32,7 +34,8 @@ class Kind:
         """The kind in words: "a whole number that is at least 1"."""
         if self.choices:
             return "one of " + ", ".join(str(choice) for choice in self.choices)
-        names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        names = {bool: "true or false", int: "a whole number", float: "a number",
+                 str: f"text of at most {LONGEST_TEXT:,} characters"}
         bounds = []
         if self.low is not None:
             bounds.append(f"at least {self.low:,}")
@@ -93,8 +96,8 @@ class Kind:
 
 
 def is_text(value: str) -> bool:
-    """Can files and checkpoints hold this text? It must have no NUL and at most 4096 characters."""
-    return "\0" not in value and len(value) <= 4096
+    """Can files and checkpoints hold this text? It must have no NUL and not be too long."""
+    return "\0" not in value and len(value) <= LONGEST_TEXT
 
 
 def short(value: object) -> str:

@@ -7,8 +7,8 @@ features among them. The experts' weights of a new token are those of its prompt
 A row of the cache belongs to one prompt. Prompts are concatenated when they are read, so no work is
 spent on padding. Then every step adds one token to each row. When a row has ended, the next waiting
 prompt takes its place, so no step is spent on finished rows (continuous batching). On a GPU, the
-step of a folded model is captured once as a CUDA graph and then replayed: the CPU makes one call
-instead of a thousand.
+step of a folded model is captured as a CUDA graph, once for each number of rows, and then replayed:
+the CPU makes one call instead of a thousand.
 
 Shapes: n rows in use, S positions in each; H heads, K key/value heads, D their width, L layers,
 C the model's width, T tokens of all prompts that are read together.
@@ -68,8 +68,8 @@ class PromptCache:
 class StepCache:
     """A layer's cache in a step, which adds one token to each of the first n rows.
 
-    keys and values: (rows, K, S, D). rows: (n,). positions: (n,), of the new tokens. mask:
-    (n, 1, 1, S), the positions that each new token sees. S may be cut to the positions in use.
+    keys and values: (rows, K, S, D). rows: (n,). positions: (n,), of the new tokens. mask
+    (n, 1, 1, seen): the positions that each new token sees. `attend` reads only the first `seen`.
     """
 
     def __init__(self, keys, values, rows, positions, mask):
@@ -136,8 +136,8 @@ def prepare_linears(llama: nn.Module) -> None:
 def in_groups(n_layers: int) -> list[slice]:
     """The layers in groups of equal size, as a compiled step takes them.
 
-    To call a compiled function costs 0.2 ms on a CPU, as much as a small layer's work. But to
-    compile many layers at once takes minutes. All groups share the code of the first.
+    Calling a compiled function costs 0.2 ms on a CPU, as much as a small layer's work. But
+    compiling many layers at once takes minutes. All groups share the code of the first.
     """
     size = max(n for n in range(1, LAYERS_PER_GRAPH + 1) if n_layers % n == 0)
     return [slice(first, first + size) for first in range(0, n_layers, size)]

@@ -1,9 +1,9 @@
 """Folding: merge the adapters into the matrices that read their output.
 
-A folded model runs as fast as plain LLaMA. For one modality, the routing weights w are constants
-(router.py). The adapter is then a single affine map, A(y) = y + U (D y + d) + u. D and d are the
-weight and bias of `down`. U and u are the weights and biases of the two experts, mixed by w and
-scaled by s. So each matrix W that reads A(y) can absorb the adapter exactly:
+A folded model runs nearly as fast as plain LLaMA. For one modality, the routing weights w are
+constants (router.py). The adapter is then a single affine map, A(y) = y + U (D y + d) + u. D and d
+are the weight and bias of `down`. U and u are the weights and biases of the two experts, mixed by w
+and scaled by s. So each matrix W that reads A(y) can absorb the adapter exactly:
 
     W A(y) = (W + W U D) y + W (U d + u)
 
@@ -78,7 +78,8 @@ def merge(adapter: Adapter, w: torch.Tensor, matrices: list[nn.Module],
 def fold(lavin: LaVIN, modality: int) -> LaVIN:
     """-> a LaVIN for one modality (0: text only, 1: with a picture). Its LLaMA has no adapters.
 
-    wq, wk and wv are copied. All other tensors are shared with `lavin`, which does not change.
+    wq, wk and wv are merged copies. All other tensors are shared with `lavin`, which does not
+    change. Quantized matrices are shared too: a ConstantAdapter stays in front of them.
     Call this in eval mode, so that dropout does not change the routing weights.
     Raises ValueError if `lavin` is already folded or if there is no such modality.
     """
@@ -90,7 +91,7 @@ def fold(lavin: LaVIN, modality: int) -> LaVIN:
     shared = [*lavin.parameters(), *lavin.buffers(), lavin.tokenizer]
     folded = copy.deepcopy(lavin, memo={id(thing): thing for thing in shared})
     dtype = lavin.llama.norm.weight.dtype
-    routed = lavin.route()                                      # (L, 2 modalities, 2 experts)
+    routed = lavin.route()                                      # (L, 2 modalities, E experts)
     for block, w in zip(folded.llama.layers, routed[:, modality]):
         attention = block.attention
         matrices = [attention.wq, attention.wk, attention.wv]

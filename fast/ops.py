@@ -108,28 +108,29 @@ def similar_lengths(lengths: list[int]) -> list[list[int]]:
 def padded_rows(lengths: list[int]) -> tuple[list[list[int]], list[torch.Tensor], torch.Tensor]:
     """How concatenated samples become rows, each padded to the longest of its group.
 
-    -> the groups of similar_lengths; for each group the token that fills each slot of its rows,
-    (rows longest,); and for each token its slot among those of all groups, (T,).
+    -> (groups, sources, slots). groups: as in similar_lengths. sources: for each group, the index
+    of the token that fills each slot of its rows, (rows · longest,). slots: for each token, its
+    slot among those of all groups, (T,).
     """
     sizes = torch.tensor(lengths)
     starts = sizes.cumsum(0) - sizes                                    # (n,)
     groups = similar_lengths(lengths)
-    tokens = []
+    sources = []
     first_slots = [0] * len(lengths)        # of each sample
     n_slots = 0
     for group in groups:
         longest = lengths[group[-1]]
         # Padding repeats a sample's last token.
         inside = torch.arange(longest).minimum(sizes[group, None] - 1)  # (rows, longest)
-        tokens.append((starts[group, None] + inside).flatten())
+        sources.append((starts[group, None] + inside).flatten())
         for i in group:
             first_slots[i] = n_slots
             n_slots += longest
     shifts = torch.tensor(first_slots) - starts                         # (n,)
     n_tokens = sum(lengths)
     shifts = shifts.repeat_interleave(sizes, output_size=n_tokens)      # (T,)
-    places = torch.arange(n_tokens) + shifts
-    return groups, tokens, places
+    slots = torch.arange(n_tokens) + shifts
+    return groups, sources, slots
 
 
 # torch.compiler.disable would import the compiler at once: two seconds in every start.
@@ -142,20 +143,20 @@ def attend_in_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     its own, as long as the longest. The padding comes last, so the causal mask hides it from all
     real tokens. This is for CPUs: a GPU would wait for the indices in every layer.
     """
-    groups, tokens, places = padded_rows(lengths)
-    sizes = [len(t) for t in tokens]
-    tokens = torch.cat(tokens)
+    groups, sources, slots = padded_rows(lengths)
+    sizes = [len(indices) for indices in sources]
+    sources = torch.cat(sources)
     picked = []
     for x in (q, k, v):
         # For all groups at once: the backward of each index_select takes a pass over all tokens.
-        x = x[0].transpose(0, 1).index_select(0, tokens)                # (slots, H, D)
+        x = x[0].transpose(0, 1).index_select(0, sources)               # (slots, H, D)
         picked.append(x.split(sizes))
     outputs = []
     for group, *qkv in zip(groups, *picked):
         rows = [x.unflatten(0, (len(group), -1)).transpose(1, 2) for x in qkv]
         y = attention(*rows, is_causal=True)                            # (rows, H, longest, D)
         outputs.append(y.transpose(1, 2).flatten(0, 1))                 # (rows longest, H, D)
-    y = torch.cat(outputs).index_select(0, places)                      # (T, H, D)
+    y = torch.cat(outputs).index_select(0, slots)                       # (T, H, D)
     return y.transpose(0, 1)[None]                                      # (1, H, T, D)
 
 
@@ -210,7 +211,7 @@ def cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
 
     Logits are large: 32,000 numbers for each answer token. Backward only needs the gradient of x.
     So we take a few rows at a time and compute their gradient at once, while they are in the cache.
-    The logits, softmax and gradients of all rows never exist at the same time.
+    The logits of all rows, their softmax and their gradients never exist at the same time.
     """
     if n_rows is None:
         n_rows = LOGIT_ROWS["cpu" if x.device.type == "cpu" else "cuda"]

@@ -6,7 +6,7 @@ value. The results are rounded to 16 levels, which are equally likely under a no
 The scales of the blocks are quantized to 8 bits in turn. That makes 4.13 bits per number.
 
 Forward and backward dequantize a matrix tile by tile, so the full matrix never exists. Trained
-parameters are not quantized. Neither are the embeddings, norms and `output`: they stay in 16 bits.
+parameters are not quantized. Neither are the embeddings, norms and `output`: they keep their dtype.
 """
 
 import torch
@@ -43,10 +43,11 @@ def quantize_8bit(weight: torch.Tensor):
 
 
 def quantize_4bit(weight: torch.Tensor):
-    """(out, in) -> (codes, scales, group_scales, mean, pairs).
+    """(out, in) -> (codes, scale_codes, group_scales, mean, pairs).
 
-    codes: uint8, two 4-bit codes in each. scales: int8, quantized after subtracting their mean;
-    GROUP scales share one scale in group_scales. pairs (256, 2): the two levels of each uint8.
+    codes: uint8, two 4-bit codes in each. scale_codes: int8, the scales of the blocks, quantized
+    after subtracting their mean; GROUP of them share one scale in group_scales. pairs (256, 2): the
+    two levels of each uint8.
     """
     if weight.numel() % BLOCK:
         shape = tuple(weight.shape)

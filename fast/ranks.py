@@ -72,13 +72,18 @@ def join(device: torch.device, for_answers: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def first():
-    """`with first():` runs the body on rank 0 before all other ranks."""
+def first() -> Iterator[None]:
+    """`with first():` runs the body on rank 0 before all other ranks.
+
+    LavinError on the others if rank 0 ends in the body.
+    """
     if rank() > 0:
-        dist.barrier()
+        with together():
+            dist.barrier()
     yield
     if rank() == 0 and dist.is_initialized():
-        dist.barrier()
+        with together():
+            dist.barrier()
 
 
 def leave() -> None:

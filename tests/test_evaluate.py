@@ -110,7 +110,7 @@ class ScriptedEngine:
 
 
 def test_a_sample_ends_as_soon_as_its_letter_is_out(sqa, monkeypatch):
-    """This holds if the format puts the answer first. If not, all of it is generated."""
+    """It ends early if the format puts the answer first. If not, all of it is generated."""
     monkeypatch.setattr(engine, "Engine", ScriptedEngine)
     lavin = checkpoints.load(LLAMA, VIT, max_seq_len=300)
     problems, samples = load_sqa(sqa, "test")
@@ -224,7 +224,7 @@ def test_the_engine_has_no_rows_that_nobody_needs(test_split, monkeypatch):
         make(engine, lavin, n_rows, *more)
 
     monkeypatch.setattr(Engine, "__init__", counted)
-    evaluate.choose_all(lavin, samples, evaluate.Answers(samples), problems, batch_size=100_000)
+    evaluate.choose_letters(lavin, samples, evaluate.Answers(samples), problems, batch_size=100_000)
     answers = evaluate.Answers(samples)
     evaluate.answer_all(lavin, samples, answers, "QCM-ALE", 1, batch_size=100_000)
     assert rows == [6, 6, 6, 6]

@@ -2,9 +2,10 @@
 
     python -m tiny.album PNG             draw a few of them on a sheet
 
-A picture shows equal things, or two different ones side by side. A thing has a shape, a colour, a
-size and a place. Its rotation, its stretch, its style (filled or an outline) and its background
-vary from picture to picture. The caption does not mention them, so CLIP has to ignore them.
+A picture shows equal things, or two things side by side or one above the other. A thing has a
+shape, a colour, a size and a place. Its rotation, its stretch, its style (filled or an outline) and
+its background vary from picture to picture. The caption does not mention them, so CLIP has to
+ignore them.
 
 CLIP learns by contrast: which caption of the batch belongs to this picture? If the pictures of a
 batch differ in everything, their colours alone give the answer. So pictures come in groups that are
@@ -65,7 +66,7 @@ class Thing:
 # One thing
 
 
-def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
+def contour(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
     """The corners of a shape whose edge is about r pixels from its centre (x, y)."""
     if shape in ("square", "frame"):
         points = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
@@ -89,13 +90,13 @@ def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float
         points = [(a, b + 0.4) for a, b in corners(0, 0, [1.15] * 36) if b < 0.01]
         points.sort()
     elif shape in UNSEEN_SHAPES:
-        points = unseen_outline(shape)
+        points = unseen_contour(shape)
     else:                                                   # a circle or a ring
         points = corners(0, 0, [1.05] * 30)
     return [(x + r * a, y + r * b) for a, b in points]
 
 
-def unseen_outline(shape: str) -> list[tuple[float, float]]:
+def unseen_contour(shape: str) -> list[tuple[float, float]]:
     """The corners of one of UNSEEN_SHAPES around (0, 0), with its edge about 1 from there."""
     if shape == "heart":
         points = []
@@ -134,7 +135,7 @@ def turned(points, x, y, angle, stretch):
 
 
 def paint(canvas: ImageDraw.ImageDraw, rng: Random, thing: Thing, x, y, r, behind, style) -> None:
-    """Draw one thing. behind: the colour that shows through its hole, if it has one."""
+    """Draw one thing. behind: the colour inside an outline, and in a ring's or frame's hole."""
     fill = tone(thing.colour, rng)
     if thing.shape in LETTERS:
         font = ImageFont.load_default(max(10, 2.4 * r))
@@ -151,21 +152,21 @@ def paint(canvas: ImageDraw.ImageDraw, rng: Random, thing: Thing, x, y, r, behin
     elif thing.shape in ("triangle", "rectangle", "oval"):
         stretch = rng.uniform(1, 1.6)
 
-    def contour(scale):
-        return turned(outline(thing.shape, x, y, scale * r), x, y, angle, stretch)
+    def points(scale):
+        return turned(contour(thing.shape, x, y, scale * r), x, y, angle, stretch)
 
     has_hole = thing.shape in ("ring", "frame")
     if style == "outline" and not has_hole and r > 9:
-        canvas.polygon(contour(1), behind, fill, rng.choice([2, 3]))
+        canvas.polygon(points(1), behind, fill, rng.choice([2, 3]))
         return
     rim = fill
     if style == "rimmed":
         rim = rng.choice([(0, 0, 0), (90, 90, 90), (255, 255, 255)])
-    canvas.polygon(contour(1), fill, rim, 2)
+    canvas.polygon(points(1), fill, rim, 2)
     if has_hole:
-        canvas.polygon(contour(0.55), behind)
+        canvas.polygon(points(0.55), behind)
     elif style == "inlaid" and r > 14:
-        canvas.polygon(contour(0.6), tone(thing.colour, rng))
+        canvas.polygon(points(0.6), tone(thing.colour, rng))
 
 
 def tone(colour: str, rng: Random, spread: int = 32) -> tuple[int, ...]:
@@ -200,7 +201,7 @@ def background(rng: Random, colours: list[str]) -> tuple[Image.Image, tuple[int,
 
 
 def places_for(rng: Random, n: int, place: str, r: float) -> list[tuple[float, float]]:
-    """n random points around a place, at least 2 r apart."""
+    """n random points around a place, more than 2.3 r apart."""
     dx, dy = PLACES[place]
     reach = 14 if n == 1 else 1.6 * r * math.sqrt(n)
     points = []
@@ -236,6 +237,7 @@ def several(rng: Random, thing: Thing, n: int, place: str) -> tuple[Image.Image,
     canvas = ImageDraw.Draw(picture)
     low, high = SIZES[thing.size]
     r = rng.uniform(low, high)
+    # More than 50 / r things in a row would not fit.
     is_row = 1 < n < 50 / r and place in POSITIONS and rng.random() < 0.5
     arrange = row_for if is_row else places_for
     style = rng.choice(STYLES)
@@ -245,7 +247,7 @@ def several(rng: Random, thing: Thing, n: int, place: str) -> tuple[Image.Image,
 
 
 def pair(rng: Random, one: Thing, other: Thing) -> tuple[Image.Image, str]:
-    """Two different things, side by side or one above the other -> the picture and its caption."""
+    """Two things, side by side or one above the other -> the picture and its caption."""
     picture, behind = background(rng, [one.colour, other.colour])
     canvas = ImageDraw.Draw(picture)
     is_beside = rng.random() < 0.5
@@ -285,14 +287,14 @@ def group(n: int, rng: Random) -> list[tuple[Image.Image, str]]:
     for name, pool in pools.items():
         if name not in varied:
             pools[name] = rng.sample(pool, rng.choice([1, 1, 2]))
-    draw = draw_several
+    make = random_several
     if "shape" in varied and rng.random() < 0.2:
-        draw = draw_pair                            # a caption of two colours and two shapes
-    return [draw(rng, pools) for _ in range(n)]
+        make = random_pair                          # a caption of two colours and two shapes
+    return [make(rng, pools) for _ in range(n)]
 
 
-def draw_several(rng, pools):
-    thing = draw_thing(rng, pools)
+def random_several(rng, pools):
+    thing = random_thing(rng, pools)
     n = rng.choice(pools["n"])
     place = rng.choice(pools["place"])
     if n > 1 and thing.size == "large":             # there is room for only one large thing
@@ -300,17 +302,18 @@ def draw_several(rng, pools):
     return several(rng, thing, n, place)
 
 
-def draw_pair(rng, pools):
-    return pair(rng, draw_thing(rng, pools), draw_thing(rng, pools))
+def random_pair(rng, pools):
+    return pair(rng, random_thing(rng, pools), random_thing(rng, pools))
 
 
-def draw_thing(rng: Random, pools) -> Thing:
+def random_thing(rng: Random, pools) -> Thing:
     """A thing from the pools, but never a pair that the world keeps for its test split."""
     while True:
         thing = Thing(
             rng.choice(pools["shape"]), rng.choice(pools["colour"]), rng.choice(pools["size"]))
         if not is_new(thing.shape, thing.colour):
             return thing
+        # The pools may hold only pairs that are kept. Another colour helps.
         pools = pools | {"colour": tuple(COLOURS)}
 
 

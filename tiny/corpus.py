@@ -28,7 +28,7 @@ class Stage:
     links: tuple[str, ...]      # what stands between a word and its letter in a register
     drills: float               # share of drills among the questions
     taught: float = 0           # share of TAUGHT among the other questions
-    new: float = 0              # share, among scenes, of pairs that are kept for the test split
+    new: float = 0              # among scenes of things: share of pairs kept for the test split
 
 
 # Choosing a letter is by far the hardest thing to learn here, and every answer depends on it. So
@@ -46,7 +46,7 @@ FORMS = {"QCM-ALE": 8, "QCM-A": 3, "QCM-EA": 2, "Instruction": 2}       # and th
 
 
 def all_words():
-    """Every word that is a choice in some question."""
+    """The words of registers and drills: most choices of the world's questions, and verbs."""
     words = [
         *COLOURS, *SHAPES, *COUNTS, *POSITIONS, *DIRECTIONS, *NAMES, *GOODS, *OBJECTS, *MATERIALS,
         *KINDS]
@@ -85,8 +85,8 @@ def drill(rng: Random) -> Item:
         solution=f"The option says {words[0]}.")
 
 
-def draw_question(rng, stage):
-    """Draw a drill, a fact or a question of the world, with the probabilities of the stage."""
+def random_question(rng, stage):
+    """A drill, a fact or a question of the world, with the probabilities of the stage."""
     if rng.random() < stage.drills:
         return drill(rng)
     if stage.taught > 0 and rng.random() < stage.taught:
@@ -106,12 +106,12 @@ def document(rng: Random, stage: Stage) -> tuple[str | None, Sample]:
     """
     if rng.random() < stage.registers:
         return None, register(rng, stage.links)
-    item = draw_question(rng, stage)
+    item = random_question(rng, stage)
     form = rng.choices(list(FORMS), list(FORMS.values()))[0]
     parts = item.caption.split(", ")
     words = ", ".join(rng.sample(parts, len(parts))) or None
     if form == "Instruction":
-        # Questions without a picture take the form of those with a picture, too.
+        # One form for all: that of rows with a picture. The other has one more space in it.
         prompt = instruction_prompt(item.question, has_picture=True)
         return words, Sample(prompt, item.solution)
     written = problem(item, rng, "corpus")

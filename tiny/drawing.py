@@ -47,7 +47,7 @@ def near(colour: tuple[int, ...], rng: Random, spread: float,
 
 
 def draw_shape(canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill) -> None:
-    """One of SHAPES, centred at (x, y), r pixels from its centre to its edge."""
+    """One of SHAPES, centred at (x, y), about r pixels from there to its edge."""
     if shape == "circle":
         canvas.ellipse((x - r, y - r, x + r, y + r), fill)
     elif shape == "square":
@@ -187,7 +187,7 @@ def draw_tree(canvas, rng, x, y):
 def draw_particles(canvas, rng, state):
     """A box of 6 × 6 cells. A solid fills all of them, a liquid the lowest 20.
 
-    A gas fills 8 cells. They are drawn from every other cell, as on a checkerboard.
+    A gas fills 8 cells. The cells are chosen at random from every other one, as on a checkerboard.
     """
     canvas.rectangle((14, 14, 114, 114), "white", DARK, 3)
     cells = []
@@ -208,7 +208,7 @@ def draw_particles(canvas, rng, state):
 
 
 def draw_food_chain(canvas, rng, eaten, eater):
-    """Grass, an animal that eats it and an animal that eats the first, with arrows between them."""
+    """Grass, an animal that eats it, and one that eats this animal, with arrows between them."""
     y = MIDDLE + rng.uniform(-8, 8)
     for x in (12, 19, 26):
         tip = x + rng.uniform(-4, 4)

@@ -15,7 +15,7 @@ they come from.
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -83,8 +83,8 @@ def make_optimizer(module: nn.Module, beta2: float) -> torch.optim.Optimizer:
 def update(module, optimizer, loss, done: float, lr: float) -> None:
     """One optimizer step. done: the fraction of all steps that came before it, 0 to 1.
 
-    The learning rate rises to lr over the first twentieth of the steps. It follows half a cosine
-    down to a twentieth of lr.
+    The learning rate rises to lr over the first twentieth of the steps. Then it follows half a
+    cosine down to a twentieth of lr.
     """
     warmup = done * 20
     cosine = 0.05 + 0.475 * (1 + math.cos(math.pi * done))
@@ -189,6 +189,7 @@ def letter_loss(llama: LLaMA, rows: list[Row], tokenizer) -> tuple[torch.Tensor,
     targets = tokens[:, 1:]
     labels = labels[:, 1:]
     letters = torch.isin(labels, torch.tensor(tokenizer.encode("A B C D")))
+    # Token 0 is padding.
     weight = 0.1 * (targets != 0) + 0.9 * (labels != data.IGNORED) + 7 * letters
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     loss = losses @ weight.flatten() / weight.sum()
@@ -207,10 +208,10 @@ def letter_scores(llama: LLaMA, tokenizer, n: int) -> dict[str, float]:
     rows = {}
     for _ in range(n * len(skills)):
         skill = rng.choice(skills)
-        item = things(rng, new=False) if skill is things else skill(rng)
+        item = skill(rng)
         prompt, answer = data.sqa_prompt(problem(item, rng, "corpus"), "QCM-A")
         row = encode_document(item.caption or None, Sample(prompt, answer), tokenizer)
-        row.description = NOTHING
+        row.description = NOTHING       # words, not blurred
         rows.setdefault(item.skill, []).append(row)
     scores = {}
     for name, rows_of_skill in sorted(rows.items()):
@@ -241,10 +242,10 @@ def new_llama(vocab_size: int) -> LLaMA:
 
 def pretrain_llama(folder: Path, steps: int, seed: int = 0, batch_size: int = 32, lr: float = 1e-3,
                    n_scored: int = 100) -> dict[str, float]:
-    """Write tokenizer.model and a LLaMA in Meta's layout into the folder -> its letter_scores."""
+    """Pre-train a LLaMA, and make its folder in Meta's layout -> its letter_scores."""
     torch.manual_seed(seed)
-    (folder / "tokenizer.model").write_bytes(train_tokenizer(seed))
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer_model = train_tokenizer(seed)
+    tokenizer = SentencePieceProcessor(model_proto=tokenizer_model)
     llama = new_llama(tokenizer.vocab_size())
     optimizer = make_optimizer(llama, beta2=0.95)
     batches = text_batches(steps, tokenizer, seed, batch_size)
@@ -256,9 +257,14 @@ def pretrain_llama(folder: Path, steps: int, seed: int = 0, batch_size: int = 32
         right += 0.02 * (is_right.float().mean().item() - right)
         status = f"loss {loss.item():.3f} letters {100 * right:.1f} %"
         bar.set_postfix_str(status, refresh=False)
-    torch.save(pretrained(llama), folder / "consolidated.00.pth")
-    params = LLAMA_PARAMS | {"version": VERSION}
-    (folder / "params.json").write_text(json.dumps(params))
+
+    def write(temporary):
+        (temporary / "tokenizer.model").write_bytes(tokenizer_model)
+        torch.save(pretrained(llama), temporary / "consolidated.00.pth")
+        params = LLAMA_PARAMS | {"version": VERSION}
+        (temporary / "params.json").write_text(json.dumps(params))
+
+    make_folder(folder, write)
     return letter_scores(llama, tokenizer, n_scored)
 
 
@@ -310,9 +316,8 @@ def shrink(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
 
 
-def scene(skill: Callable[[Random], Item], rng: Random) -> tuple[np.ndarray, str]:
-    """A rendered scene of a skill of the world, and its caption."""
-    item = skill(rng)
+def picture_of(item: Item, rng: Random) -> tuple[np.ndarray, str]:
+    """The item's scene, drawn flat, as CLIP sees it, and its caption."""
     return shrink(render(item, rng)), item.caption
 
 
@@ -321,17 +326,17 @@ def similar_things(n: int, rng: Random) -> list[Item]:
 
     None shows a pair that is kept for the test split.
     """
-    first = old_things(rng)
+    first = things(rng)
     same = rng.sample([1, 2, 3], 2)         # of a scene: shape, colour, number, position
     items = [first]
     while len(items) < n:
-        item = old_things(rng)
+        item = things(rng)
         if all(item.scene[i] == first.scene[i] for i in same):
             items.append(item)
     return items
 
 
-def draw_batch(n: int, rng: Random) -> list[tuple[np.ndarray, str]]:
+def random_batch(n: int, rng: Random) -> list[tuple[np.ndarray, str]]:
     """n pictures with their captions, in four groups. Within a group they are hard to tell apart.
 
     One group shows things, which stand for four skills. One shows another skill of the world. Two
@@ -340,10 +345,10 @@ def draw_batch(n: int, rng: Random) -> list[tuple[np.ndarray, str]]:
     size = n // 4
     batch = []
     for item in similar_things(size, rng):
-        batch.append((shrink(render(item, rng)), item.caption))
+        batch.append(picture_of(item, rng))
     skill = rng.choice(OTHER_SKILLS)
     for _ in range(size):
-        batch.append(scene(skill, rng))
+        batch.append(picture_of(skill(rng), rng))
     for picture, caption in album.group(size, rng) + album.group(size, rng):
         batch.append((shrink(picture), caption))
     return batch
@@ -352,8 +357,8 @@ def draw_batch(n: int, rng: Random) -> list[tuple[np.ndarray, str]]:
 def clip_batch(scenes: list, tokenizer):
     """N scenes, [(pixels, caption)], with M different captions -> the inputs of Towers, and match.
 
-    Pixels (N, 3, R, R), normalised; captions (M, T); lengths (M,); and match (N,), the caption of
-    each picture.
+    Pixels (N, 3, R, R), normalised; captions (M, T); lengths (M,); and match (N,), the index of
+    each picture's caption.
     """
     pixels = torch.from_numpy(np.stack([pixels for pixels, _ in scenes]))   # (N, R, R, 3)
     pixels = pixels.permute(0, 3, 1, 2).float() / 255
@@ -383,11 +388,6 @@ def best_is_right(scores, match):
     return scores[-1].argmax(1) == match
 
 
-def old_things(rng: Random) -> Item:
-    """Things, but never a pair that is kept for the test split."""
-    return things(rng, new=False)
-
-
 def new_things(rng: Random) -> Item:
     return things(rng, new=True)
 
@@ -403,10 +403,10 @@ def caption_scores(towers: Towers, tokenizer, n: int) -> dict[str, float]:
     """
     rng = Random("caption scores")
     skills = {skill.__name__: skill for skill in OTHER_SKILLS}
-    skills |= {"things": old_things, "new combinations": new_things}
+    skills |= {"things": things, "new combinations": new_things}
     scores = {}
     for name, skill in skills.items():
-        scenes = [scene(skill, rng) for _ in range(n)]
+        scenes = [picture_of(skill(rng), rng) for _ in range(n)]
         pixels, captions, lengths, match = clip_batch(scenes, tokenizer)
         is_right = best_is_right(towers(pixels, captions, lengths), match)
         scores[name] = percent(is_right)
@@ -438,7 +438,7 @@ def pretrain_clip(path: Path, steps: int, config: ViTConfig = CLIP_CONFIG, seed:
     right = 0.0                 # a moving average over about fifty steps
     bar = tqdm(range(steps), desc="CLIP", file=sys.stdout)
     for step in bar:
-        batch = draw_batch(batch_size, rng)
+        batch = random_batch(batch_size, rng)
         pixels, captions, lengths, match = clip_batch(batch, tokenizer)
         scores = towers(pixels, captions, lengths)
         loss = contrastive_loss(scores, match)
@@ -448,6 +448,16 @@ def pretrain_clip(path: Path, steps: int, config: ViTConfig = CLIP_CONFIG, seed:
         bar.set_postfix_str(status, refresh=False)
     write_atomically(path, lambda temporary: torch.save(official_clip(towers), temporary))
     return caption_scores(towers, tokenizer, n_scored)
+
+
+def save_score(model: str, score: dict[str, float]) -> None:
+    """Keep a model's score in scores.json, beside those of the other models, and print it."""
+    path = ROOT / "scores.json"
+    scores = read_json(path) if path.exists() else {}
+    scores[model] = score
+    text = json.dumps(scores, indent=1)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+    print(f"{model}: {json.dumps(score)}")
 
 
 def main() -> None:
@@ -460,22 +470,13 @@ def main() -> None:
     for model in models:
         if model not in (*MODELS, SMALL_CLIP):
             parser.error(f"{model}: the models are {', '.join(MODELS)} and {SMALL_CLIP}")
-    path = ROOT / "scores.json"
-    scores = read_json(path) if path.exists() else {}
-
-    def write_llama(folder):
-        scores["llama"] = pretrain_llama(folder, LLAMA_STEPS)
-
     if "llama" in models:
-        make_folder(PATHS["llama"], write_llama)
+        save_score("llama", pretrain_llama(PATHS["llama"], LLAMA_STEPS))
     if "clip" in models:
-        scores["clip"] = pretrain_clip(PATHS["vit"], CLIP_STEPS, compiled=args.compile)
+        save_score("clip", pretrain_clip(PATHS["vit"], CLIP_STEPS, compiled=args.compile))
     if SMALL_CLIP in models:
-        scores[SMALL_CLIP] = pretrain_clip(
-            SMALL_VIT, CLIP_STEPS, SMALL_CLIP_CONFIG, compiled=args.compile)
-    text = json.dumps(scores, indent=1)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
-    print(text)
+        score = pretrain_clip(SMALL_VIT, CLIP_STEPS, SMALL_CLIP_CONFIG, compiled=args.compile)
+        save_score(SMALL_CLIP, score)
 
 
 if __name__ == "__main__":

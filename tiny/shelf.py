@@ -19,7 +19,7 @@ SKILLS = (
 def examples(seed: int = 0) -> list[dict]:
     """[{"question": text, "picture": a PNG in base64}, …], one for each skill."""
     rng = Random(f"{seed} shelf")
-    items = [world.things(rng, new=False)]
+    items = [world.things(rng)]
     for skill in SKILLS:
         items.append(skill(rng))
     shown = []

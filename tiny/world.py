@@ -9,9 +9,9 @@ and, for a picture question, how its scene is drawn (tiny/drawing.py). The scene
 words everything that the picture shows. LLaMA reads captions in its pre-training (tiny/pretrain.py)
 and never sees a picture. CLIP sees the pictures. LaVIN then teaches LLaMA to see through CLIP.
 
-The problems need what MMA adds. Their pictures are in pencil, but CLIP's pre-training showed flat
-drawings. And the same kind of hint is true in a problem without a picture, but misleads in a
-problem with one (draw_item).
+The problems have two properties of the paper's task. Their pictures are in pencil, but CLIP's
+pre-training showed flat drawings. And the same kind of hint is true in a problem without a picture,
+but misleads in a problem with one (random_item).
 
 Everything is determined by the seed. So the order in which the functions draw random numbers is
 part of the world. Raise VERSION whenever you change it.
@@ -38,7 +38,7 @@ from files import LavinError, locked, read_json, write_atomically
 from tiny import drawing
 from tiny.drawing import COLOURS, DIRECTIONS, POSITIONS, SHAPES
 
-VERSION = 4
+VERSION = 5
 ROOT = Path(__file__).absolute().parent
 PATHS = {
     "llama": ROOT / "llama",
@@ -57,7 +57,7 @@ DEFAULTS = {
     "workers": 0,
 }
 SPLITS = ("train", "val", "test")
-SIZES = (18_000, 300, 2400)     # problems of each split
+SIZES = (20_000, 300, 2400)     # problems of each split
 
 NATURAL = "natural science"
 SOCIAL = "social science"
@@ -111,8 +111,11 @@ def shape_colour_pairs(new: bool) -> list[tuple[str, str]]:
     return pairs
 
 
-def things(rng: Random, new: bool) -> Item:
-    """Equal shapes in a row. A question asks for their number, colour, shape or position."""
+def things(rng: Random, new: bool = False) -> Item:
+    """Equal shapes in a row. A question asks for their number, colour, shape or position.
+
+    new: show one of the pairs that are kept for the test split. Otherwise, show none of them.
+    """
     shape, colour = rng.choice(shape_colour_pairs(new))
     n = rng.randrange(1, 5)
     position = rng.choice(list(POSITIONS))
@@ -289,7 +292,7 @@ PICTURE_SKILLS = (
     things, things, things, things, magnets, bars, thermometer, jars, compass, treasure_map,
     particles, food_chain, flag, traffic_light)
 # Problems show the skills that are hardest to read in pencil more often.
-PROBLEM_SKILLS = (*PICTURE_SKILLS, things, things, thermometer, thermometer, food_chain)
+PROBLEM_SKILLS = (*PICTURE_SKILLS, things, thermometer, thermometer, food_chain)
 
 
 def picture_item(rng: Random, new: bool = False, skills: tuple = PICTURE_SKILLS) -> Item:
@@ -455,13 +458,13 @@ def sketch(item: Item, rng: Random) -> Image.Image:
     return drawing.pencil(render(item, rng), rng)
 
 
-def draw_item(rng: Random, i: int, split: str) -> Item:
-    """Draw problem i of a split. Every other problem has a picture.
+def random_item(rng: Random, i: int, split: str) -> Item:
+    """Problem i of a split. Every other problem has a picture.
 
     Take the hint "Mia's picture shows a flag, top red, bottom blue." A problem without a picture
     is about Mia's picture, so the hint is true. In a problem with its own picture, the same hint
-    misleads. So LLaMA has to rely on such a hint in one half of the problems and to ignore it in
-    the other half.
+    misleads. So LLaMA has to rely on such a hint in a problem without a picture, and to ignore it
+    in a problem with one.
     """
     whose = f"{rng.choice(NAMES)}'s"
     if i % 2:
@@ -498,7 +501,7 @@ def write_world(root: Path, seed: int = 0, sizes: tuple[int, ...] | None = None)
         rng = Random(f"{seed} {split}")
         splits[split] = []
         for i in tqdm(range(size), desc=f"drawing {split}", unit=" problems", file=sys.stdout):
-            item = draw_item(rng, i, split)
+            item = random_item(rng, i, split)
             pid = str(len(problems) + 1)
             problems[pid] = problem(item, rng, split)
             splits[split].append(pid)
@@ -567,7 +570,7 @@ def prepare(args, remembered: dict = {}) -> None:
     """If this run uses the small world, set its paths in args, and draw its data if missing.
 
     remembered: the settings in a checkpoint, {} without one. LavinError if this run uses files
-    from another version of the small world, or adapters that were trained on another version.
+    from another version of the small world, or adapters that were trained with another CLIP.
     """
     if is_meant(args, remembered):
         print(f"using the small world: none of {', '.join(files.DEFAULTS.values())} exists")
@@ -608,8 +611,8 @@ def check_trained_here(remembered):
     """LavinError if the checkpoint was trained with another CLIP than PATHS["vit"]."""
     if remembered.get("vit_hash") != files.fingerprint(PATHS["vit"]):
         raise LavinError(
-            "the adapters were trained in another version of the small world; this code has "
-            f"version {VERSION}. `python train.py --data sqa` trains new ones")
+            f"the adapters were trained with another CLIP than {os.path.relpath(PATHS['vit'])}. "
+            "`python train.py --data sqa` trains new ones")
 
 
 # A sheet of answers
@@ -623,35 +626,41 @@ def sheet(predictions: str, path: str, n: int = 8) -> None:
     """Draw n test problems, each of a different picture skill, with the model's outputs.
 
     predictions: the file that generate.py --predictions wrote. path: the PNG file to write.
+    LavinError if the file holds no answers to picture problems of the small world.
     """
     problems = read_json(PATHS["data_root"] / "problems.json")
-    outputs = read_json(predictions)["outputs"]
+    written = read_json(predictions)
+    outputs = written.get("outputs", {}) if isinstance(written, dict) else {}
     first_of_skill = {}
     for pid in outputs:
-        if problems[pid]["image"]:
+        if pid in problems and problems[pid]["image"]:
             first_of_skill.setdefault(problems[pid]["skill"], pid)
+    if not first_of_skill:
+        raise LavinError(
+            f"{predictions}: no answers to picture problems of the small world; "
+            "`python generate.py --data sqa --predictions FILE` writes them")
     pids = list(first_of_skill.values())[:n]
     width, height = ANSWER_SIZE
-    picture = Image.new("RGB", (2 * width, height * math.ceil(len(pids) / 2)), "white")
+    page = Image.new("RGB", (2 * width, height * math.ceil(len(pids) / 2)), "white")
     for i, pid in enumerate(pids):
         x = width * (i % 2) + 10
         y = height * (i // 2) + 10
-        draw_answer(picture, x, y, pid, problems[pid], outputs[pid])
-    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+        draw_answer(page, x, y, pid, problems[pid], outputs[pid])
+    write_atomically(path, lambda temporary: page.save(temporary, format="PNG"))
     print(f"written: {path}")
 
 
-def draw_answer(sheet, x, y, pid, problem, output):
+def draw_answer(page, x, y, pid, problem, output):
     """Draw a problem at (x, y): picture, question, options, and the output, green if right."""
     image = Image.open(PATHS["data_root"] / "images" / problem["split"] / pid / "image.png")
     size = (SHEET_PICTURE_SIDE, SHEET_PICTURE_SIDE)
-    sheet.paste(image.resize(size, Image.Resampling.BICUBIC), (x, y))
+    page.paste(image.resize(size, Image.Resampling.BICUBIC), (x, y))
     options = []
     for letter, choice in zip(data.LETTERS, problem["choices"]):
         options.append(f"({letter}) {choice}")
     is_right = data.sqa_answer(output) == problem["answer"]
     colour = "#107030" if is_right else "#b02020"
-    canvas = ImageDraw.Draw(sheet)
+    canvas = ImageDraw.Draw(page)
     font = ImageFont.load_default(15)
     small = ImageFont.load_default(13)
     x += SHEET_PICTURE_SIDE + 15
