@@ -567,6 +567,12 @@ def check_fits(lavin: LaVIN, device: torch.device, dtype: torch.dtype, bits: int
                      f"has {available / 1e9:.3g} GB{advice}")
 
 
+def modules_outside_blocks(lavin: LaVIN) -> list[nn.Module]:
+    """All modules except those in LLaMA's blocks. They get their memory first."""
+    return [module for name, module in lavin.named_modules()
+            if not name.startswith("llama.layers.")]
+
+
 def check_context(max_seq_len: int, tokenizer: data.Tokenizer,
                   vit_config: ViTConfig) -> None:
     """LavinError if a picture alone fills the context."""
@@ -586,9 +592,9 @@ def begin_with(adapter: str | Path | None, fresh: AdapterConfig | None, tau: flo
     if adapter:
         state, config, settings = read_adapter(adapter)
     if tau is not None:
-        config.tau = tau
+        config = dataclasses.replace(config, tau=tau)
     if dropout is not None:
-        config.dropout = dropout
+        config = dataclasses.replace(config, dropout=dropout)
     return state, config, settings
 
 
@@ -622,9 +628,7 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
     with torch.device("meta"):                      # no memory yet: `allocate` gives it
         lavin = LaVIN(llama_config, vit_config, config, tokenizer, max_seq_len)
     check_fits(lavin, device, dtype, bits, ranks.count() if fsdp else 1)
-    outside = [module for name, module in lavin.named_modules()
-               if not name.startswith("llama.layers.")]
-    allocate(outside, device, dtype)
+    allocate(modules_outside_blocks(lavin), device, dtype)
     fill(frozen_parameters(lavin.vit), vit_state, vit)
     del vit_state                                   # saves 0.6 GB while LLaMA is read
     for block in load_llama(lavin.llama, source, device, dtype, delta, delta_unpermuted):

@@ -170,21 +170,22 @@ def load(args) -> None:
 
 
 def measure(dtype: str = "bf16", device: str = "cpu", bits: int = 16, dim: int = 2048,
-            layers: int = 4, gguf_file: str | None = None) -> dict[str, float]:
+            layers: int = 4, as_gguf: bool = False,
+            gguf_file: str | None = None) -> dict[str, float]:
     """Write a checkpoint and load it in a fresh process -> what `load` prints there.
 
-    gguf_file: a GGUF file to load instead. With "", one is written.
+    as_gguf: write a GGUF file instead. gguf_file: write nothing, and load this one.
     """
     with tempfile.TemporaryDirectory() as directory:
         path = directory
-        if gguf_file is None:
-            write_checkpoint(Path(directory), dim, layers)
-        elif gguf_file:
+        if gguf_file:
             path = os.path.abspath(gguf_file)
             gguf.File(path)                     # report a faulty file here, not in the new process
-        else:
+        elif as_gguf:
             path = f"{directory}/zeros.gguf"
             write_gguf(Path(path), dim, layers)
+        else:
+            write_checkpoint(Path(directory), dim, layers)
         command = [
             sys.executable, "-m", "bench.peak_memory", dtype, device, str(bits), "--load", path]
         output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
@@ -206,7 +207,9 @@ def main() -> None:
     if args.load:
         load(args)
         return
-    result = measure(args.dtype, args.device, args.bits, args.dim, args.layers, args.gguf)
+    as_gguf = args.gguf is not None         # --gguf without FILE gives ""
+    result = measure(
+        args.dtype, args.device, args.bits, args.dim, args.layers, as_gguf, args.gguf)
     for name, value in result.items():
         print(f"{name:28} {value:10.1f}")
 

@@ -98,6 +98,7 @@ def whole_sentences(text: str) -> str:
 
 def answer(llama: Path, asked: list[str]) -> list[dict]:
     """Ask the model these questions. One that it leaves unanswered gets no row."""
+    # A LaVIN needs a ViT. No question here has a picture, so the smallest one will do.
     lavin = checkpoints.load(llama, world.PATHS["vit"], dtype=torch.bfloat16)
     samples = [Sample(instruction_prompt(question, has_picture=False)) for question in asked]
     texts = engine.generate(lavin, samples, NEW_TOKENS)

@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_leaves
 import data
 from adapters import AdapterConfig
 from checkpoints import (
-    allocate, begin_with, check_context, load_tokenizer, open_llama, read_clip, read_params)
+    allocate, begin_with, check_context, load_tokenizer, modules_outside_blocks, open_llama,
+    read_clip, read_params)
 from extras import runs
 from fast.ops import LOGIT_ROWS, acting_as_gpu
 from fast.quantize import quantize
@@ -215,9 +216,7 @@ def read_shape(settings) -> Shape:
 def give_memory(lavin: LaVIN, dtype: torch.dtype, bits: int) -> None:
     """Allocate a model that is on the meta device, in the same order as checkpoints.load."""
     cpu = torch.device("cpu")
-    outside = [module for name, module in lavin.named_modules()
-               if not name.startswith("llama.layers.")]
-    allocate(outside, cpu, dtype)
+    allocate(modules_outside_blocks(lavin), cpu, dtype)
     for block in lavin.llama.layers:
         allocate(block.modules(), cpu, dtype)
         if bits < 16:

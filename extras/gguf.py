@@ -129,7 +129,7 @@ def read_header(file: BinaryIO, size: int, library) -> tuple[dict, dict]:
         tensors[name] = (kind, shape[::-1], header.number("Q"))
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
-        raise ValueError("general.alignment is not a positive whole number")
+        raise ValueError("wrong general.alignment")
     start = math.ceil((size - header.left) / alignment) * alignment
     for name, (kind, shape, offset) in tensors.items():
         n_numbers, n_bytes = library.GGML_QUANT_SIZES[kind]         # in a block
@@ -174,11 +174,11 @@ class File:
             reason = short(str(error))
             raise LavinError(f"{path}: not a readable GGUF file ({reason}); truncated? fetch it "
                              "again") from error
-        self.check_supported()
+        self.check_architecture()
         self.is_hf = self.fields["general.architecture"] == "qwen2"
-        self.tensors = {self.name_of(name): place for name, place in tensors.items()}
+        self.tensors = {self.name_of(name): tensor for name, tensor in tensors.items()}
 
-    def check_supported(self) -> None:
+    def check_architecture(self) -> None:
         """LavinError for anything that our model does not support."""
         fields = self.fields
         architecture = fields.get("general.architecture")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from extras.values import LLAMA_PARAMS, check_supported, check_values, meta_name, short
+from extras.values import Kind, LLAMA_PARAMS, check_supported, check_values, meta_name, short
 from files import (LavinError, check_regular, check_tensor, read_checkpoint, read_json,
                    tensors_of)
 
@@ -215,7 +215,7 @@ def read_clip_config(folder: str | Path) -> dict:
     vision = config.get("vision_config", config)
     if not isinstance(vision, dict):
         raise LavinError(f"{path}: vision_config is {short(vision)}, not a JSON object")
-    check_values(path, vision, {"hidden_size": LLAMA_PARAMS["dim"]})
+    check_values(path, vision, {"hidden_size": Kind(int, low=64, high=2**14)})
     check_supported(path, vision, {
         "hidden_act": ("quick_gelu", "gelu"),
         "layer_norm_eps": (1e-5,),
