@@ -7,10 +7,13 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 # The models are tiny, so on a busy machine a second thread costs more time than it saves.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The tests expect the numbers and the messages of a CPU, so they hide a GPU from PyTorch.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -55,6 +58,23 @@ def difference(a, b) -> float:
 def relative_error(ours, exact) -> float:
     """The norm of the difference, divided by the norm of the exact tensor."""
     return ((ours - exact).norm() / exact.norm()).item()
+
+
+def wait_until(condition, seconds=30):
+    """Wait until condition() is true. The test fails if it is still false after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"still waiting after {seconds} seconds"
+        time.sleep(0.01)
+
+
+def wait_for_torch(process):
+    """Wait until a new process of Python has begun to import torch. It must not have ended."""
+    def has_begun():
+        assert process.poll() is None, "it ended before it imported torch"
+        return "libtorch_cpu" in Path(f"/proc/{process.pid}/maps").read_text()
+
+    wait_until(has_begun, 60)
 
 
 def flags(sqa, out, *more):

@@ -133,6 +133,10 @@ def test_bad_questions_are_named_in_one_line(mme, ask):
         code, _, stderr = ask("--data", f"mme:{mme}")
         assert code == 2 and len(stderr.splitlines()) == 1
         assert f"{questions} line 1" in stderr
+    for text in ("", "What?\tYes\n", "What?\tYes\nWho?\tNo\nWhere?\tNo\n"):
+        questions.write_text(text)
+        code, _, stderr = ask("--data", f"mme:{mme}")
+        assert code == 2 and f"{questions}: MME asks two questions" in stderr
     questions.unlink()
     code, _, stderr = ask("--data", f"mme:{mme}")
     assert code == 2 and "a.png: its questions" in stderr
@@ -193,9 +197,14 @@ def test_a_caption_may_have_any_number_as_its_id(tmp_path):
 
 def test_flags_that_do_not_go_together(mme, tmp_path, ask):
     annotations = tmp_path / "coco.json"
-    for flags in (
-            ["--data", "dogs"],
-            ["--data", "mme:"],
-            ["--data", f"caption:{annotations}"],
-            ["--data", f"mme:{mme}", "--prompt", "x"]):
-        assert ask(*flags)[0] == 2
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    annotations.write_text(json.dumps({"images": [{"id": 1, "file_name": "x.png"}]}))
+    captions = ("--data", f"caption:{annotations}")
+    for flags, says in (
+            (["--data", "dogs"], "--data dogs: no such file"),
+            (["--data", "mme:"], "--data mme:: no such file"),
+            (captions, "caption:… needs --prompt and --predictions"),
+            ([*captions, "--prompt", "x"], "caption:… needs --prompt and --predictions"),
+            (["--data", f"mme:{mme}", "--prompt", "x"], "give one of --prompt, --chat, --serve")):
+        code, _, stderr = ask(*flags)
+        assert code == 2 and says in stderr and len(stderr.splitlines()) == 1, flags

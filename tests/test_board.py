@@ -57,7 +57,7 @@ def assert_equal_numbers(out):
 
 
 def test_the_scalars_are_those_of_metrics(call, sqa, tmp_path):
-    """Once for a run that resumes within an epoch, and once for a new run in the same folder."""
+    """This holds for a run that resumes within an epoch, and for a new run in the same folder."""
     pytest.importorskip("tensorboard")
     out = tmp_path / "out"
     more = ("--tensorboard", "--val-fraction", 0.2, "--epochs", 2)

@@ -17,7 +17,7 @@ from extras.instructions import instruction_prompt
 from fast.engine import Engine
 from files import LavinError
 
-PICTURE = next((GOLDEN / "images").glob("*.png"))
+PICTURE = GOLDEN / "images" / "0.png"
 MODEL = ("--llama", LLAMA, "--vit", VIT, "--adapter", ADAPTER)
 
 
@@ -201,10 +201,10 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(terminal, monkeypatch):
     assert len(stdout.splitlines()[-2]) > 0 and len(calls) > 4          # "Why?" was answered
 
 
-def test_chat_flags(call):
-    assert call(generate, "--chat", "--prompt", "x", *MODEL)[0] == 2
-    code, _, stderr = call(generate, "--chat", "--image", "nowhere.png", *MODEL)
-    assert code == 2 and "no such picture" in stderr
+def test_chat_flags(fails):
+    fails(generate, "--chat", "--prompt", "x", *MODEL, says=["give one of --prompt, --chat"])
+    fails(generate, "--chat", "--image", "nowhere.png", *MODEL,
+          says=["nowhere.png: no such picture"])
 
 
 def test_bytes_that_are_no_text(tmp_path, monkeypatch, call):

@@ -375,7 +375,7 @@ def test_openais_vits(tmp_path, patch, resolution, width, layers, n_features):
     assert f"backbone.visual.transformer.resblocks.{layers}.adapter_attn.conv_A.weight" not in names
 
 
-def test_a_vit_that_is_none(fails, tmp_path):
+def test_a_file_that_is_not_a_vit(fails, tmp_path):
     state = checkpoints.read_clip_state(VIT)
     del state["visual.transformer.resblocks.7.ln_1.bias"]
     vit = tmp_path / "v.pt"
@@ -424,7 +424,7 @@ def test_a_path_that_is_no_file_of_clip(fails, tmp_path):
 # The tokenizer
 
 
-def test_a_tokenizer_that_is_none(fails, tmp_path):
+def test_a_file_that_is_not_a_tokenizer(fails, tmp_path):
     llama = copy_llama(tmp_path / "llama")
     path = llama / "tokenizer.model"
     path.unlink()
@@ -759,7 +759,8 @@ def test_odd_but_valid_values_are_shown(call, tmp_path):
     checkpoint["args"].unknown = torch.zeros(2)
     checkpoint |= {"step": 10 ** 12, "epoch": 0, "config": {
         "data": "sqa", "weights": None, "lr": 1, "llama": "\x1b[31m", "vit": "x" * 4096,
-        "delta": None, "unknown": [10 ** 400], 7: "seven"}}
+        "delta": None, "unknown": [10 ** 400], 7: "seven",
+        "step": [1]}}                           # the true step stands outside of the config
     torch.save(checkpoint, tmp_path / "a.pth")
     code, stdout, stderr = call(checkpoints, tmp_path / "a.pth")
     assert (code, stderr) == (0, "")

@@ -22,7 +22,7 @@ from files import LavinError
 
 
 
-def outcome(action, seconds=5):
+def outcome(action, seconds=30):
     """What `action()` returns, or the LavinError that it raises. It must end within `seconds`."""
     results = []
 
@@ -429,14 +429,14 @@ def test_workers_need_no_open_file_for_each_tensor(lavin, samples, few_files):
     """A step of 60 micro-batches has 500 tensors. The limit of open files is often 1024, or 64."""
     batches = many_batches(lavin, samples, 60)
     few_files(40)
-    items = outcome(lambda: list(data.prefetch(batches, range(2), workers=1)), seconds=20)
+    items = outcome(lambda: list(data.prefetch(batches, range(2), workers=1)))
     assert [len(item) for item in items] == [60, 60]
 
 
 def test_more_workers_than_open_files_allow_are_refused(lavin, samples, few_files):
     batches = many_batches(lavin, samples, 1)
     few_files(40)
-    error = outcome(lambda: list(data.prefetch(batches, range(2), workers=200)), seconds=20)
+    error = outcome(lambda: list(data.prefetch(batches, range(2), workers=200)))
     assert "--workers 200" in str(error) and "--workers 0" in str(error)
     assert len(list(data.prefetch(batches, range(2), workers=0))) == 2
 

@@ -341,7 +341,7 @@ def test_steps_that_are_captured_and_replayed(lavin, fake_cuda):
 
 @pytest.fixture
 def compiler_without_code(monkeypatch):
-    """torch.compile without the compiler's last part.
+    """torch.compile leaves out the compiler's last part.
 
     That part writes C++, which takes half a minute. bench/speed.py runs it.
     """
@@ -357,7 +357,7 @@ def count_graphs():
 
 @pytest.mark.parametrize("bits, rows", [(16, 1), (16, 2), (8, 1), (4, 1)])
 def test_compiled_steps_are_eager_steps(bits, rows, compiler_without_code):
-    """This is in bf16. A compiled step of one row keeps fp32 where an eager step rounds."""
+    """The steps are in bf16. A compiled step of one row keeps fp32 where an eager step rounds."""
     lavin = checkpoints.load(LLAMA, VIT, ADAPTER, bits=bits, dtype=torch.bfloat16)
     lavin.llama.layers = lavin.llama.layers[:1]
     batch = data.collate(encode_prompts(lavin, TEXTS[:rows]), lavin.resolution)

@@ -60,13 +60,18 @@ def test_without_a_traceback_from_the_shell(tmp_path):
     assert "nowhere/params.json" in result.stderr
 
 
+def test_a_run_that_trains_nothing_is_refused(fails, sqa, tmp_path):
+    run = flags(sqa, tmp_path / "out", "--adapters", "none", "--no-images")
+    fails(train, *run, says=["--adapters none with --no-images trains nothing"])
+
+
 def test_paths_that_cannot_be_written(fails, sqa, tmp_path):
     file = tmp_path / "file"
     file.write_text("untouched")
-    fails(train, *flags(sqa, file / "out"), says=["file/out", "--out"])
-    fails(train, *flags(sqa, file), says=["file", "--out"])
+    fails(train, *flags(sqa, file / "out"), says=[file / "out", "--out"])
+    fails(train, *flags(sqa, file), says=[file, "--out"])
     answers = ("--data", "sqa", "--data-root", sqa, *MODEL)
-    fails(generate, *answers, "--predictions", file / "p.json", says=["file"])
+    fails(generate, *answers, "--predictions", file / "p.json", says=[file / "p.json"])
     fails(generate, *answers, "--predictions", tmp_path, says=["--predictions", "directory"])
     assert file.read_text() == "untouched"
 
@@ -140,6 +145,8 @@ def test_a_context_that_no_model_has(fails):
     ({"RANK": "0"}, "the ranks do not find each other"),
     ({"RANK": "0", "WORLD_SIZE": "1"}, "the ranks do not find each other")])
 def test_variables_that_torchrun_does_not_set(call, sqa, tmp_path, monkeypatch, variables, says):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     code, _, stderr = call(train, *flags(sqa, tmp_path / "out"))

@@ -154,6 +154,8 @@ def test_small_models_give_the_large_ones_memory(shape, batch, bits):
 
 
 def test_a_gpu_takes_more_rows_of_logits_and_rounds_up(shape, text_batch):
+    """The vocabulary is so large that the logits are alive at the peak."""
+    shape = dataclasses.replace(shape, llama=dataclasses.replace(shape.llama, vocab_size=32_000))
     settings = train.Settings(dtype="bf16")
     key = False, 0
     on_gpu = estimate.training_memory(shape, settings, [text_batch], ways=(False,))[key]
@@ -163,8 +165,7 @@ def test_a_gpu_takes_more_rows_of_logits_and_rounds_up(shape, text_batch):
         assert getattr(on_gpu, name) >= size, name
     # Logits in bf16, and twice in fp32: before the softmax and after it.
     n_rows = min(text_batch.n_answer, 1024)
-    if on_gpu.logits:
-        assert on_gpu.logits == pytest.approx(10 * n_rows * shape.llama.vocab_size, abs=1536)
+    assert on_gpu.logits == pytest.approx(10 * n_rows * shape.llama.vocab_size, abs=1536)
 
 
 def test_the_largest_micro_batch():
@@ -188,7 +189,11 @@ def test_the_peak_is_that_of_loading_where_this_takes_more():
 
 
 def test_operations_are_those_that_torch_counts(samples):
-    """Except for attention, where torch counts both halves, and the adapters' mixed experts."""
+    """They differ by less than a tenth.
+
+    The differences are in attention, where torch counts both halves, and in the adapters' mixed
+    experts.
+    """
     lavin = checkpoints.load(LLAMA, VIT).train()
     batch = lavin.batch(samples)
     routed = lavin.route().detach().requires_grad_()

@@ -47,8 +47,17 @@ def test_damaged_bytes_end_in_one_kind_of_error(tmp_path, read, path):
             read(damaged)
         except files.LavinError as error:
             n_refused += 1
-            assert "damaged" in str(error)          # the file's name
+            assert str(error).startswith(f"{damaged}:")
     assert n_refused > 50
+
+
+def test_only_temporaries_of_our_own_are_removed(tmp_path):
+    """write_atomically's names end in the process id and .tmp."""
+    (tmp_path / "checkpoint.pth.123.tmp").write_text("left by a killed process")
+    (tmp_path / "notes.tmp").write_text("a user's own")
+    (tmp_path / "folder.123.tmp").mkdir()
+    files.remove_temporaries(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.123.tmp", "notes.tmp"]
 
 
 # Files that torch did not write

@@ -5,15 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 import generate
+import miniature
 import train
-from conftest import ADAPTER, LLAMA, ROOT, VIT
+from conftest import ADAPTER, LLAMA, ROOT, VIT, wait_for_torch
 from data import Sample
 from extras.evaluate import COLUMNS
+from extras.flags import generate_parser
 from extras.instructions import instruction_prompt
 from fast.engine import Engine
 from files import LavinError
@@ -38,21 +39,44 @@ def test_a_single_prompt_is_streamed(call, lavin, samples, expected):
 
 def test_a_plain_question_becomes_an_instruction(call, samples):
     def answer(prompt):
-        stdout = call(generate, "--prompt", prompt, *MODEL, "--max-new-tokens", 5)[1]
+        code, stdout, stderr = call(
+            generate, "--prompt", prompt, *MODEL, "--max-new-tokens", 5)
+        assert (code, stderr) == (0, "")
         return stdout.splitlines()[-1]
 
-    assert answer("Name a metal.") == answer(samples[3].prompt)
+    assert answer("Name a metal.") == answer(samples[3].prompt) != answer("Why?")
 
 
 def test_seeded_sampling(call):
     def answer(seed):
         sampling = ("--temperature", 1, "--top-p", 0.9, "--seed", seed)
-        return call(generate, "--prompt", "Name a metal.", *MODEL, *sampling)[1]
+        code, stdout, stderr = call(generate, "--prompt", "Name a metal.", *MODEL, *sampling)
+        assert (code, stderr) == (0, "")
+        return stdout
 
     assert answer(1) == answer(1) != answer(2)
 
 
 # ScienceQA
+
+
+def fractions(stdout):
+    """The last row of the table of scores: right/total for each of COLUMNS."""
+    return stdout.split("NAT")[1].splitlines()[2].split()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The samples that generate.py has asked."""
+    collected = []
+    answer_data = generate.answer_data
+
+    def collecting(lavin, truths, samples, *more):
+        collected.extend(samples)
+        answer_data(lavin, truths, samples, *more)
+
+    monkeypatch.setattr(generate, "answer_data", collecting)
+    return collected
 
 
 def test_seeded_sampling_of_a_data_set(call, sqa, tmp_path):
@@ -67,7 +91,7 @@ def test_seeded_sampling_of_a_data_set(call, sqa, tmp_path):
     assert outputs(1) == outputs(1) != outputs(2)
 
 
-def test_what_training_knew_need_not_be_said_again(call, sqa, tmp_path, monkeypatch):
+def test_what_training_knew_need_not_be_said_again(call, sqa, tmp_path, monkeypatch, asked):
     code, _, _ = call(train, *flags(
         sqa, tmp_path / "out", "--format", "CQM-A", "--max-steps", 2, "--captions"))
     assert code == 0
@@ -78,6 +102,8 @@ def test_what_training_knew_need_not_be_said_again(call, sqa, tmp_path, monkeypa
     assert (code, stderr) == (0, "")
     assert "format CQM-A" in stdout
     assert "12 problems" in stdout
+    assert {sample.id for sample in asked if "a disc on white" in sample.prompt} == {
+        str(i) for i in range(32, 44, 2)}
     assert "12 of 12 outputs name no valid choice" in stdout
     assert stdout.split("NAT")[1].split()[:8] == list(COLUMNS[1:])
     written = json.loads((tmp_path / "p.json").read_text())
@@ -92,7 +118,7 @@ def test_prompts_that_do_not_fit_count_as_wrong(call, sqa):
         "--max-new-tokens", 2)
     assert code == 0
     assert "do not fit the context of 90" in stdout
-    assert "0/12" in stdout
+    assert fractions(stdout)[-1] == "0/12"
 
 
 def test_letters_are_what_greedy_generation_says_where_the_answer_comes_first(call, tmp_path):
@@ -121,10 +147,27 @@ def test_letters_are_what_greedy_generation_says_where_the_answer_comes_first(ca
     assert "0 of 60 outputs" in stdout
 
 
-def test_letters_need_a_data_set_with_choices(call):
+def test_letters_need_a_data_set_with_choices(fails):
     letters = ("--score", "letters", *MODEL)
-    assert call(generate, "--prompt", "x", *letters)[0] == 2
-    assert call(generate, "--data", "sqa", "--temperature", 1, *letters)[0] == 2
+    says = ["--score letters goes with --data sqa", "leave out --temperature"]
+    fails(generate, "--prompt", "x", *letters, says=says)
+    fails(generate, "--data", "sqa", "--temperature", 1, *letters, says=says)
+
+
+def test_blank_images_are_white_where_there_was_a_picture(sqa):
+    def read(*more):
+        args = generate_parser("").parse_args(["--data", "sqa", "--data-root", str(sqa), *more])
+        return generate.load_data(args, {}, "QCM-ALE")[1]
+
+    n_pictures = 0
+    for sample, blank in zip(read(), read("--blank-images"), strict=True):
+        assert blank.prompt == sample.prompt
+        if sample.image is None:
+            assert blank.image is None
+        else:
+            assert blank.image.convert("RGB").getcolors() == [(1, (255, 255, 255))]
+            n_pictures += 1
+    assert n_pictures == 6
 
 
 # Rows of your own
@@ -150,7 +193,11 @@ def ask_rows(call, tmp_path, samples):
 def test_rows_are_answered_and_scored(ask_rows, tmp_path, lavin):
     code, stdout, stderr = ask_rows("--by", "kind", "--max-new-tokens", 5)
     assert (code, stderr) == (0, "")
-    assert "0/2" in stdout and "1 rows have no answer" in stdout and "colour" in stdout
+    table = [line.split() for line in stdout.splitlines()]
+    for group in (["word"], ["colour"]):
+        assert [*group, "0.00", "0/1"] in table
+    assert ["exact", "match", "0.00", "0/2"] in table
+    assert "1 rows have no answer" in stdout
     written = json.loads((tmp_path / "p.json").read_text())
     assert [row["id"] for row in written] == [1, 2, "why"]
     assert [row["right"] for row in written] == [False, False, None]
@@ -162,9 +209,11 @@ def test_rows_are_answered_and_scored(ask_rows, tmp_path, lavin):
 def test_a_choice_of_the_files_answers_is_taken(ask_rows, tmp_path):
     code, stdout, stderr = ask_rows("--score", "choices")
     assert (code, stderr) == (0, "")
-    assert "/2" in stdout
     written = json.loads((tmp_path / "p.json").read_text())
     assert {row["output"] for row in written} <= {"Iron.", "Red."}
+    n_right = sum(row["right"] is True for row in written)
+    table = [line.split() for line in stdout.splitlines()]
+    assert ["exact", "match", f"{50 * n_right:.2f}", f"{n_right}/2"] in table
 
 
 def test_a_row_with_a_bad_picture_has_no_answer(ask_rows, tmp_path):
@@ -179,8 +228,10 @@ def test_a_row_with_a_bad_picture_has_no_answer(ask_rows, tmp_path):
 def test_flags_that_rows_do_not_go_with_are_one_line(ask_rows, fails, sqa, tmp_path):
     code, _, stderr = ask_rows("--by", "colour")
     assert code == 2 and "--by colour: no row of" in stderr and "answer, id, image" in stderr
-    assert ask_rows("--score", "letters")[0] == 2
-    assert ask_rows("--score", "choices", "--temperature", 1)[0] == 2
+    code, _, stderr = ask_rows("--score", "letters")
+    assert code == 2 and "--score letters goes with --data sqa" in stderr
+    code, _, stderr = ask_rows("--score", "choices", "--temperature", 1)
+    assert code == 2 and "--score choices goes with" in stderr
     caption = ("--data", "caption:x.json", "--prompt", "x", "--predictions", tmp_path / "p.json")
     fails(generate, *caption, "--by", "kind", says=["--by goes with", "caption:x.json"])
     fails(generate, "--data", f"mme:{tmp_path}", "--by", "kind", says=["--by goes with", "mme:"])
@@ -213,8 +264,12 @@ def test_a_bad_picture_costs_its_own_answer_alone(ask_sqa, sqa, tmp_path, flags)
     code, stdout, stderr = ask_sqa(*flags)
     (line,) = stderr.splitlines()
     assert code == 2 and "problem 40: " in line and "not a picture" in line
-    assert "/12" in stdout and "1 of 12 have a picture that cannot be decoded" in stdout
+    assert "1 of 12 have a picture that cannot be decoded" in stdout
     written = json.loads((tmp_path / "p.json").read_text())
+    n_right = 0
+    for pid, index in written["results"].items():
+        n_right += index == miniature.problem(int(pid), "test")["answer"]
+    assert fractions(stdout)[-1] == f"{n_right}/12"
     assert list(written["missing"]) == ["40"] and "not a picture" in written["missing"]["40"]
     assert written["results"]["40"] == -1
     assert [pid for pid, text in written["outputs"].items() if text == ""] == ["40"]
@@ -276,7 +331,7 @@ def start(*args, **more):
 
 
 def test_a_reader_who_has_read_enough_is_one_line():
-    """It is like generate.py … | head -1."""
+    """This is what happens in `generate.py … | head -1`."""
     reading, writing = os.pipe()
     process = start("--prompt", "Name a metal.", *MODEL, stdout=writing)
     os.close(writing)
@@ -290,9 +345,7 @@ def test_a_reader_who_has_read_enough_is_one_line():
 
 def test_ctrl_c_is_silent_while_torch_is_imported(tmp_path):
     process = start("--prompt", "x", "--llama", tmp_path)
-    loaded = f"/proc/{process.pid}/maps"
-    while "libtorch" not in open(loaded).read():
-        time.sleep(0.005)
+    wait_for_torch(process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert stderr == "" and process.returncode in (130, -signal.SIGINT)

@@ -140,7 +140,7 @@ def test_quantized_weights_are_dequantized(golden, library):
 
 def test_peak_memory_of_loading(library):
     """The model, one tensor as it is stored and in fp32, and 8 MB for modules and kernels."""
-    measured = peak_memory.measure("bf16", gguf_file="")
+    measured = peak_memory.measure("bf16", as_gguf=True)
     taken = measured["after"] - measured["before"]
     assert taken < measured["model"] + measured["one tensor, stored and fp32"] + 8, measured
 
@@ -184,9 +184,14 @@ def test_scaled_rope(golden):
     assert scales.min() == 1 and 7.99 < scales.max() < 8.01
     config = checkpoints.load(golden({"rope_freqs.weight": scales.numpy()}), VIT).llama.config
     assert difference(rope_frequencies(config), plain / scales) < 1e-7
-    for other in (np.full(8, 4.0, np.float32), np.ones(7, np.float32)):
+    for other in (np.full(8, 4.0, np.float32), np.ones(7, np.float32), np.zeros(0, np.float32)):
         with pytest.raises(LavinError, match="does not scale RoPE as LLaMA 3.1 does"):
             checkpoints.load(golden({"rope_freqs.weight": other}), VIT)
+
+
+def test_an_alignment_that_is_no_whole_number(golden, fails):
+    path = golden(fields={"general.alignment": 32.5})
+    fails(generate, *ask(llama=path), says=[f"{path}: ", "wrong general.alignment"])
 
 
 # Vocabularies of byte pairs
@@ -258,6 +263,7 @@ def test_how_a_text_is_cut(byte_pairs, cut, digits):
     ({}, {"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model 'bert'"),
     ({}, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-4o"}, "pre 'gpt-4o'"),
     ({}, {"tokenizer.ggml.tokens": None}, "its vocabulary is damaged"),
+    ({}, {"tokenizer.ggml.tokens": [[1], [2]]}, "its vocabulary is damaged"),
     ({}, {"tokenizer.ggml.eos_token_id": None}, "names no EOS token"),
     ({}, {"tokenizer.ggml.eos_token_id": 512}, "its vocabulary is damaged"),
     ({}, {"tokenizer.ggml.token_type": [1]}, "its vocabulary is damaged"),

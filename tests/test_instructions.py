@@ -379,7 +379,9 @@ def test_without_the_package_one_line_says_what_to_install(fails, tmp_path, monk
 BAD = [
     ('{"instruction": "x"}', "'answer' or 'output' is missing"),
     ('{"answer": "x"}', "'instruction' or 'prompt' is missing"),
-    ('{"instruction": 3, "answer": "x"}', "not Unicode text"),
+    ('{"instruction": 3, "answer": "x"}', "'instruction' is not Unicode text"),
+    ('{"prompt": 3, "answer": "x"}', "'prompt' is not Unicode text"),
+    ('{"prompt": "x", "output": 3}', "'output' is not Unicode text"),
     ('{"instruction": NaN, "answer": "x"}', "not Unicode text"),
     ('{"instruction": "x", "answer": "y", "image": 1' + "0" * 400 + "}", "not Unicode text"),
     ('{"instruction": "x", "answer": "y", "id": 1' + "0" * 5000 + "}", "not JSON"),

@@ -192,9 +192,10 @@ def test_text_is_text(page):
 
 
 def test_a_second_tab_waits_and_is_told(page, server, browser, held_steps):
+    from conftest import wait_until
+
     ask(page, "Which colour is the sky?", wait=False)
-    while not server.desk.queue.waiting:
-        time.sleep(0.01)
+    wait_until(lambda: server.desk.queue.waiting)
     other = browser.new_page()
     other.goto(page.url)
     ask(other, "Why?", wait=False)

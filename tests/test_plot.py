@@ -144,8 +144,11 @@ def test_names_may_be_anything(chart):
 
 def test_a_chart_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(LavinError, match="file"):
-        draw(tmp_path / "file" / "chart.png", Series("a", [0, 1], [0, 1], BLUE))
+    path = tmp_path / "file" / "chart.png"
+    with pytest.raises(LavinError) as caught:
+        draw(path, Series("a", [0, 1], [0, 1], BLUE))
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{path}: cannot be written")
 
 
 # The two pictures

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ import torch
 import checkpoints
 import train
 from adapters import AdapterConfig
-from conftest import ADAPTER, LLAMA, ROOT, VIT
-from extras import runs
-from files import tokenizer_path
+from conftest import ADAPTER, LLAMA, ROOT, VIT, wait_for_torch
+from extras import resume, runs
+from files import LavinError, tokenizer_path
 from model import LLaMA
 from test_errors import edit
 from test_train import flags, read_checkpoint
@@ -37,15 +36,24 @@ def test_a_resumed_run_cannot_become_another(fails, sqa, finished_run):
     before = (finished_run / "checkpoint.pth").read_bytes()
     for flag, value in [
         ("--batch-size", 4), ("--epochs", 5), ("--lr", 0.5), ("--format", "QCM-A"),
-        ("--max-seq-len", 99), ("--tau", 5), ("--dtype", "bf16"),
+        ("--max-seq-len", 99), ("--tau", 5.0), ("--dtype", "bf16"),
     ]:
         name = flag.removeprefix("--").replace("-", "_")
         fails(train, "--resume", "--out", finished_run, flag, value, says=[
-            "--resume", name, str(value)])
+            "--resume", f"was trained with {name} ", f", not {value}; leave the flag out"])
     edit(sqa / "pid_splits.json", lambda splits: splits["train"].pop())
     fails(train, "--resume", "--out", finished_run, says=[
         "--resume", "was trained on 24 samples, not 23"])
     assert (finished_run / "checkpoint.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", resume.FIXED)
+def test_every_fixed_setting_refuses_another_value(name):
+    before = vars(train.Settings())
+    resume.check_unchanged(train.Settings(), before, train.Settings())
+    changed = train.Settings(**{name: "another"})
+    with pytest.raises(LavinError, match=f"was trained with {name} .*, not another; leave"):
+        resume.check_unchanged(changed, before, train.Settings())
 
 
 def test_the_hash_of_the_data_is_that_of_older_checkpoints(lavin, samples):
@@ -357,10 +365,10 @@ def test_a_full_disk_for_the_checkpoint(call, finished_run):
     assert not list(finished_run.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_the_first_step_is_done_ends_the_run(sqa, tmp_path, number):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_before_the_first_step_is_done_ends_the_run(sqa, tmp_path, number, code):
     """If the first step hangs, there is nothing to save and nothing to wait for."""
-    code = """
+    hanging = """
 import sys, time, train
 def hang(*args):
     print("hanging", flush=True)
@@ -368,23 +376,23 @@ def hang(*args):
 train.train_step = hang
 train.run(train.main)
 """
-    command = [sys.executable, "-c", code, *map(str, flags(sqa, tmp_path / "out"))]
+    command = [sys.executable, "-c", hanging, *map(str, flags(sqa, tmp_path / "out"))]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while "hanging" not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=10)
-    assert process.returncode in (130, -signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
     assert "Traceback" not in stderr
 
 
-def test_ctrl_c_while_pytorch_is_imported_prints_nothing():
-    process = subprocess.Popen(
-        [sys.executable, "train.py"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while "torch" not in open(f"/proc/{process.pid}/maps").read():
-        time.sleep(0.01)
+def test_ctrl_c_while_pytorch_is_imported_prints_nothing(tmp_path):
+    """If the signal came too late, train.py would still train nothing: there is no LLaMA."""
+    command = [sys.executable, ROOT / "train.py", "--llama", tmp_path]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for_torch(process)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
     assert stderr == ""

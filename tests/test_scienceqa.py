@@ -110,7 +110,7 @@ def test_splits_that_cannot_be_read(fails_to_train, sqa, content, says):
     (10**400, "names problem 1000"),
     ("\x1b[2J", "which problems.json lacks"),
 ])
-def test_an_id_that_is_none(fails_to_train, sqa, pid, says):
+def test_an_id_that_names_no_problem_or_one_twice(fails_to_train, sqa, pid, says):
     edit(sqa / "pid_splits.json", lambda splits: splits["val"].extend(["1", pid]))
     fails_to_train(says=["pid_splits.json", "split 'val'", says])
 
@@ -170,7 +170,7 @@ def test_json_that_is_too_deep(fails_to_train, sqa, depth):
     fails_to_train(says=["problems.json"])
 
 
-def test_a_caption_file_that_is_none(fails_to_train, sqa):
+def test_a_file_that_does_not_hold_captions(fails_to_train, sqa):
     for content in ("[]", "{}", '{"captions": 3}', "{"):
         (sqa / "captions.json").write_text(content)
         fails_to_train("--captions", says=["captions.json"])

@@ -96,7 +96,7 @@ def test_its_tokens_are_those_of_transformers(path, lavin):
 
 
 def test_the_cache_says_the_same(lavin):
-    """On a real model too, behind LaVIN's own prefix."""
+    """Cached decoding equals recomputation on a real model too, behind LaVIN's own prefix."""
     samples = [Sample(PROMPT), Sample("Instruction: Name a color. \nResponse:")]
     answers = engine.generate(lavin, samples, max_new_tokens=6)
     assert answers == lavin.generate(samples, max_new_tokens=6)

@@ -120,7 +120,7 @@ def test_bos_and_eos_are_found(tmp_path, small_model, files, bos, eos):
 
 
 def test_several_tokens_that_end_an_answer(folder, tmp_path):
-    """As chat models name them. The usual one is EOS, and --fold takes all of them along."""
+    """Chat models name several. The usual one is EOS, and --fold takes all of them along."""
     (folder / "config.json").write_text(json.dumps({"eos_token_id": 7}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
     tokenizer = load_json(folder / "tokenizer.json")

@@ -336,7 +336,7 @@ def nested(depth):
     (pickled(b"h\x07"), "truncated"),
     (pickled(MODULE, b"Nb"), "would run code"),
 ])
-def test_a_pickle_that_is_none_of_torchscript(tmp_path, content, said):
+def test_a_pickle_that_torchscript_did_not_write(tmp_path, content, said):
     with pytest.raises(LavinError, match=f"v.pt: .*{said}"):
         torchscript.read_tensors(with_pickle(tmp_path, content))
 
@@ -388,26 +388,26 @@ def test_a_tensor_that_is_within_its_storage(tmp_path):
     assert torch.equal(tensors["a"], torch.zeros(3))
 
 
-@pytest.mark.parametrize("wrong", [
-    {"shape": (5,)},
-    {"offset": 1},
-    {"offset": -1},
-    {"strides": (2,)},
-    {"strides": (-1,)},
-    {"shape": (-4,)},
-    {"shape": (2**40,)},
-    {"shape": (2**62, 2**62), "strides": (2**62, 2**62)},
-    {"shape": (2, 2)},
-    {"size": 5},
-    {"size": 3},
-    {"size": 2**60},
-    {"dtype": "HalfStorage"},
-    {"dtype": "QInt8Storage"},
-    {"key": "1"},
-    {"key": "../data.pkl"},
+@pytest.mark.parametrize("wrong, said", [
+    ({"shape": (5,)}, "a storage size of 20 are out of bounds"),
+    ({"offset": 1}, "a storage size of 20 are out of bounds"),
+    ({"offset": -1}, "invalid storage offset -1"),
+    ({"strides": (2,)}, "a storage size of 28 are out of bounds"),
+    ({"strides": (-1,)}, "Negative strides"),
+    ({"shape": (-4,)}, r"sizes=\[-4\]"),
+    ({"shape": (2**40,)}, f"a storage size of {4 * 2**40} are out of bounds"),
+    ({"shape": (2**62, 2**62), "strides": (2**62, 2**62)}, "size calculation overflowed"),
+    ({"shape": (2, 2)}, "mismatch in length of strides and shape"),
+    ({"size": 5}, "data/0 has 16 bytes, not 5 torch.float32"),
+    ({"size": 3}, "data/0 has 16 bytes, not 3 torch.float32"),
+    ({"size": 2**60}, f"data/0 has 16 bytes, not {2**60} torch.float32"),
+    ({"dtype": "HalfStorage"}, "data/0 has 16 bytes, not 4 torch.float16"),
+    ({"dtype": "QInt8Storage"}, "torch QInt8Storage"),
+    ({"key": "1"}, "no item named 'v/data/1'"),
+    ({"key": "../data.pkl"}, "no item named 'v/data/../data.pkl'"),
 ], ids=str)
-def test_a_tensor_that_is_not(tmp_path, wrong):
-    with pytest.raises(LavinError, match="v.pt"):
+def test_a_tensor_that_is_not(tmp_path, wrong, said):
+    with pytest.raises(LavinError, match=f"v.pt: not a readable CLIP archive .*{said}"):
         torchscript.read_tensors(archive_with(tmp_path, record(**wrong)))
 
 

@@ -260,6 +260,33 @@ def test_too_little_memory_names_what_would_help(call, sqa, tmp_path, monkeypatc
     assert not (out / "checkpoint.pth").exists()
 
 
+# Flags and their defaults
+
+
+def test_a_run_starts_from_the_weights_of_adapter(call, trained, sqa, tmp_path):
+    """The first step of a run has the learning rate 0, so it changes no weight."""
+    out = tmp_path / "out"
+    assert call(train, *flags(sqa, out, "--max-steps", 1, "--adapter", ADAPTER))[0] == 0
+    given = torch.load(ADAPTER, weights_only=False)["model"]
+    fresh = read_checkpoint(trained(1))["model"]
+    saved = read_checkpoint(out)["model"]
+    assert saved.keys() == given.keys()
+    for name, weight in saved.items():
+        assert torch.equal(weight, given[name].float()), name
+    assert not all(torch.equal(weight, saved[name]) for name, weight in fresh.items())
+
+
+@pytest.mark.parametrize("source, epochs, warmup", [("sqa", 20, 2), ("jsonl:mine.jsonl", 15, 0.2)])
+def test_the_defaults_are_the_papers(monkeypatch, source, epochs, warmup):
+    """With real weights, README names them for ScienceQA. The small world has others."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", source, "--llama", "7B"])
+    settings, _ = train.parse_args()
+    assert (settings.epochs, settings.warmup) == (epochs, warmup)
+    assert settings.batch_size == 32
+    assert settings.lr == pytest.approx(1.125e-3)
+    assert settings.weight_decay == 0.02
+
+
 # Resuming
 
 
