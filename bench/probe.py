@@ -1,7 +1,8 @@
-"""What the small world's CLIP sees, measured by a linear probe on its frozen features.
+"""What the small world's CLIP sees, measured by a linear probe on its features.
 
     pip install easy-vqa
     python -m bench.probe [VIT]             default: tiny/ViT-tiny.pt
+    python -m bench.probe --adapter out/checkpoint.pth      the features after training
 
 The probe is multinomial logistic regression on the concatenated features that LaVIN takes. It is
 trained on some pictures of a kind and scored on others of the same kind:
@@ -11,7 +12,8 @@ trained on some pictures of a kind and scored on others of the same kind:
 - Unseen shapes: no picture of the pre-training showed them (tiny/album.py: UNSEEN_SHAPES).
 - The world's five shapes, flat and in pencil. No picture of the pre-training was in pencil. The
   pencil drawings are scored twice: with a probe trained on pencil drawings, and with a probe
-  trained on flat pictures.
+  trained on flat pictures. The combinations of shape and colour that no training picture shows are
+  scored with the probe trained on the others in pencil.
 """
 
 import argparse
@@ -37,7 +39,7 @@ EASY_COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yello
 
 @torch.no_grad()
 def features(lavin: LaVIN, pictures: list[Image.Image]) -> torch.Tensor:
-    """Pictures -> the frozen features of each, concatenated: (N, F · V)."""
+    """Pictures -> the features of each, concatenated: (N, F · V)."""
     batches = []
     for start in range(0, len(pictures), 100):
         pixels = []
@@ -107,13 +109,17 @@ def unseen_shapes(n: int, seed: str) -> tuple[list, list[str]]:
     return pictures, labels
 
 
-def world_shapes(n: int, seed: str, with_pencil: bool) -> tuple[list, list[str]]:
-    """n pictures of the world's things, flat or in pencil, and their shapes."""
+def world_shapes(n: int, seed: str, with_pencil: bool,
+                 new: bool = False) -> tuple[list, list[str]]:
+    """n pictures of the world's things, flat or in pencil, and their shapes.
+
+    new: in combinations of shape and colour that are kept for the test split.
+    """
     rng = Random(seed)
     pictures = []
     labels = []
     for _ in range(n):
-        shape, colour = rng.choice(world.shape_colour_pairs(new=False))
+        shape, colour = rng.choice(world.shape_colour_pairs(new))
         position = rng.choice(list(drawing.POSITIONS))
         picture = drawing.blank(rng)
         canvas = ImageDraw.Draw(picture)
@@ -157,20 +163,24 @@ def print_own(lavin) -> None:
     pencil = world_shapes(N_TRAIN, "train", with_pencil=True)
     flat_test = world_shapes(N_TEST, "test", with_pencil=False)
     pencil_test = world_shapes(N_TEST, "test", with_pencil=True)
+    new_test = world_shapes(N_TEST, "new", with_pencil=True, new=True)
     of_flat = score(lavin, flat, flat_test)
     of_pencil = score(lavin, pencil, pencil_test)
     crossed = score(lavin, flat, pencil_test)
+    of_new = score(lavin, pencil, new_test)
     print(f"| the world's 5 shapes, flat | {N_TEST} | {of_flat:.1f} |")
     print(f"| the same in pencil | {N_TEST} | {of_pencil:.1f} |")
     print(f"| the same in pencil, with the probe trained on flat ones | {N_TEST} | {crossed:.1f} |")
+    print(f"| the same in pencil, in new combinations | {N_TEST} | {of_new:.1f} |")
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vit", nargs="?", type=Path, default=world.PATHS["vit"])
+    parser.add_argument("--adapter", type=Path, help="a LaVIN checkpoint (default: none)")
     args = parser.parse_args()
     torch.manual_seed(0)
-    lavin = checkpoints.load(world.PATHS["llama"], args.vit)
+    lavin = checkpoints.load(world.PATHS["llama"], args.vit, args.adapter)
     print("| pictures | test | right, % |\n|---|---|---|")
     print_easy_vqa(lavin)
     print_own(lavin)
