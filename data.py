@@ -42,7 +42,12 @@ PICTURE_FORMATS = frozenset("""
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode -> RGB, upright, transparent parts on white."""
+    """A picture of any mode -> RGB, upright, transparent parts on white.
+
+    ValueError for a picture whose numbers are floating-point: their range is unknown.
+    """
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
         # 16 bits a channel. convert() would clip at 255 instead of scaling.
@@ -116,9 +121,9 @@ class Encoded:
 
 @dataclass
 class Batch:
-    """Samples concatenated without padding: T counts the tokens of all B samples.
+    """S samples concatenated without padding: T counts the tokens of all of them.
 
-    N samples have a picture of R × R pixels, which becomes F features. The two index tensors are
+    N of them have a picture of R × R pixels, which becomes F features. The two index tensors are
     computed in advance on the CPU: on a GPU, an operation like nonzero() would make the CPU wait.
     """
     tokens: torch.Tensor            # (T,) int64
@@ -128,8 +133,8 @@ class Batch:
     answer_indices: torch.Tensor    # (n_answer,) int64, where a label is not IGNORED
     feature_indices: torch.Tensor   # (N · F,) int64, where the features of the pictures go
     pixels: torch.Tensor            # (N, 3, R, R) fp32, in the order of the samples
-    lengths: torch.Tensor           # (B,) int64, tokens of each sample; stays on the CPU
-    ids: list[str]                  # B of them
+    lengths: torch.Tensor           # (S,) int64, tokens of each sample; stays on the CPU
+    ids: list[str]                  # S of them
     n_answer: int                   # tokens that carry loss
 
     def to(self, device: torch.device) -> "Batch":
@@ -429,8 +434,9 @@ class Batches(Dataset):
     Tokens were made once, before training. Pictures are decoded here, each time their sample is
     drawn, in a worker process if there is one.
 
-    With n ranks, rank k gets micro-batches k, k + n, k + 2n, …. All ranks must run the same number
-    of forward passes. So a rank that would get one fewer gets an idle batch, without an answer.
+    With n ranks, rank k gets micro-batches k, k + n, k + 2n, …. With --fsdp, every forward pass
+    gathers matrices from all ranks, so all ranks must run equally many. A rank that would run one
+    fewer gets an idle batch, without an answer.
     """
 
     def __init__(self, encoded: list[Encoded], plan: Callable, resolution: int, rank=0, n_ranks=1):

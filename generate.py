@@ -28,7 +28,7 @@ from PIL import Image
 
 import checkpoints
 import data
-from extras import benchmarks, chat, choices, evaluate, flags, rows, scienceqa, serve
+from extras import benchmarks, chat, choices, evaluate, flags, resume, rows, scienceqa, serve
 from extras.instructions import is_rows
 from extras.terminal import run
 from fast import ranks
@@ -59,7 +59,7 @@ def load_model(args: argparse.Namespace, adapter: str | None, remembered: dict,
     unpermuted = args.delta_unpermuted or remembered.get("delta_unpermuted", False)
     flags.check_delta(delta, unpermuted)
     print(f"adapter {adapter or 'none'} · {device} · {dtype}")
-    return checkpoints.load(
+    lavin = checkpoints.load(
         args.llama,
         args.vit,
         adapter,
@@ -69,6 +69,8 @@ def load_model(args: argparse.Namespace, adapter: str | None, remembered: dict,
         bits=args.bits or remembered.get("bits") or 16,
         delta=delta,
         delta_unpermuted=unpermuted)
+    resume.note_other_models(args.llama, args.vit, delta, remembered)
+    return lavin
 
 
 def load_data(args: argparse.Namespace, remembered: dict,

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 from adapters import Adapter, AdapterConfig, Projector
 from fast.ops import attend_in_groups, cross_entropy, is_on_cpu, rotate
+from files import LavinError
 from router import route
 from vit import ViTConfig, VisionTransformer
 
@@ -114,8 +115,9 @@ class Attention(nn.Module):
                 cache: object | None = None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). A cache holds this layer's keys and values of earlier tokens.
 
-        Training has no cache. Generation has two kinds of pass (fast/engine.py): one reads whole
-        prompts and stores their keys and values, the other appends one token to each sequence.
+        rope: cosines and sines, as rope_angles gives them. Training has no cache. Generation has
+        two kinds of pass (fast/engine.py): one reads whole prompts and stores their keys and
+        values, the other appends one token to each sequence.
         """
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))           # (B, T, H, D)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))           # (B, T, K, D)
@@ -161,7 +163,10 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, w: torch.Tensor | None, rope: tuple,
                 lengths: torch.Tensor | None = None,
                 cache: object | None = None) -> torch.Tensor:
-        """x (B, T, C); w (B, T or 1, E): the experts' weights, None if folded -> (B, T, C)."""
+        """x (B, T, C); w (B, T or 1, E): the experts' weights, None if folded -> (B, T, C).
+
+        rope: cosines and sines, as rope_angles gives them.
+        """
         # fast/fold.py merges an adapter into wq, wk and wv. The module that replaces it ignores w.
         adapted = self.adapter(self.attention_norm(x), w)
         x = x + self.attention(adapted, rope, lengths, cache)
@@ -249,12 +254,20 @@ class LLaMA(nn.Module):
         return self.norm(x)
 
 
+def check_logits(logits: torch.Tensor) -> None:
+    """LavinError if a logit is not finite, as when an activation overflows in fp16."""
+    if not logits.isfinite().all():
+        raise LavinError("the model's logits are not finite; --dtype bf16 or fp32 has a wider "
+                         "range than fp16")
+
+
 def pick(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """logits (B, vocabulary) -> the next token of each row, (B,).
+    """logits (B, vocabulary) -> the next token of each row, (B,). LavinError if one is not finite.
 
     Temperature 0 takes the likeliest token. Otherwise the token is sampled from the nucleus: the
     smallest set of likeliest tokens whose probabilities add up to top_p or more.
     """
+    check_logits(logits)                                # argmax would take NaN for the largest
     if temperature < 1e-4:                              # dividing by less could overflow
         return logits.argmax(-1)
     p = torch.softmax(logits / temperature, dim=-1)

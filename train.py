@@ -7,10 +7,12 @@ Read down to the end of `train`: the settings, one optimizer step, the loop. The
 builds the model, does the dry run and reads the command line.
 
 Mixed precision: frozen weights, matrix products and activations are in --dtype. Trained weights,
-their gradients, AdamW's moments, the routing weights and the loss are fp32. Only fp16 needs a
-GradScaler. A step's randomness depends only on the settings, the step's number and the rank: its
-samples come from (seed, epoch), its dropout from (seed, step, rank). So a resumed run computes what
-an uninterrupted run would have computed.
+their gradients, AdamW's moments, the routing weights and the loss are fp32; so is the modality
+tokens' own pass, except in its matrix products. Only fp16 needs a GradScaler.
+
+A step's randomness depends only on the settings, the step's number and the rank: its samples come
+from (seed, epoch), its dropout from (seed, step, rank). So a resumed run computes what an
+uninterrupted run would have computed.
 """
 
 import dataclasses
@@ -55,7 +57,7 @@ class Settings:
     """
     # The training data
     data: list[str] = field(default_factory=lambda: ["sqa"])
-    weights: list[float] | None = None  # each source's share of an epoch
+    weights: list[float] | None = None  # the sources' shares of an epoch, not parameters
     format: str = "QCM-ALE"             # of ScienceQA's prompts
     captions: bool = False
     images: bool = True                 # False: no pictures, an ablation
@@ -71,7 +73,7 @@ class Settings:
     lr: float | None = None             # the peak; None: 9e-3 · batch_size / 256
     weight_decay: float = 0.02          # none on biases
     clip: float | None = None           # maximum norm of the gradient; None: no clipping
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)    # AdamW's; there is no flag
     tau: float = 10.0                   # of the routers: 10 for 7B, 5 for 13B
     dropout: float = 0.1                # in the adapters
     rank: int = 8                       # of the adapters
@@ -168,7 +170,7 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
         loss = lavin(batch.to(lavin.device), leaf) * share
         scaler.scale(loss).backward()
         losses.append(loss.detach())
-    if routed.requires_grad:                                        # not without routers
+    if routed.requires_grad:        # False if it trains nothing: --experts 1, --adapters none
         routed.backward(leaf.grad)
 
     losses = torch.stack(losses).tolist()                           # waits for the GPU
@@ -205,7 +207,7 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
     steps_per_epoch, n_steps = count_steps(settings)
     loader = load_batches(lavin, samples, range(first_step, n_steps), settings)
     gradients = ranks.gradient_buffer(lavin)
-    rank = ranks.rank()
+    is_first = ranks.rank() == 0
     lavin.train()
     stopped = False
     with runs.StopSignals() as signals, runs.Log(settings, first_step, n_steps) as log:
@@ -233,7 +235,7 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
             if samples.held_out and ends_epoch:
                 rows.score_held_out(lavin, samples.held_out, step, log, settings)
             is_due = settings.save_every and step % settings.save_every == 0
-            if rank == 0 and (ends_epoch or is_due or stopped):
+            if is_first and (ends_epoch or is_due or stopped):
                 save(lavin, optimizer, scaler, step, steps_per_epoch, settings)
             if stopped:
                 break
@@ -303,6 +305,7 @@ def build(settings: Settings, resumed: dict | None,
     fresh = AdapterConfig(
         rank=settings.rank,
         projector_dim=settings.hidden,
+        tau=settings.tau,
         scale=settings.scale,
         experts=settings.experts)
     lavin = checkpoints.load(
@@ -313,7 +316,6 @@ def build(settings: Settings, resumed: dict | None,
         dtype=DTYPES[settings.dtype],
         max_seq_len=settings.max_seq_len,
         fresh=fresh,
-        tau=settings.tau,
         dropout=settings.dropout,
         bits=settings.bits,
         fsdp=settings.fsdp,
@@ -343,20 +345,23 @@ def longest_samples(samples: runs.TrainingSet, n: int) -> list[int]:
     return sorted(range(len(samples.encoded)), key=size, reverse=True)[:n]
 
 
+def plan_dry_run(step: int, longest: list[int], lengths: list[int],
+                 settings: Settings) -> list[list[int]]:
+    """Like data.global_batch, but step 0 takes the longest samples."""
+    chosen = longest if step == 0 else range(len(lengths))
+    micro_batches = data.global_batch(
+        step, [lengths[i] for i in chosen], settings.batch_size, settings.micro_batch,
+        settings.seed)
+    return [[chosen[i] for i in indices] for indices in micro_batches]
+
+
 def dry_run(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer,
             scaler: GradScaler, settings: Settings) -> None:
     """Print a run's memory and time, from one step on the longest samples and a few normal ones."""
     steps_per_epoch, n_steps = count_steps(settings)
-    everything = range(len(samples.encoded))
     longest = longest_samples(samples, settings.batch_size)
-
-    def plan(step):
-        chosen = longest if step == 0 else everything
-        lengths = [samples.lengths[i] for i in chosen]
-        micro_batches = data.global_batch(
-            step, lengths, settings.batch_size, settings.micro_batch, settings.seed)
-        return [[chosen[i] for i in indices] for indices in micro_batches]
-
+    plan = functools.partial(
+        plan_dry_run, longest=longest, lengths=samples.lengths, settings=settings)
     gradients = ranks.gradient_buffer(lavin)
     lavin.train()
     steps = range(min(4, n_steps))
@@ -377,7 +382,7 @@ def dry_run(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer,
     print(f"dry run  peak memory {peak / 1e9:.2f} GB, "
           f"with samples of up to {samples.lengths[longest[0]]} tokens\n"
           f"         {n_steps} steps of about {min(seconds):.2f} s: {hours:.2f} h; "
-          "nothing was written")
+          "no checkpoint was written")
 
 
 def stand_in(settings: Settings) -> torch.device:
@@ -479,13 +484,14 @@ def load_and_train(settings: Settings, resumed: dict | None, device: torch.devic
         return
     first_step = resumed["step"] if resumed else 0
     train(lavin, samples, optimizer, scaler, first_step, settings)
-    print(f"saved    {settings.out}/checkpoint.pth")
+    if first_step < n_steps:
+        print(f"saved    {settings.out}/checkpoint.pth")
     if settings.compile:
         n_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         print(f"compile  {n_graphs} graphs in the whole run")
     problems, val_samples = val
     if val_samples:
-        score_val(lavin, problems, val_samples, n_steps, settings)
+        score_val(lavin, problems, val_samples, max(first_step, n_steps), settings)
     ranks.leave()
 
 

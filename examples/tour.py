@@ -26,6 +26,7 @@ from adapters import Adapter, AdapterConfig
 from extras.terminal import Parser, run
 from fast.ops import mix_experts
 from fast.ranks import gradient_buffer
+from files import fingerprint
 from model import LaVIN, LLaMAConfig
 from tiny import world
 from vit import ViTConfig
@@ -47,13 +48,14 @@ def load_lavin() -> LaVIN:
     if CHECKPOINT.exists():
         _, config, settings = checkpoints.read_adapter(CHECKPOINT)
         llama = settings.get("llama") or ""
-        is_ours = os.path.abspath(llama) == str(world.PATHS["llama"])
+        is_ours = (os.path.abspath(llama) == str(world.PATHS["llama"])
+                   and settings.get("vit_hash") == fingerprint(world.PATHS["vit"]))
         if is_ours and config.experts == 2:         # the tour shows how two are mixed
             adapter = CHECKPOINT
     if adapter:
         print(f"The adapters are trained. They come from {CHECKPOINT}.")
     else:
-        print(f"The adapters are fresh: {CHECKPOINT} is missing or is not of the small world.\n"
+        print(f"The adapters are fresh: {CHECKPOINT} is missing or not of this small world.\n"
               "`python train.py` makes one in about two minutes. Then take the tour again.")
     torch.manual_seed(0)
     return checkpoints.load(world.PATHS["llama"], world.PATHS["vit"], adapter,

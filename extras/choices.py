@@ -20,7 +20,7 @@ from extras.evaluate import Answers, add_chosen, decode_pictures, encode_prompts
 from fast.engine import Engine
 from fast.fold import fold
 from files import LavinError
-from model import LaVIN
+from model import LaVIN, check_logits
 
 MOST_TOKENS = 1024          # read at a time; each gives logits for the whole vocabulary
 
@@ -92,6 +92,7 @@ def branch_scores(engine: Engine, branches: list[tuple[int, Branch]]) -> list[fl
             read.append((row, list(branch.tokens[:-1])))    # EOS predicts nothing
             targets += branch.labels[1:]
         logits = engine.branch(read)                                            # (T, vocabulary)
+        check_logits(logits)
         targets = torch.tensor(targets, device=logits.device)
         losses = F.cross_entropy(
             logits, targets, ignore_index=data.IGNORED, reduction="none")       # (T,)

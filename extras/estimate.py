@@ -198,9 +198,10 @@ def read_shape(settings) -> Shape:
     fresh = AdapterConfig(
         rank=settings.rank,
         projector_dim=settings.hidden,
+        tau=settings.tau,
         scale=settings.scale,
         experts=settings.experts)
-    _, adapters, _ = begin_with(settings.adapter, fresh, settings.tau, settings.dropout)
+    _, adapters, _ = begin_with(settings.adapter, fresh, None, settings.dropout)
     llama_source = open_llama(settings.llama)
     tokenizer = load_tokenizer(llama_source)
     if os.path.exists(settings.vit):

@@ -31,7 +31,7 @@ from fast import ranks
 from fast.engine import Engine, continue_prompts
 from fast.fold import fold
 from files import LavinError
-from model import LaVIN
+from model import LaVIN, check_logits
 
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "AVG")
 
@@ -290,6 +290,7 @@ def choose_letters_of_group(lavin, group, letters, answers, modality, batch_size
     prompts = decode_pictures(lavin, group, answers, workers, each=rows)
     while batch := list(itertools.islice(prompts, rows)):
         logits = engine.prefill(data.collate(batch, lavin.resolution))
+        check_logits(logits)
         engine.lengths.clear()                              # the rows are free for the next batch
         for prompt, row in zip(batch, logits):
             yield prompt.id, int(row[letters[prompt.id]].argmax())

@@ -301,7 +301,7 @@ def read_instructions(source: str, multi_turn: bool = False,
 # Tokens
 
 # Fewer samples than this are tokenized in seconds. More can take minutes.
-MANY = 20_000
+MANY = 50_000
 
 
 def cache_key(samples, tokenizer, n_features, max_seq_len):

@@ -85,6 +85,19 @@ def find_models(settings) -> None:
     settings.vit_hash = fingerprint(settings.vit)
 
 
+def note_other_models(llama: str, vit: str, delta: str | None, remembered: dict) -> None:
+    """Print a note if adapters were trained with other files of LLaMA or CLIP than these.
+
+    remembered: the settings in the adapters' checkpoint, {} without one.
+    """
+    llama_hash = fingerprint(llama)
+    if delta:
+        llama_hash += fingerprint(delta)
+    for name, path, now in (("llama_hash", llama, llama_hash), ("vit_hash", vit, fingerprint(vit))):
+        if remembered.get(name) not in (None, now):
+            print(f"note     the adapters were trained with other files than {path}")
+
+
 def check_found(settings, before: dict) -> None:
     """LavinError if a resumed run has other data or models than the run before it.
 
@@ -104,9 +117,9 @@ def check_found(settings, before: dict) -> None:
 
 
 def check_sizes(config: AdapterConfig, settings) -> None:
-    """LavinError if the sizes of a checkpoint's adapters differ from the settings."""
-    sizes = {"rank": config.rank, "hidden": config.projector_dim, "scale": config.scale,
-             "experts": config.experts}
+    """LavinError if a checkpoint's adapters have other sizes, or another τ, than the settings."""
+    sizes = {"rank": config.rank, "hidden": config.projector_dim, "tau": config.tau,
+             "scale": config.scale, "experts": config.experts}
     for name, size in sizes.items():
         wanted = getattr(settings, name)
         if wanted != size:
@@ -155,7 +168,8 @@ def checked_state(state, shape: torch.Size, i: int, path: Path) -> dict[str, tor
     copied = {}
     for name, tensor in state.items():
         copied[name] = tensor.float().clone(memory_format=torch.contiguous_format)
-    if copied["step"] < 1 or (copied["exp_avg_sq"] < 0).any():
+    # The step is 0 if every step so far overflowed in fp16.
+    if copied["step"] < 0 or (copied["exp_avg_sq"] < 0).any():
         raise LavinError(f"--resume: {path} holds an impossible optimizer state for parameter {i}")
     return copied
 

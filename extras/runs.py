@@ -239,6 +239,19 @@ def print_counts(title, counts):
     print(f"{title:8} {sum(counts.values()):,} parameters: {shown}")
 
 
+def print_batch(settings):
+    micro_batch = min(settings.micro_batch, settings.batch_size)
+    line = (f"batch    {settings.batch_size} in micro-batches of {micro_batch} · "
+            f"context {settings.max_seq_len} tokens")
+    if ranks.count() > 1:
+        line += f" · {ranks.count()} ranks"
+    print(line)
+    n_micro_batches = math.ceil(settings.batch_size / micro_batch)
+    if n_micro_batches < ranks.count():
+        print(f"note     {n_micro_batches} of {ranks.count()} ranks have work in each step; "
+              "a smaller --micro-batch gives it to more of them")
+
+
 def describe(lavin: nn.Module, settings, steps_per_epoch: int) -> None:
     """Print a run's parameter counts, batch, steps and device."""
     n_trained = n_frozen = 0            # numbers in the modality embedding
@@ -257,13 +270,7 @@ def describe(lavin: nn.Module, settings, steps_per_epoch: int) -> None:
         "projector": count_parameters(lavin.projector, trained=False),
         "modality embedding": n_frozen})
 
-    micro_batch = min(settings.micro_batch, settings.batch_size)
-    line = (f"batch    {settings.batch_size} in micro-batches of {micro_batch} · "
-            f"context {settings.max_seq_len} tokens")
-    if ranks.count() > 1:
-        line += f" · {ranks.count()} ranks"
-    print(line)
-
+    print_batch(settings)
     n_steps = settings.epochs * steps_per_epoch
     epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs} epochs"
     line = (f"steps    {n_steps} = {epochs} × {steps_per_epoch} · "
@@ -327,12 +334,13 @@ def kept_path(out: str, epoch: int) -> Path:
 
 def set_aside(settings) -> None:
     """Before a new run begins in OUT, rename an earlier run's files to *.old."""
-    earlier = [Path(settings.out, "checkpoint.pth"), Path(settings.out, "metrics.jsonl")]
-    for path in earlier:
-        if path.exists():
-            print(f"note     {path} of an earlier run is now {path}.old; "
-                  "--resume would have continued it")
-            path.replace(f"{path}.old")
+    checkpoint = Path(settings.out, "checkpoint.pth")
+    if checkpoint.exists():             # without it, the metrics are of a run that left nothing
+        for path in (checkpoint, Path(settings.out, "metrics.jsonl")):
+            if path.exists():
+                print(f"note     {path} of an earlier run is now {path}.old; "
+                      "--resume would have continued it")
+                path.replace(f"{path}.old")
     if settings.keep_epochs:            # otherwise they would mix with this run's
         for path in sorted(Path(settings.out).glob("checkpoint-*.pth")):
             print(f"note     {path} is now {path}.old")

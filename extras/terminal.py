@@ -107,11 +107,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, too_little) or any(part in str(error) for part in words):
         return ("there is too little memory for this; try --bits 8 or 4, a lower --max-seq-len, or "
                 "fewer samples at a time (train.py: --micro-batch; generate.py: --batch-size)")
-    if "probability tensor contains" in str(error):         # torch.multinomial's message
-        return ("the model's logits are not finite, so no token can be drawn; "
-                "--dtype bf16 or fp32 has a wider range than fp16")
     # If a worker dies, PyTorch raises this at whatever line the main process has reached.
-    if "DataLoader worker" in str(error):
+    if "DataLoader worker (pid" in str(error):
         return ("a process that decodes pictures was killed, perhaps because memory ran out; "
                 "--workers 0 uses no such processes")
     if isinstance(error, OSError):

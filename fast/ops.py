@@ -213,6 +213,8 @@ def cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
     So we take a few rows at a time and compute their gradient at once, while they are in the cache.
     The logits of all rows, their softmax and their gradients never exist at the same time.
     """
+    if weight.requires_grad:
+        raise ValueError("this loss gives the weight no gradient; train with F.cross_entropy")
     if n_rows is None:
         n_rows = LOGIT_ROWS["cpu" if x.device.type == "cpu" else "cuda"]
     return _CrossEntropy.apply(x, weight, targets, n_rows)

@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 
+import checkpoints
 import generate
 from conftest import ADAPTER, LLAMA, ROOT, VIT
-from extras import chat, terminal
+from extras import terminal
 from extras.chat import Conversation
 from extras.terminal import LONGEST_MESSAGE, Terminal
 from files import LavinError
@@ -152,15 +153,21 @@ def test_generate_says_what_is_wrong_in_any_terminal():
     assert " ? CLIP " in stdout             # instead of a middle dot
 
 
-def test_logits_that_are_not_finite_are_one_line(call, monkeypatch):
-    """fp16 may overflow. Then torch.multinomial fails, as the probabilities are NaN."""
-    def overflow(logits, temperature, top_p):
-        probabilities = torch.full_like(logits, float("nan"))
-        return torch.multinomial(probabilities, 1)
+@pytest.mark.parametrize("flags", [
+    ["--prompt", "What?"],
+    ["--prompt", "What?", "--temperature", 1],
+    ["--data", "sqa", "--score", "letters"],
+    ["--data", "sqa", "--max-new-tokens", 2],
+], ids=["greedy", "sampled", "letters", "texts"])
+def test_logits_that_are_not_finite_are_one_line(flags, fails, monkeypatch, sqa):
+    """fp16 may overflow. The largest of NaN logits would be the first token."""
+    load = checkpoints.load
 
-    monkeypatch.setattr(chat, "pick", overflow)
-    code, _, stderr = call(
-        generate, "--prompt", "What?", "--adapter", ADAPTER, "--llama", LLAMA, "--vit", VIT,
-        "--temperature", 1)
-    assert code == 2
-    assert stderr.startswith("error: the model's logits are not finite")
+    def load_broken(*args, **how):
+        lavin = load(*args, **how)
+        lavin.llama.output.weight.fill_(float("nan"))
+        return lavin
+
+    monkeypatch.setattr(checkpoints, "load", load_broken)
+    fails(generate, *flags, "--adapter", ADAPTER, "--llama", LLAMA, "--vit", VIT,
+          "--data-root", sqa, says=["the model's logits are not finite"])

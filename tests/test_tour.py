@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import checkpoints
 from conftest import ROOT
 from examples import tour
+from files import fingerprint
 from tiny import world
 
 
@@ -116,8 +118,11 @@ def test_a_checkpoint_is_taken_if_it_belongs_to_the_small_world(call, monkeypatc
     lavin = checkpoints.load(world.PATHS["llama"], world.PATHS["vit"])
     checkpoint = checkpoints.official_checkpoint(lavin, "QCM-ALE")
     (tmp_path / "out").mkdir()
-    for llama, word in ((world.PATHS["llama"], "trained"), ("weights/7B", "fresh")):
-        checkpoint["config"] = {"llama": str(llama)}
+    ours = {"llama": str(world.PATHS["llama"]), "vit_hash": fingerprint(world.PATHS["vit"])}
+    another_llama = ours | {"llama": "weights/7B"}
+    another_vit = ours | {"vit_hash": "another"}
+    for config, word in ((ours, "trained"), (another_llama, "fresh"), (another_vit, "fresh")):
+        checkpoint["config"] = config
         torch.save(checkpoint, "out/checkpoint.pth")
         code, out, _ = call(tour, "router")
         assert code == 0 and f"The adapters are {word}" in out
@@ -129,8 +134,10 @@ def test_an_unknown_stop_is_an_error(call):
     assert "error: argument stop: invalid choice: 'brain'" in err.splitlines()[-1]
 
 
-def test_as_a_module():
+def test_as_a_module(tmp_path):
     command = [sys.executable, "-m", "examples.tour", "router"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "router.py: route" in done.stdout
