@@ -42,17 +42,15 @@ PICTURE_FORMATS = frozenset("""
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode -> RGB, upright, transparent parts on white.
-
-    ValueError for a picture whose numbers are floating-point: their range is unknown.
-    """
-    if picture.mode == "F":
-        raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
+    """A picture of any mode -> RGB, upright, transparent parts on white."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
         # 16 bits a channel. convert() would clip at 255 instead of scaling.
         values = np.asarray(picture).clip(0, 65535) / 257
         picture = Image.fromarray(values.round().astype(np.uint8))
+    if picture.mode == "F" and np.asarray(picture).max() <= 1:
+        # Floating-point numbers from 0 to 1. convert() expects 0 to 255.
+        picture = Image.fromarray(255 * np.asarray(picture))
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

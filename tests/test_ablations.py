@@ -135,7 +135,7 @@ def test_a_run_with_other_sizes_is_remembered_loaded_and_resumed(call, sqa, tmp_
 
 
 @pytest.mark.parametrize("flag, value", [
-    ("--experts", 1), ("--rank", 4), ("--hidden", 32), ("--scale", 0.5)])
+    ("--experts", 1), ("--rank", 4), ("--hidden", 32), ("--scale", 0.5), ("--tau", 7)])
 def test_adapters_of_other_sizes_are_not_begun_with(fails, sqa, tmp_path, flag, value):
     fails(train, *flags(sqa, tmp_path / "out", "--adapter", ADAPTER, flag, value), says=[
         f"{flag} {value}", "the adapters of the checkpoint have"])

@@ -233,12 +233,16 @@ def palette_picture():
     (Image.fromarray(GREY), GREY_AS_RGB),
     (Image.fromarray(GREY.astype(np.uint16) * 257), GREY_AS_RGB),
     (Image.fromarray(GREY.astype(np.int32) * 257), GREY_AS_RGB),
+    (Image.fromarray(GREY.astype(np.float32)), GREY_AS_RGB),
+    (Image.fromarray(GREY.astype(np.float32) / 255), GREY_AS_RGB),
     (Image.fromarray(GREY > 100), BLACK_OR_WHITE),
     (Image.new("CMYK", (8, 6), (0, 255, 255, 0)), RED),
     (Image.new("RGBA", (8, 6), (255, 0, 0, 0)), WHITE),
     (Image.new("LA", (8, 6), (0, 0)), WHITE),
     (palette_picture(), GREEN),
-], ids=["grey", "16 bits", "32 bits", "1 bit", "CMYK", "alpha", "grey with alpha", "palette"])
+], ids=[
+    "grey", "16 bits", "32 bits", "floats to 255", "floats to 1", "1 bit", "CMYK", "alpha",
+    "grey with alpha", "palette"])
 def test_any_mode_becomes_rgb(picture, expected):
     rgb = np.asarray(data.to_rgb(picture)).astype(int)
     assert np.abs(rgb - expected).max() <= 1

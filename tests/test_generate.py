@@ -11,14 +11,14 @@ import pytest
 import generate
 import miniature
 import train
-from conftest import ADAPTER, LLAMA, ROOT, VIT, wait_for_torch
+from conftest import ADAPTER, LLAMA, ROOT, VIT, flags, wait_for_torch
 from data import Sample
+from extras import resume
 from extras.evaluate import COLUMNS
 from extras.flags import generate_parser
 from extras.instructions import instruction_prompt
 from fast.engine import Engine
-from files import LavinError
-from test_train import flags
+from files import LavinError, fingerprint
 from tiny import world
 
 MODEL = ("--llama", LLAMA, "--vit", VIT, "--adapter", ADAPTER)
@@ -89,6 +89,15 @@ def test_seeded_sampling_of_a_data_set(call, sqa, tmp_path):
         return json.loads(path.read_text())["outputs"]
 
     assert outputs(1) == outputs(1) != outputs(2)
+
+
+def test_a_model_that_is_not_the_adapters_own_is_noted(capsys):
+    remembered = {"llama_hash": "another", "vit_hash": fingerprint(VIT)}
+    resume.note_other_models(LLAMA, VIT, None, remembered)
+    assert capsys.readouterr().out.splitlines() == [
+        f"note     the adapters were trained with other files than {LLAMA}"]
+    resume.note_other_models(LLAMA, VIT, None, {})
+    assert capsys.readouterr().out == ""
 
 
 def test_what_training_knew_need_not_be_said_again(call, sqa, tmp_path, monkeypatch, asked):

@@ -205,6 +205,18 @@ def test_a_state_of_the_optimizer_that_is_not_the_models(fails, finished_run, da
     assert path.read_bytes() == before
 
 
+def test_a_state_without_a_step_is_sound(call, finished_run):
+    """In fp16, the first steps may all overflow. Then AdamW has counted none of them."""
+    path = finished_run / "checkpoint.pth"
+    checkpoint = read_checkpoint(finished_run)
+    for state in checkpoint["optimizer"]["state"].values():
+        state["step"].zero_()
+    torch.save(checkpoint, path)
+    code, stdout, stderr = call(train, "--resume", "--out", finished_run, "--max-steps", 1)
+    assert (code, stderr) == (0, "")
+    assert "saved" not in stdout            # the step was taken before
+
+
 def test_a_state_in_odd_memory_is_copied(call, trained, tmp_path):
     """Moments that share a storage or have other strides give the same run as plain ones."""
     run = trained(2)

@@ -1,9 +1,11 @@
 """The training loop gives the same numbers, however steps are split and runs interrupted."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import checkpoints
 import data
 import train
 from conftest import ADAPTER, LLAMA, ROOT, VIT, difference, flags
+from extras import runs
 from extras.resume import FIXED, ONCE
 from extras.scienceqa import load_sqa
 from fast import ranks
@@ -242,6 +245,32 @@ def test_a_dry_run_tells_memory_and_time_and_writes_nothing(call, sqa, tmp_path)
     assert "peak memory" in stdout
     assert "12 steps of about" in stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_a_dry_run_can_be_sent_to_workers():
+    """Where processes are spawned, as on macOS, workers get it as a pickle."""
+    settings = train.Settings(batch_size=2, micro_batch=1)
+    plan = functools.partial(
+        train.plan_dry_run, longest=[3, 1], lengths=[5, 8, 6, 9], settings=settings)
+    plan = pickle.loads(pickle.dumps(plan))
+    assert sorted(i for indices in plan(0) for i in indices) == [1, 3]
+    assert len(plan(1)) == 2
+
+
+def test_ranks_without_work_are_told(capsys, monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 16)
+    runs.print_batch(train.Settings(batch_size=32, micro_batch=4))
+    assert "note     8 of 16 ranks have work in each step" in capsys.readouterr().out
+    runs.print_batch(train.Settings(batch_size=32, micro_batch=2))
+    assert "note" not in capsys.readouterr().out
+
+
+def test_a_run_that_left_nothing_does_not_replace_an_older_one(tmp_path):
+    """Its metrics are dropped. The older run's stay beside the older run's checkpoint."""
+    for name in ("checkpoint.pth.old", "metrics.jsonl.old", "metrics.jsonl"):
+        (tmp_path / name).write_text(name)
+    runs.set_aside(train.Settings(out=str(tmp_path)))
+    assert (tmp_path / "metrics.jsonl.old").read_text() == "metrics.jsonl.old"
 
 
 @pytest.mark.parametrize("more, helps", [
