@@ -13,7 +13,7 @@ The script prints Markdown tables: the scores by ScienceQA's columns, the scores
 distance between the routing weights of the two modalities. It runs train.py and generate.py from
 the command line and writes into DIRECTORY. It does not repeat runs whose results are already there,
 so use a new DIRECTORY after a change of the code or the models.
-With 5 seeds it takes about 70 minutes on two CPU cores.
+With 5 seeds it takes about 100 minutes on two CPU cores.
 """
 
 import argparse
