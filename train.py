@@ -36,7 +36,6 @@ from torch.optim import Optimizer
 
 import checkpoints
 import data
-from adapters import AdapterConfig
 from extras import board, estimate, evaluate, flags, resume, rows, runs, scienceqa
 from extras.terminal import run
 from fast import ranks
@@ -302,12 +301,6 @@ def build(settings: Settings, resumed: dict | None,
     """-> LaVIN, its optimizer and its scaler, new or with the state that `resumed` holds."""
     torch.manual_seed(data.mixed_seed(settings.seed, 0))
     path = Path(settings.out, "checkpoint.pth")
-    fresh = AdapterConfig(
-        rank=settings.rank,
-        projector_dim=settings.hidden,
-        tau=settings.tau,
-        scale=settings.scale,
-        experts=settings.experts)
     lavin = checkpoints.load(
         settings.llama,
         settings.vit,
@@ -315,7 +308,7 @@ def build(settings: Settings, resumed: dict | None,
         device=device,
         dtype=DTYPES[settings.dtype],
         max_seq_len=settings.max_seq_len,
-        fresh=fresh,
+        fresh=runs.fresh_adapters(settings),
         dropout=settings.dropout,
         bits=settings.bits,
         fsdp=settings.fsdp,

@@ -67,16 +67,21 @@ def call(script: str, log: Path, *flags) -> float:
     return time.perf_counter() - began
 
 
+def as_flags(settings: dict) -> list:
+    """{a setting's name: its value} -> flags."""
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{name.replace('_', '-')}", value]
+    return flags
+
+
 def train_flags(variant: str, rate: float, seed: int, **more) -> list:
     """The flags of a training run: the small world's paths and settings, then the variant's own.
 
     more: settings that replace the small world's, by name.
     """
     settings = world.PATHS | world.DEFAULTS | {"lr": rate, "seed": seed} | more
-    flags = []
-    for name, value in settings.items():
-        flags += [f"--{name.replace('_', '-')}", value]
-    return flags + VARIANTS[variant]        # the last value of a flag counts
+    return as_flags(settings) + VARIANTS[variant]       # the last value of a flag counts
 
 
 def folder_of(directory: Path, variant: str, what: str) -> Path:
@@ -167,10 +172,8 @@ def measure_llama_alone(directory: Path) -> dict[str, int]:
     """The answers of LLaMA without LaVIN's adapters. It sees no picture."""
     path = directory / "frozen.json"
     if not path.exists():
-        flags = ["--adapter", "none", "--predictions", path]
-        for name, value in world.PATHS.items():
-            flags += [f"--{name.replace('_', '-')}", value]
-        call("generate.py", directory / "frozen.log", *flags)
+        call("generate.py", directory / "frozen.log", "--adapter", "none", "--predictions", path,
+             *as_flags(world.PATHS))
     return read_results(path)
 
 

@@ -11,8 +11,8 @@ ScienceQA's.
 
 `train` prints samples and tokens per second, peak memory, and the hours for 20 epochs of ScienceQA.
 It computes the FLOPs of a step from the model's shapes. It compares the FLOP/s with those of large
-matrix products, measured on the same machine between the steps. --share adds how much
-time the adapters add to a step. --pictures adds the cost of decoding real files.
+matrix products, measured on the same machine between the steps. --share adds how much time the
+adapters add to a step. --pictures adds the cost of decoding real files.
 
 `generate` prints tokens per second of a single conversation. Each token reads all of LLaMA's
 weights once, so the script compares the bytes read per second with the memory bandwidth. It also

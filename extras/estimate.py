@@ -195,12 +195,7 @@ def read_shape(settings) -> Shape:
 
     If CLIP's file does not exist, the ViT is ViT-L/14. Raises LavinError as checkpoints.load does.
     """
-    fresh = AdapterConfig(
-        rank=settings.rank,
-        projector_dim=settings.hidden,
-        tau=settings.tau,
-        scale=settings.scale,
-        experts=settings.experts)
+    fresh = runs.fresh_adapters(settings)
     _, adapters, _ = begin_with(settings.adapter, fresh, None, settings.dropout)
     llama_source = open_llama(settings.llama)
     tokenizer = load_tokenizer(llama_source)

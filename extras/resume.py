@@ -77,11 +77,14 @@ def check_unchanged(settings, before: dict, defaults) -> None:
                              f"{then}, not {now}; leave the flag out")
 
 
+def hash_llama(llama: str, delta: str | None) -> str:
+    """The hash of LLaMA's files, and of those of its delta."""
+    return fingerprint(llama) + (fingerprint(delta) if delta else "")
+
+
 def find_models(settings) -> None:
     """Store the hashes of the run's LLaMA and CLIP in its settings."""
-    settings.llama_hash = fingerprint(settings.llama)
-    if settings.delta:
-        settings.llama_hash += fingerprint(settings.delta)
+    settings.llama_hash = hash_llama(settings.llama, settings.delta)
     settings.vit_hash = fingerprint(settings.vit)
 
 
@@ -90,12 +93,12 @@ def note_other_models(llama: str, vit: str, delta: str | None, remembered: dict)
 
     remembered: the settings in the adapters' checkpoint, {} without one.
     """
-    llama_hash = fingerprint(llama)
-    if delta:
-        llama_hash += fingerprint(delta)
-    for name, path, now in (("llama_hash", llama, llama_hash), ("vit_hash", vit, fingerprint(vit))):
-        if remembered.get(name) not in (None, now):
-            print(f"note     the adapters were trained with other files than {path}")
+    llama_then = remembered.get("llama_hash")
+    if llama_then and llama_then != hash_llama(llama, delta):
+        print(f"note     the adapters were trained with other files than {llama}")
+    vit_then = remembered.get("vit_hash")
+    if vit_then and vit_then != fingerprint(vit):
+        print(f"note     the adapters were trained with other files than {vit}")
 
 
 def check_found(settings, before: dict) -> None:

@@ -18,7 +18,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import data
-from adapters import Adapter
+from adapters import Adapter, AdapterConfig
 from checkpoints import load_tokenizer, open_llama, read_clip
 from extras import board, instructions, plot
 from extras.neighbours import Neighbours
@@ -194,7 +194,18 @@ def check_data(settings, small_llama: str | Path) -> int:
     return 1 if n_bad else 0
 
 
-# Ablations
+# Adapters
+
+
+def fresh_adapters(settings) -> AdapterConfig:
+    """The adapters of a run that starts without a checkpoint."""
+    return AdapterConfig(
+        rank=settings.rank,
+        projector_dim=settings.hidden,
+        tau=settings.tau,
+        scale=settings.scale,
+        dropout=settings.dropout,
+        experts=settings.experts)
 
 
 def freeze(lavin: nn.Module, settings) -> None:
@@ -254,11 +265,8 @@ def print_batch(settings):
 
 def describe(lavin: nn.Module, settings, steps_per_epoch: int) -> None:
     """Print a run's parameter counts, batch, steps and device."""
-    n_trained = n_frozen = 0            # numbers in the modality embedding
-    if lavin.modality_embedding.requires_grad:
-        n_trained = lavin.modality_embedding.numel()
-    else:
-        n_frozen = lavin.modality_embedding.numel()
+    n_modality = lavin.modality_embedding.numel()
+    n_trained = n_modality if lavin.modality_embedding.requires_grad else 0
     print_counts("trained", {
         "adapters and routers in LLaMA": count_parameters(lavin.llama, trained=True),
         "in the ViT": count_parameters(lavin.vit, trained=True),
@@ -268,7 +276,7 @@ def describe(lavin: nn.Module, settings, steps_per_epoch: int) -> None:
         "LLaMA": count_parameters(lavin.llama, trained=False) + n_quantized(lavin.llama),
         "ViT": count_parameters(lavin.vit, trained=False),
         "projector": count_parameters(lavin.projector, trained=False),
-        "modality embedding": n_frozen})
+        "modality embedding": n_modality - n_trained})
 
     print_batch(settings)
     n_steps = settings.epochs * steps_per_epoch
