@@ -136,7 +136,8 @@ def test_an_unknown_stop_is_an_error(call):
 
 def test_as_a_module(tmp_path):
     command = [sys.executable, "-m", "examples.tour", "router"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
