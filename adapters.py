@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fast.ops import mix_experts
+from fast.ops import add_experts
 from router import NoRouter, Router
 
 
@@ -75,8 +75,8 @@ class Adapter(nn.Module):
     def forward(self, y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """y (B, T, C); w (B, T, E), or (B, 1, E) for one w per row -> (B, T, C)."""
         h = self.dropout(self.down(y))                              # (B, T, r)
-        mixed = mix_experts(h, w, self.up, self.up_bias)            # self.mixed(h, w), but faster
-        return torch.add(y, mixed.type_as(y), alpha=self.scale)     # y + s · mixed, in one pass
+        # y + self.scale * self.mixed(h, w), but faster
+        return add_experts(y, self.scale, h, w, self.up, self.up_bias)
 
     def mixed(self, h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """w0 up0(h) + w1 up1(h), as the paper writes it: h (B, T, r) -> (B, T, C)."""

@@ -38,7 +38,7 @@ import checkpoints
 import data
 from extras import board, estimate, evaluate, flags, resume, rows, runs, scienceqa
 from extras.terminal import run
-from fast import ranks
+from fast import ops, ranks
 from files import (DTYPES, LavinError, check_compiler, check_writable, choose_paths,
                    pick_device, save_tensors)
 from model import LaVIN
@@ -327,6 +327,8 @@ def build(settings: Settings, resumed: dict | None,
     lavin.vit.checkpointing = settings.checkpointing
     if settings.compile:
         compile_blocks(lavin)
+    if device.type == "cpu":
+        ops.keep_freed_memory()
     return lavin, optimizer, scaler
 
 

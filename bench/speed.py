@@ -3,7 +3,7 @@
     python -m bench.speed train                 every row of the table that this machine can measure
     python -m bench.speed train --shape 7B --micro-batch 4 --checkpointing --bits 4        one row
     python -m bench.speed generate              the same for generation
-    python -m bench.speed experts               fast.ops.mix_experts and the plain form
+    python -m bench.speed experts               fast.ops.add_experts and the plain form
     python -m bench.speed attention             fast.ops.attention and PyTorch's, in bf16 on a CPU
 
 The models have the shapes of real models and random weights. Prompts and answers are as long as
@@ -48,7 +48,7 @@ from extras.estimate import SHAPES, flops
 from extras.terminal import Parser, run
 from fast.engine import Engine, continue_prompts
 from fast.fold import NoAdapter, fold
-from fast.ops import attention, mix_experts
+from fast.ops import add_experts, attention, keep_freed_memory
 from fast.quantize import quantize
 from fast.ranks import gradient_buffer
 from files import DTYPES, LavinError, pick_device
@@ -285,6 +285,8 @@ def prepare_training(args, device, dtype, compiled):
     lavin.vit.checkpointing = args.checkpointing
     if compiled:
         train.compile_blocks(lavin)
+    if device.type == "cpu":
+        keep_freed_memory()
     return lavin
 
 
@@ -552,25 +554,33 @@ def time_passes(function, *inputs) -> float:
 
 
 def measure_experts(args) -> None:
-    """Print how much faster mix_experts is than Adapter.mixed, at 1,200 tokens."""
+    """Print how much faster add_experts is than Adapter.mixed and a sum, at 1,200 tokens."""
     device, _ = pick_device(args.device, "fp32")
+    if device.type == "cpu":
+        keep_freed_memory()             # as training does
     for width in (128, 512, 4096):
         torch.manual_seed(0)
         adapter = Adapter(width, AdapterConfig()).to(device)
+        y = torch.randn(1, 1200, width, device=device, requires_grad=True)
         h = torch.randn(1, 1200, adapter.down.out_features, device=device, requires_grad=True)
         w = torch.rand(1, 1200, 2, device=device, requires_grad=True)
 
-        def mix_fast(h, w):
-            return mix_experts(h, w, adapter.up, adapter.up_bias)
+        def add_plain(y, h, w):
+            return y + adapter.scale * adapter.mixed(h, w)
 
-        fast = time_passes(mix_fast, h, w)
-        plain = time_passes(adapter.mixed, h, w)
+        def add_fast(y, h, w):
+            return add_experts(y, adapter.scale, h, w, adapter.up, adapter.up_bias)
+
+        fast = time_passes(add_fast, y, h, w)
+        plain = time_passes(add_plain, y, h, w)
         print(f"width {width:5}: the plain form {1e3 * plain:.2f} ms, "
-              f"mix_experts {1e3 * fast:.2f} ms, {plain / fast:.1f} × as fast")
+              f"add_experts {1e3 * fast:.2f} ms, {plain / fast:.1f} × as fast")
 
 
 def measure_attention() -> None:
     """Print how much faster fast.ops.attention is than PyTorch's, for 8 heads in bf16 on a CPU."""
+    keep_freed_memory()                 # as training does
+
     def fused(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 

@@ -24,7 +24,7 @@ import data
 import train
 from adapters import Adapter, AdapterConfig
 from extras.terminal import Parser, run
-from fast.ops import mix_experts
+from fast.ops import add_experts
 from fast.ranks import gradient_buffer
 from files import fingerprint
 from model import LaVIN, LLaMAConfig
@@ -180,8 +180,9 @@ def show_adapters(lavin: LaVIN) -> None:
     compare("a fresh adapter is the identity: A(y; w) and y", adapter(y, w), y)
     nn.init.normal_(adapter.up)
     nn.init.normal_(adapter.up_bias)
-    fused = mix_experts(h, w, adapter.up, adapter.up_bias)
-    compare("the formula (Adapter.mixed) and the faster mix_experts", adapter.mixed(h, w), fused)
+    fused = add_experts(y, adapter.scale, h, w, adapter.up, adapter.up_bias)
+    plain = y + adapter.scale * adapter.mixed(h, w)
+    compare("the formula with Adapter.mixed and the faster add_experts", plain, fused)
 
     small = count_parts(lavin)
     large = count_parts(load_7b())

@@ -3,13 +3,17 @@
     rotate              RoPE's rotation of every pair of channels
     attention           PyTorch's fused attention, or matrix products where those are faster
     attend_in_groups    causal attention, in one call for all samples of similar length
-    mix_experts         an adapter's two experts, mixed by the router's weights
+    add_experts         an adapter's output: its input plus both experts, weighted by the router
     cross_entropy       the summed loss, without the logits of all tokens in memory at once
     one_token_product   a matrix times a single token, at memory bandwidth
+    keep_freed_memory   a setting of the C library, for training on a CPU
 """
 
 import contextlib
+import ctypes
 import math
+import os
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -160,20 +164,26 @@ def attend_in_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     return y.transpose(0, 1)[None]                                      # (1, H, T, D)
 
 
-def mix_experts(h: torch.Tensor, w: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor):
-    """w0 up0(h) + w1 up1(h) as a single matrix product. Adapter.mixed is the plain form.
+def add_experts(y: torch.Tensor, scale: float, h: torch.Tensor, w: torch.Tensor,
+                up: torch.Tensor, up_bias: torch.Tensor) -> torch.Tensor:
+    """y + scale · (w0 up0(h) + w1 up1(h)) as a single matrix product.
 
-    h (B, T, r), w (B, T or 1, E), up (E, C, r/2), up_bias (E, C) -> (B, T, C), with E = 2 experts.
+    y (B, T, C), h (B, T, r), w (B, T or 1, E), up (E, C, r/2), up_bias (E, C) -> (B, T, C), with
+    E = 2 experts. Adapter.mixed is the plain form of the sum.
 
-    Each expert reads h in two groups, so it is a block-diagonal matrix (C, r). The weighted sum of
-    both experts is then one product: [w0 h, w1 h] times the two matrices side by side. On two CPU
-    cores the plain form takes 1.8 times as long at width 128, 3.0 times at 512 and 3.4 times at
-    4096, forward and backward (python -m bench.speed experts).
+    Each expert reads h in two groups, so it is a block-diagonal matrix (r, C). The weighted sum of
+    both experts is then one product: [w0 h, w1 h, w0, w1] times a stack of the two matrices and the
+    two biases. torch.addmm adds it to y in the same pass. On two CPU cores, forward and backward,
+    the plain form takes 1.7 times as long at width 128, 2.8 times at 512 and 3.6 times at 4096
+    (python -m bench.speed experts).
     """
-    matrices = [torch.block_diag(*expert.chunk(2)) for expert in up]
-    side_by_side = torch.cat(matrices, dim=1)                   # (C, E r)
+    matrices = [torch.block_diag(*expert.chunk(2)).T for expert in up]      # (r, C) each
+    stacked = torch.cat([*matrices, up_bias])                   # (E r + E, C)
     weighted = w.unsqueeze(-1) * h.unsqueeze(-2)                # (B, T, E, r)
-    return F.linear(weighted.flatten(-2), side_by_side) + w @ up_bias
+    w = w.expand(*h.shape[:-1], -1)                             # (B, T, E)
+    coefficients = torch.cat([weighted.flatten(-2), w], dim=-1)     # (B, T, E r + E)
+    adapted = torch.addmm(y.flatten(0, 1), coefficients.flatten(0, 1), stacked, alpha=scale)
+    return adapted.view_as(y).type_as(y)                        # (B, T, C)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -241,3 +251,18 @@ def one_token_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     x_flat = x.flatten().float()
     sums = [(part.float() * x_flat).sum(-1) for part in weight.chunk(n_parts)]
     return torch.cat(sums).type_as(x).view(1, 1, -1)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, unless the environment sets MALLOC_….
+
+    By default, glibc returns the memory of large tensors to the system. The system then clears
+    every page of the next tensor, which takes some 5 % of a training step on a CPU.
+    """
+    is_set = any(name.startswith("MALLOC_") for name in os.environ)
+    if is_set or sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)            # the C library of this process
+    if hasattr(libc, "mallopt"):        # only glibc has it
+        libc.mallopt(-4, 0)             # M_MMAP_MAX: no separate mapping for each large tensor
+        libc.mallopt(-1, -1)            # M_TRIM_THRESHOLD: never return memory

@@ -1,13 +1,16 @@
 """fast/ops.py: every function gives the same as a few plain lines."""
 
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from adapters import Adapter, AdapterConfig
-from conftest import difference, relative_error
-from fast.ops import (attend_in_groups, attention, cross_entropy, is_one_token, mix_experts,
+from conftest import ROOT, difference, relative_error
+from fast.ops import (add_experts, attend_in_groups, attention, cross_entropy, is_one_token,
                       one_token_product, rotate, similar_lengths)
 from model import LLaMAConfig, rope_angles, rope_frequencies
 
@@ -165,49 +168,57 @@ def test_a_group_has_samples_of_similar_length():
         assert len(sizes) * max(sizes) ** 2 <= 1.5 * sum(size ** 2 for size in sizes)
 
 
-# mix_experts
+# add_experts
 
 
-def with_gradients(function, h, w, adapter, out_grad):
-    """-> the function's result, and the gradients of h, w and the adapter's two parameters."""
-    h = h.clone().requires_grad_()
-    w = w.clone().requires_grad_()
-    y = function(h, w)
-    inputs = (h, w, adapter.up, adapter.up_bias)
-    gradients = torch.autograd.grad(y, inputs, out_grad.type_as(y))
-    return [y, *gradients]
+def with_gradients(function, inputs, adapter, out_grad):
+    """-> the function's result, and the gradients of its inputs and the adapter's two parameters.
+
+    inputs: y, h and w.
+    """
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    result = function(*inputs)
+    gradients = torch.autograd.grad(
+        result, [*inputs, adapter.up, adapter.up_bias], out_grad.type_as(result))
+    return [result, *gradients]
 
 
 @pytest.mark.parametrize("n_weights", [7, 1], ids=["each token", "each sample"])
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_mix_experts(n_weights, dtype, allowed):
-    """It equals Adapter.mixed, the paper's formula. bf16 means autocast."""
+def test_add_experts(n_weights, dtype, allowed):
+    """It equals y + s · Adapter.mixed, the paper's formula. bf16 means autocast."""
     torch.manual_seed(0)
-    adapter = Adapter(64, AdapterConfig())
+    adapter = Adapter(64, AdapterConfig(scale=0.5))
     for p in (adapter.up, adapter.up_bias):
         torch.nn.init.normal_(p)
+    y = torch.randn(3, 7, 64)
     h = torch.randn(3, 7, 8)
     w = torch.randn(3, n_weights, 2).softmax(-1)
     out_grad = torch.randn(3, 7, 64)
 
-    def mix(h, w):
-        return mix_experts(h, w, adapter.up, adapter.up_bias)
+    def add_plain(y, h, w):
+        return y + adapter.scale * adapter.mixed(h, w)
 
-    exact = with_gradients(adapter.mixed, h, w, adapter, out_grad)
+    def add_fast(y, h, w):
+        return add_experts(y, adapter.scale, h, w, adapter.up, adapter.up_bias)
+
+    exact = with_gradients(add_plain, (y, h, w), adapter, out_grad)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        ours = with_gradients(mix, h, w, adapter, out_grad)
-        plain = with_gradients(adapter.mixed, h, w, adapter, out_grad)
-    names = ("value", "gradient of h", "gradient of w", "gradient of up", "gradient of up_bias")
-    for name, a, b, c in zip(names, ours, plain, exact):
+        fast = with_gradients(add_fast, (y.to(dtype), h, w), adapter, out_grad)
+        plain = with_gradients(add_plain, (y.to(dtype), h, w), adapter, out_grad)
+    assert fast[0].dtype == dtype
+    names = ("value", "gradient of y", "gradient of h", "gradient of w", "gradient of up",
+             "gradient of up_bias")
+    for name, a, b, c in zip(names, fast, plain, exact):
         assert a.shape == b.shape, name
-        assert relative_error(a, b) < allowed, name
-        assert relative_error(a, c) < allowed, name
+        assert relative_error(a.float(), b.float()) < allowed, name
+        assert relative_error(a.float(), c) < allowed, name
 
 
 @pytest.mark.parametrize("n_weights", [7, 1], ids=["each token", "each sample"])
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 def test_an_adapter_mixes_as_the_paper_does(n_weights, dtype, allowed):
-    """Adapter.forward, which calls mix_experts, equals y + s · Adapter.mixed."""
+    """Adapter.forward, which calls add_experts, equals y + s · Adapter.mixed."""
     torch.manual_seed(0)
     adapter = Adapter(64, AdapterConfig(scale=0.5)).eval()
     for p in (adapter.up, adapter.up_bias):
@@ -294,3 +305,46 @@ def test_only_a_compiled_step_of_one_row_is_one_token():
         for shape in ((2, 1, 4), (1, 2, 4), (1, 4)):
             assert difference(compiled(torch.zeros(shape)), 0) == 0
     assert difference(compiled(zero), 0) == 0       # training
+
+
+# keep_freed_memory
+
+
+MEMORY = """
+import torch
+from fast.ops import keep_freed_memory
+
+def resident():
+    for line in open("/proc/self/status"):
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+
+def growth():
+    before = resident()
+    large = torch.ones(2**24)           # 64 MB
+    del large
+    return resident() - before
+
+growth()
+print(growth())
+keep_freed_memory()
+print(growth())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("is_set", [False, True])
+def test_freed_memory_is_kept(is_set):
+    """Measure the MB that stay after a tensor of 64 MB is freed, before the call and after it."""
+    environment = {name: os.environ[name] for name in os.environ if "MALLOC_" not in name}
+    if is_set:
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(2**16)      # a user's own choice stays
+    result = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, env=environment,
+                            capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    before, after = [float(line) for line in result.stdout.split()]
+    assert before < 8
+    if is_set:
+        assert after < 8
+    else:
+        assert after > 56

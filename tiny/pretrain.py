@@ -32,6 +32,7 @@ import data
 from adapters import Adapter, AdapterConfig
 from data import Sample
 from extras.terminal import Parser, run
+from fast import ops
 from files import read_json, write_atomically
 from model import LLaMA, LLaMAConfig
 from tiny import album
@@ -428,6 +429,7 @@ def pretrain_clip(path: Path, steps: int, config: ViTConfig = CLIP_CONFIG, seed:
                   batch_size: int = 96, lr: float = 1e-3, n_scored: int = 200,
                   compiled: bool = False) -> dict[str, float]:
     """Write CLIP's image encoder to the path -> its caption_scores, "new combinations" included."""
+    ops.keep_freed_memory()
     torch.manual_seed(seed)
     rng = Random(f"{seed} album")
     tokenizer = SentencePieceProcessor(model_proto=train_tokenizer(seed))
