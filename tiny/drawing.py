@@ -21,6 +21,17 @@ COLOURS = {
     "purple": (145, 60, 175),
     "orange": (240, 140, 30),
 }
+# Things have these colours too, but no text of the world names them.
+OTHER_COLOURS = {
+    "charcoal": (25, 25, 25),
+    "ash": (130, 130, 130),
+    "walnut": (120, 75, 35),
+    "rose": (235, 120, 180),
+    "turquoise": (30, 160, 165),
+    "lime": (150, 200, 60),
+    "indigo": (60, 40, 110),
+    "maroon": (120, 20, 40),
+}
 DARK = (60, 60, 60)
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 POSITIONS = {"top": (0, -30), "bottom": (0, 30), "left": (-30, 0), "right": (30, 0)}
@@ -29,8 +40,9 @@ LIGHTS = ("red", "yellow", "green")     # of a traffic light, from the top
 
 
 def shade(colour: str, rng: Random) -> tuple[int, ...]:
-    """A colour of the palette, varied a little, as (red, green, blue)."""
-    return near(COLOURS[colour], rng, 15)
+    """One of COLOURS or OTHER_COLOURS, varied a little, as (red, green, blue)."""
+    palette = COLOURS | OTHER_COLOURS
+    return near(palette[colour], rng, 15)
 
 
 def near(colour: tuple[int, ...], rng: Random, spread: float,

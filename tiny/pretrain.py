@@ -38,8 +38,8 @@ from model import LLaMA, LLaMAConfig
 from tiny import album
 from tiny.corpus import CURRICULUM, document, train_tokenizer
 from tiny.world import (
-    PATHS, PICTURE_SKILLS, ROOT, SMALL_VIT, TEXT_SKILLS, VERSION, Item, make_folder, problem,
-    render, things)
+    OTHER_SKILLS, PATHS, PICTURE_SKILLS, ROOT, SMALL_VIT, TEXT_SKILLS, VERSION, Item, make_folder,
+    problem, render, things)
 from vit import LayerNorm, ViTConfig, VisionTransformer
 
 MODELS = ("llama", "clip")
@@ -391,9 +391,6 @@ def best_is_right(scores, match):
 
 def new_things(rng: Random) -> Item:
     return things(rng, new=True)
-
-
-OTHER_SKILLS = [skill for skill in PICTURE_SKILLS if skill is not things]
 
 
 @torch.no_grad()

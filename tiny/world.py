@@ -36,9 +36,9 @@ import files
 from extras.terminal import Parser, run
 from files import LavinError, locked, read_json, write_atomically
 from tiny import drawing
-from tiny.drawing import COLOURS, DIRECTIONS, POSITIONS, SHAPES
+from tiny.drawing import COLOURS, DIRECTIONS, OTHER_COLOURS, POSITIONS, SHAPES
 
-VERSION = 5
+VERSION = 6
 ROOT = Path(__file__).absolute().parent
 PATHS = {
     "llama": ROOT / "llama",
@@ -143,6 +143,21 @@ def things(rng: Random, new: bool = False) -> Item:
         solution=f"There {verb} {count} {colour} {shape}{plural} at the {position}.",
         caption=f"{count} thing{plural}, {colour}, {shape}, {position}",
         draw=drawing.draw_things, scene=(shape, colour, n, position))
+
+
+def things_in_any_colour(rng: Random) -> Item:
+    """`things`. Half of those whose colour is not asked for have another, which no text names.
+
+    So LaVIN has to recognize a shape in any colour. With the six named colours alone, it learns
+    which pairs never occur, and rules out those that are kept for the test split.
+    """
+    item = things(rng)
+    if item.skill != "colour" and rng.random() < 0.5:
+        shape, colour, n, position = item.scene
+        item.solution = item.solution.replace(f" {colour}", "")
+        item.caption = item.caption.replace(f" {colour},", "")
+        item.scene = (shape, rng.choice(list(OTHER_COLOURS)), n, position)
+    return item
 
 
 def magnets(rng: Random) -> Item:
@@ -287,18 +302,21 @@ def traffic_light(rng: Random) -> Item:
         draw=drawing.draw_traffic_light, scene=(lit,))
 
 
-# `things` is listed four times because it stands for four skills.
-PICTURE_SKILLS = (
-    things, things, things, things, magnets, bars, thermometer, jars, compass, treasure_map,
-    particles, food_chain, flag, traffic_light)
-# Problems show the skills that are hardest to read in pencil more often.
-PROBLEM_SKILLS = (*PICTURE_SKILLS, things, thermometer, thermometer, food_chain)
+OTHER_SKILLS = (
+    magnets, bars, thermometer, jars, compass, treasure_map, particles, food_chain, flag,
+    traffic_light)
+# For pre-training. `things` stands for four skills, so it is listed four times.
+PICTURE_SKILLS = (things, things, things, things, *OTHER_SKILLS)
+# For the scenes that problems describe in words.
+TOLD_SKILLS = (*[things_in_any_colour] * 4, *OTHER_SKILLS)
+# For the problems' pictures. Skills that are hard to read in pencil come up more often.
+PROBLEM_SKILLS = (*TOLD_SKILLS, things_in_any_colour, thermometer, thermometer, food_chain)
 
 
 def picture_item(rng: Random, new: bool = False, skills: tuple = PICTURE_SKILLS) -> Item:
     """A question about a picture. new: `things` show the pairs that are kept for the test split."""
     skill = rng.choice(skills)
-    if skill is things:
+    if new and skill in (things, things_in_any_colour):
         return things(rng, new)
     return skill(rng)
 
@@ -406,9 +424,9 @@ def materials(rng: Random) -> Item:
         hint=f"The {thing} is made of {right}, not of {wrong}.")
 
 
-def described(rng: Random, whose: str = "The") -> Item:
+def described(rng: Random, whose: str = "The", skills: tuple = PICTURE_SKILLS) -> Item:
     """A question without a picture, about a scene that the hint describes in words."""
-    item = picture_item(rng)
+    item = picture_item(rng, skills=skills)
     return Item(
         "described scenes", NATURAL, item.question, item.choices, item.lecture, item.solution,
         hint=f"{whose} picture shows {item.caption}.")
@@ -469,8 +487,10 @@ def random_item(rng: Random, i: int, split: str) -> Item:
     whose = f"{rng.choice(NAMES)}'s"
     if i % 2:
         if rng.random() < 0.3:
-            return described(rng, whose)
+            return described(rng, whose, TOLD_SKILLS)
         skill = rng.choice(TEXT_SKILLS)
+        if skill is described:
+            return described(rng, skills=TOLD_SKILLS)
         return skill(rng)
     new = split == "test" and rng.random() < 0.3
     item = picture_item(rng, new, PROBLEM_SKILLS)
@@ -483,7 +503,7 @@ def random_item(rng: Random, i: int, split: str) -> Item:
 def another_scene(item: Item, rng: Random) -> Item:
     """Another scene for the same question, usually with another right answer."""
     while True:
-        other = picture_item(rng)
+        other = picture_item(rng, skills=TOLD_SKILLS)
         if other.question == item.question and other.caption != item.caption:
             return other
 
