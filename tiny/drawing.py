@@ -32,6 +32,7 @@ OTHER_COLOURS = {
     "indigo": (60, 40, 110),
     "maroon": (120, 20, 40),
 }
+PALETTE = COLOURS | OTHER_COLOURS
 DARK = (60, 60, 60)
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 POSITIONS = {"top": (0, -30), "bottom": (0, 30), "left": (-30, 0), "right": (30, 0)}
@@ -41,8 +42,7 @@ LIGHTS = ("red", "yellow", "green")     # of a traffic light, from the top
 
 def shade(colour: str, rng: Random) -> tuple[int, ...]:
     """One of COLOURS or OTHER_COLOURS, varied a little, as (red, green, blue)."""
-    palette = COLOURS | OTHER_COLOURS
-    return near(palette[colour], rng, 15)
+    return near(PALETTE[colour], rng, 15)
 
 
 def near(colour: tuple[int, ...], rng: Random, spread: float,
