@@ -74,7 +74,7 @@ def load_tokenizer(llama: str | Path | gguf.File) -> data.Tokenizer:
                              "tokenizer.json and tokenizer_config.json of its Hugging Face folder")
     if path.name == "tokenizer.json":
         return tokenizers.load_json(path)
-    return data.load_tokenizer(llama)
+    return data.load_sentencepiece(llama)
 
 
 def read_params(directory: str | Path | gguf.File, vocab_size: int) -> LLaMAConfig:
@@ -606,8 +606,8 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
          delta_unpermuted: bool = False) -> LaVIN:
     """LLaMA's folder or GGUF file, CLIP's file and a LaVIN checkpoint or None -> LaVIN.
 
-    The model is in eval mode. Frozen weights have `dtype`, trained ones fp32. A max_seq_len, tau or
-    dropout of None becomes the checkpoint's value, or else 512 and what `fresh` has. fresh
+    The model is in eval mode. Frozen weights have `dtype`, trained ones fp32. If None, max_seq_len,
+    tau and dropout come from the checkpoint; without one, they are 512 and those of `fresh`. fresh
     configures the adapters if there is no checkpoint (default: AdapterConfig()). bits 8 or 4
     quantizes LLaMA, and fsdp shards it over the ranks, block by block while it is read. delta: a
     Hugging Face folder whose weights are added to LLaMA's. delta_unpermuted: like the authors'

@@ -166,7 +166,7 @@ class Tokenizer(Protocol):
     def serialized_model_proto(self) -> bytes: ...
 
 
-def load_tokenizer(llama: str | Path) -> SentencePieceProcessor:
+def load_sentencepiece(llama: str | Path) -> SentencePieceProcessor:
     """LLaMA's sentencepiece model, from LLaMA's folder or the folder above it."""
     path = tokenizer_path(llama)
     check_regular(path)
@@ -281,9 +281,10 @@ def encode(sample: Sample, tokenizer: Tokenizer, n_features: int, max_seq_len: i
     if prompt_only and len(tokens) > room:
         raise LavinError(f"the prompt has {len(tokens)} tokens, picture included, but a context of "
                          f"{max_seq_len} has room for {room}; shorten it or raise --max-seq-len")
-    tokens = np.array(tokens[:max_seq_len - 1], dtype=np.int32)
-    labels = np.array(labels[:max_seq_len - 1], dtype=np.int32)
-    return Encoded(tokens, labels, is_feature[:max_seq_len - 1], sample.image, sample.id)
+    tokens = np.array(tokens, dtype=np.int32)
+    labels = np.array(labels, dtype=np.int32)
+    encoded = Encoded(tokens, labels, is_feature, sample.image, sample.id)
+    return cut(encoded, max_seq_len - 1)
 
 
 def append_tokens(encoded: Encoded, tokens: list[int]) -> Encoded:
@@ -322,12 +323,12 @@ def with_pixels(encoded: Encoded, resolution: int) -> Encoded:
 
 def collate(encoded: list[Encoded], resolution: int) -> Batch:
     """Samples -> one Batch on the CPU, pictures decoded."""
-    lengths = torch.tensor([len(e.tokens) for e in encoded])                            # (B,)
+    lengths = torch.tensor([len(e.tokens) for e in encoded])                            # (S,)
     tokens = torch.from_numpy(np.concatenate([e.tokens for e in encoded])).long()       # (T,)
     labels = torch.from_numpy(np.concatenate([e.labels for e in encoded])).long()
     is_feature = torch.from_numpy(np.concatenate([e.is_feature for e in encoded]))
     positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
-    has_picture = torch.tensor([e.image is not None for e in encoded])                  # (B,)
+    has_picture = torch.tensor([e.image is not None for e in encoded])                  # (S,)
     answer_indices = (labels != IGNORED).nonzero()[:, 0]
 
     pictures = [with_pixels(e, resolution).image for e in encoded if e.image is not None]
@@ -351,7 +352,7 @@ def collate(encoded: list[Encoded], resolution: int) -> Batch:
 
 
 def mixed_seed(seed: int, n: int) -> int:
-    """The seed for the order of epoch n, the dropout of step n, or new weights (n = 0).
+    """A seed made of a run's seed and a number n, such as that of an epoch or a step.
 
     It has 32 bits, because the CPU's generator ignores the rest. An epoch and a step may share a
     seed. This is harmless: they draw different things.
@@ -408,15 +409,19 @@ def global_batch(step: int, lengths: list[int], batch_size: int, micro_batch: in
     micro_batches = [[] for _ in range(n_micro_batches)]
     for round_number, start in enumerate(range(0, len(chosen), n_micro_batches)):
         dealt = chosen[start:start + n_micro_batches]
+        hands = micro_batches
         if round_number % 2 == 1:
-            dealt.reverse()
-        for indices, i in zip(micro_batches, dealt):
+            hands = reversed(micro_batches)
+        for indices, i in zip(hands, dealt):
             indices.append(i)
     return micro_batches
 
 
 def in_order(n_samples: int, batch_size: int, n_ranks: int = 1) -> list[list[range]]:
-    """All samples once, for evaluation. Item i: a batch per rank; the last item may have fewer."""
+    """The indices of all samples in batches, for evaluation: entry i has one batch for each rank.
+
+    The last entry may have fewer batches than there are ranks.
+    """
     batches = []
     for start in range(0, n_samples, batch_size):
         batches.append(range(start, min(start + batch_size, n_samples)))

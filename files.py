@@ -29,7 +29,7 @@ class LavinError(Exception):
 
 
 # The default paths of train.py and generate.py, and where to get these files.
-DEFAULTS = {"llama": "weights/7B", "vit": "weights/ViT-L-14.pt", "data_root": "data/scienceqa"}
+DEFAULT_PATHS = {"llama": "weights/7B", "vit": "weights/ViT-L-14.pt", "data_root": "data/scienceqa"}
 ORIGINS = {
     "adapter": "LaVIN's adapters: python train.py --data sqa trains them; or pass --adapter FILE",
     "llama": "LLaMA in Meta's layout, from https://llama.meta.com, or Hugging Face's with "
@@ -81,11 +81,11 @@ def choose_paths(args: object, remembered: dict, adapter: str | None = None,
                  weights: bool = True) -> None:
     """Set args.llama, .vit and .data_root, and print them.
 
-    Each is taken from the flags, else from the checkpoint, else from DEFAULTS.
+    Each is taken from the flags, else from the checkpoint, else from DEFAULT_PATHS.
     A LavinError lists all missing files and where to get them. With weights False only the models'
     shapes are needed, so the files with their weights may be missing.
     """
-    for name, default in DEFAULTS.items():
+    for name, default in DEFAULT_PATHS.items():
         path = getattr(args, name) or remembered.get(name) or default
         setattr(args, name, path)
     taken = f"LLaMA {args.llama} · CLIP {args.vit}"

@@ -75,9 +75,9 @@ def load_model(args: argparse.Namespace, adapter: str | None, remembered: dict,
 
 def load_data(args: argparse.Namespace, remembered: dict,
               format: str) -> tuple[dict | None, list[data.Sample]]:
-    """Read --data -> (the ground truth, samples).
+    """Read --data -> (the ground truths by the samples' ids, samples).
 
-    The ground truth is a problem in ScienceQA, yes or no in MME, and a row in a file of rows.
+    A ground truth is a problem in ScienceQA, yes or no in MME, and a row in a file of rows.
     Captions have none here: COCO's own evaluation scores the file of --predictions.
     """
     kind, _, rest = args.data.partition(":")
@@ -126,7 +126,7 @@ def answer_and_score(lavin: LaVIN, truths: dict | None, samples: list[data.Sampl
                      answers: evaluate.Answers, format: str, args: argparse.Namespace) -> None:
     """Fill `answers` and print the table of scores for this kind of --data."""
     kind = args.data.partition(":")[0]
-    how = {
+    options = {
         "temperature": args.temperature,
         "top_p": args.top_p,
         "batch_size": args.batch_size,
@@ -136,14 +136,14 @@ def answer_and_score(lavin: LaVIN, truths: dict | None, samples: list[data.Sampl
         print(f"{len(samples)} problems of {args.data_root}, split {args.split}, "
               f"format {format}")
         evaluate.score(lavin, truths, samples, format, args.by, args.score == "letters", answers,
-                       max_new_tokens=args.max_new_tokens, **how)
+                       max_new_tokens=args.max_new_tokens, **options)
         return
     if args.score == "choices":
         own = {place: row.choices for place, row in truths.items()}
         choices.choose_all(lavin, samples, answers, own, args.batch_size, args.workers)
     else:
         n_tokens = args.max_new_tokens or (16 if kind == "mme" else 64)
-        evaluate.answer_all(lavin, samples, answers, "-", n_tokens, **how)
+        evaluate.answer_all(lavin, samples, answers, None, n_tokens, **options)
     outputs = answers.outputs()
     if is_rows(args.data):
         print(rows.score_table(truths, outputs, args.by))
@@ -187,10 +187,10 @@ def write_predictions(args: argparse.Namespace, truths: dict | None,
     print(f"written: {args.predictions}")
 
 
-def answer_prompt(lavin: LaVIN, args: argparse.Namespace, how: dict) -> None:
+def answer_prompt(lavin: LaVIN, args: argparse.Namespace, sampling: dict) -> None:
     """Print the answer to --prompt while it is generated."""
     conversation = chat.Conversation(lavin, args.image, args.compile)
-    for text in conversation.say(args.prompt, **how):
+    for text in conversation.say(args.prompt, **sampling):
         print(text, end="", flush=True)
     print()
 
@@ -234,7 +234,7 @@ def main() -> None:
     # Each rank samples its own tokens.
     torch.manual_seed(data.mixed_seed(ranks.own_seed(args.seed), 0))
     lavin = load_model(args, adapter, remembered, device, dtype)
-    how = {
+    sampling = {
         "max_new_tokens": args.max_new_tokens or 256,
         "temperature": args.temperature,
         "top_p": args.top_p}
@@ -243,11 +243,11 @@ def main() -> None:
     elif args.data:
         answer_data(lavin, truths, samples, format, args)
     elif args.chat:
-        chat.talk(lavin, args.image, how, args.compile)
+        chat.talk(lavin, args.image, sampling, args.compile)
     elif args.serve is not None:
-        serve.serve(server, lavin, how, args.compile)
+        serve.serve(server, lavin, sampling, args.compile)
     else:
-        answer_prompt(lavin, args, how)
+        answer_prompt(lavin, args, sampling)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     Without `lengths` every row is a sequence. With lengths (samples,), int64 on the CPU, a single
     row holds all samples, one after the other. Attention never crosses their boundaries.
     """
-    grouped = q.shape[1] != k.shape[1]      # LLaMA-2 70B: several query heads share a key head
+    grouped = q.shape[1] != k.shape[1]      # several query heads share a key head, as in LLaMA 3
     if lengths is None:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=grouped)
@@ -90,8 +90,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         torch._dynamo.skip_frame("the loop over samples is not compiled")
     sizes = lengths.tolist()
     if is_on_cpu(q):
-        return attend_in_groups(q, k, v, sizes)     # the same as the loop, in fewer calls
-    outputs = []
+        return attend_in_groups(q, k, v, sizes)     # the same as the loop below, in fewer calls
+    outputs = []                                    # on a GPU: one call for each sample
     samples = zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2))
     for q_i, k_i, v_i in samples:
         y_i = F.scaled_dot_product_attention(
@@ -115,9 +115,9 @@ class Attention(nn.Module):
                 cache: object | None = None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). A cache holds this layer's keys and values of earlier tokens.
 
-        rope: cosines and sines, as rope_angles gives them. Training has no cache. Generation has
-        two kinds of pass (fast/engine.py): one reads whole prompts and stores their keys and
-        values, the other appends one token to each sequence.
+        rope: cosines and sines, as rope_angles gives them. Training and LaVIN.generate pass no
+        cache. fast/engine.py has two kinds: PromptCache stores the keys and values of whole
+        prompts, StepCache appends those of one token to each sequence.
         """
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))           # (B, T, H, D)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))           # (B, T, K, D)
@@ -149,7 +149,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """LLaMA's block, with the adapter before the attention.
 
-    Always call the block itself, as in block(x, …): --fsdp and --compile hook into this call.
+    Call block(x, …), never block.forward(x, …): --fsdp and --compile hook into the former.
     """
 
     def __init__(self, config, adapter_config):
@@ -176,7 +176,7 @@ class Block(nn.Module):
 
 @dataclass
 class LLaMAConfig:
-    """The contents of params.json. The defaults are 7B's."""
+    """LLaMA's sizes, from Meta's params.json or the files that extras/ reads. 7B's by default."""
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
@@ -213,7 +213,7 @@ class LLaMA(nn.Module):
     def __init__(self, config: LLaMAConfig, adapter_config: AdapterConfig):
         super().__init__()
         self.config = config
-        # nn.Embedding(n, C) would draw random weights, which the checkpoint then overwrites.
+        # Frozen, and empty until the checkpoint is read.
         embeddings = torch.empty(config.vocab_size, config.dim)
         self.tok_embeddings = nn.Embedding.from_pretrained(embeddings)
         self.layers = nn.ModuleList(
@@ -234,10 +234,10 @@ class LLaMA(nn.Module):
         """Embeddings x (B, T, C) -> the last hidden state (B, T, C), normalized, for `output`.
 
         w (L, B, T or 1, E): the experts' weights in every layer, or None if adapters are folded in.
-        positions (B, T): by default 0, 1, 2, …. lengths: as in `attend`.
+        positions (T,) for all rows, or (B, T): by default 0, 1, 2, …. lengths: as in `attend`.
         caches: for generation, one for each layer.
 
-        Frozen layers get no gradient, but the gradient passes back through all of them, to the
+        Frozen weights need no gradient, but the gradient passes back through every layer, to the
         adapters of lower layers and to the projector. This needs each layer's activations. With
         `checkpointing`, only a layer's input is kept, and backward computes the layer again.
         """
@@ -290,7 +290,10 @@ class LaVIN(nn.Module):
 
     def __init__(self, llama_config: LLaMAConfig, vit_config: ViTConfig,
                  adapter_config: AdapterConfig, tokenizer: data.Tokenizer, max_seq_len: int):
-        """max_seq_len: context length, including the modality token. Frozen weights stay empty."""
+        """max_seq_len: context length, including the modality token.
+
+        checkpoints.load fills the frozen weights and the modality embedding, empty until then.
+        """
         super().__init__()
         self.adapter_config = adapter_config
         self.tokenizer = tokenizer
@@ -344,7 +347,7 @@ class LaVIN(nn.Module):
     def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, 3, R, R), normalized -> (N, F, V), before the projector."""
         with self.autocast():
-            return self.vit(pixels.to(self.vit.conv1.weight.dtype))
+            return self.vit(pixels.to(self.llama.norm.weight.dtype))
 
     def route(self) -> torch.Tensor:
         """(L, 2 modalities, E experts): the weights of each layer's experts, by modality."""

@@ -1,15 +1,16 @@
 """The router: it computes the weights of the two experts in each adapter.
 
-The paper's routing (section 3.2): w = softmax((y W + b) / τ), where y is the modality token's
+The paper's routing (section 3.2): w = softmax((y W + b) / τ). In LLaMA, y is the modality token's
 normalized hidden state at the layer. The token is one of two learned embeddings: "text only" or
-"text and a picture". The paper puts it in front of the sequence.
+"text and a picture". The paper puts it in front of the sequence. (The ViT has no such token: there,
+each token of a picture is routed by its own y. See vit.py: Block.)
 
 The token attends only to itself, and no other token sees it. So its hidden state at every layer
 depends only on the modality. Here the token is never put into a sequence. Instead, the two possible
 tokens go through the layers once, as two sequences of length 1. Each sample then looks up its
 weights by its modality. The real sequence needs no extra token and no custom mask. (In this pass,
-all samples of a step on one rank share one dropout mask for each modality. In the authors' code
-each sample has its own.)
+all samples of a step share one dropout mask for each modality. In the authors' code each sample has
+its own. With several GPUs, each has its own masks.)
 """
 
 import torch

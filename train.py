@@ -206,7 +206,7 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
     steps_per_epoch, n_steps = count_steps(settings)
     loader = load_batches(lavin, samples, range(first_step, n_steps), settings)
     gradients = ranks.gradient_buffer(lavin)
-    is_first = ranks.rank() == 0
+    is_rank_0 = ranks.rank() == 0
     lavin.train()
     stopped = False
     with runs.StopSignals() as signals, runs.Log(settings, first_step, n_steps) as log:
@@ -222,7 +222,8 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
             except LavinError as error:
                 raise LavinError(f"step {step}: {error}; stopped without saving") from error
 
-            signals.listen()        # from now on a signal lets the step finish and be saved
+            signals.listen()        # from now on, a signal lets a step finish and be saved
+            # With --fsdp, a rank may have an idle batch, without an answer. It does not count.
             n_samples = sum(len(batch.ids) for batch in micro_batches if batch.n_answer)
             has_to_stop = signals.count > 0 or log.failure is not None
             loss, n_samples, n_to_stop = ranks.sums(
@@ -234,7 +235,7 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
             if samples.held_out and ends_epoch:
                 rows.score_held_out(lavin, samples.held_out, step, log, settings)
             is_due = settings.save_every and step % settings.save_every == 0
-            if is_first and (ends_epoch or is_due or stopped):
+            if is_rank_0 and (ends_epoch or is_due or stopped):
                 save(lavin, optimizer, scaler, step, steps_per_epoch, settings)
             if stopped:
                 break
@@ -380,8 +381,11 @@ def dry_run(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer,
           "no checkpoint was written")
 
 
-def stand_in(settings: Settings) -> torch.device:
-    """Prepare settings for a dry run on a missing GPU -> the CPU. LavinError for several GPUs."""
+def replace_gpu(settings: Settings) -> torch.device:
+    """Adapt the settings to a dry run that computes a missing GPU's memory -> the CPU.
+
+    LavinError for several GPUs.
+    """
     if settings.fsdp or ranks.count() > 1:
         raise LavinError("--dry-run: there is no GPU here, so the memory is computed, but only "
                          "for a single GPU; leave out torchrun and --fsdp")
@@ -496,7 +500,7 @@ def main() -> None:
     remembered = resumed["config"] if resumed else {}
     is_computed = settings.dry_run and estimate.is_missing(settings.device)
     if is_computed:
-        device = stand_in(settings)
+        device = replace_gpu(settings)
     else:
         device, settings.dtype = pick_device(settings.device, settings.dtype)
     if settings.compile is None:

@@ -17,6 +17,9 @@ from adapters import Adapter, AdapterConfig
 from fast.ops import attention
 
 
+BLOCKS_PER_FEATURE = 4      # the class token is taken after every fourth block
+
+
 @dataclass
 class ViTConfig:
     """The defaults are ViT-L/14's."""
@@ -30,10 +33,10 @@ class ViTConfig:
     def n_features(self) -> int:
         """The number of features per picture, each a token of LLaMA: 6 for ViT-L/14.
 
-        To take them more often, change this and `forward`. No tensor changes its shape, so
+        To take them more often, change BLOCKS_PER_FEATURE. No tensor changes its shape, so
         released adapters would still load, but they were trained on other features.
         """
-        return self.layers // 4
+        return self.layers // BLOCKS_PER_FEATURE
 
 
 class LayerNorm(nn.LayerNorm):
@@ -135,6 +138,6 @@ class VisionTransformer(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-            if i % 4 == 3:
+            if (i + 1) % BLOCKS_PER_FEATURE == 0:
                 features.append(x[:, 0])
         return torch.stack(features, dim=1)                         # (B, F, C)

@@ -6,8 +6,9 @@
 The variants are the rows of the paper's ablation: text only; pictures, with single adapters in
 LLaMA; adapters in the ViT as well; a larger ViT; and MMA. There are two more variants: MMA without
 routing, and single adapters of twice the rank. The script first chooses a learning rate for each
-variant, by 1,200 val problems: it trains with each of three rates and a separate seed. Two controls
-show what can be answered without seeing a picture: MMA with blank pictures, and LLaMA alone.
+variant: it trains once with each of three rates, with a seed of its own, and keeps the best on
+1,200 val problems. Two controls show what can be answered without seeing a picture: MMA with blank
+pictures, and LLaMA alone.
 
 The script prints Markdown tables: the scores by ScienceQA's columns, the scores by skill, and the
 distance between the routing weights of the two modalities. It runs train.py and generate.py from
@@ -48,7 +49,7 @@ VARIANTS = {
 }
 RATES = (4e-3, 8e-3, 16e-3)
 RATE_SEED = 100             # of the runs that choose the learning rate
-N_VAL = 1200                # val problems that choose it
+N_VAL = 1200                # val problems that it is chosen on
 
 
 # Runs

@@ -197,11 +197,11 @@ def save(conversation: Conversation, path: str) -> None:
     print(f"written: {path}")
 
 
-def print_answer(conversation, question, how):
+def print_answer(conversation, question, sampling):
     """Print the answer as it is generated. Ctrl-C stops it."""
     is_first = True
     try:
-        for piece in conversation.say(question, **how):
+        for piece in conversation.say(question, **sampling):
             if is_first and conversation.dropped:
                 print(f"(the first {conversation.dropped} turn(s) no longer fit the context of "
                       f"{conversation.lavin.max_seq_len} tokens and were dropped)")
@@ -212,7 +212,7 @@ def print_answer(conversation, question, how):
         print(" (stopped)")
 
 
-def answer_line(conversation, line, how):
+def answer_line(conversation, line, sampling):
     """Carry out one line of input: a command or a question."""
     command, _, path = line.partition(" ")
     path = path.strip()
@@ -227,14 +227,14 @@ def answer_line(conversation, line, how):
     elif line.startswith("/"):
         print(HELP)
     elif line:
-        print_answer(conversation, line, how)
+        print_answer(conversation, line, sampling)
 
 
-def talk(lavin: LaVIN, image: str | None, how: dict, compiled: bool = False) -> None:
+def talk(lavin: LaVIN, image: str | None, sampling: dict, compiled: bool = False) -> None:
     """The loop of --chat, until /quit or the end of the input.
 
-    how: keyword arguments for Conversation.say. Raises LavinError if there is no standard input or
-    if standard output cannot be written.
+    sampling: keyword arguments for Conversation.say. Raises LavinError if there is no standard
+    input or if standard output cannot be written.
     """
     if sys.stdin is None:
         raise LavinError("--chat: there is no standard input to read questions from")
@@ -247,7 +247,7 @@ def talk(lavin: LaVIN, image: str | None, how: dict, compiled: bool = False) -> 
             line = input("> ").strip()
             if line.split(" ")[0] == "/quit":
                 return
-            answer_line(conversation, line, how)
+            answer_line(conversation, line, sampling)
         except EOFError:
             print()
             return

@@ -213,13 +213,16 @@ def decode_pictures(lavin: LaVIN, prompts: list[Encoded], answers: Answers, work
         yield prompt
 
 
-def letter_is_out(lavin: LaVIN, format: str) -> Callable[[list[int]], bool] | None:
-    """-> a function: do these tokens name a letter yet? None if reasons come before the letter."""
-    if not format.split("-")[1].startswith("A"):
+def letter_is_out(lavin: LaVIN, format: str | None) -> Callable[[list[int]], bool] | None:
+    """-> a function: do these tokens name a letter yet?
+
+    None if reasons come before the letter, or if there is no ScienceQA format.
+    """
+    if format is None or not format.split("-")[1].startswith("A"):
         return None
 
-    def is_out(ids):
-        return data.sqa_answer(data.decode(lavin.tokenizer, ids)) >= 0
+    def is_out(tokens):
+        return data.sqa_answer(data.decode(lavin.tokenizer, tokens)) >= 0
 
     return is_out
 
@@ -229,12 +232,12 @@ def answering_model(lavin: LaVIN, modality: int) -> LaVIN:
     return lavin if lavin.is_sharded else fold(lavin, modality)
 
 
-def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: str,
+def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: str | None,
                max_new_tokens: int | None = None, temperature: float = 0.0, top_p: float = 1.0,
                batch_size: int = 32, workers: int = 0, compiled: bool = False) -> None:
     """Answer every sample and add the texts to `answers`: "" if a prompt exceeds the context.
 
-    format: the format of ScienceQA's prompts, or "-" for other samples. If its answer comes first,
+    format: the format of ScienceQA's prompts, or None for other samples. If its answer comes first,
     an output ends as soon as it names a letter: the lecture and the solution that follow do not
     affect the score. max_new_tokens: by default 64 for such a format, else 256.
 
@@ -349,19 +352,19 @@ def sqa_predictions(problems: dict, outputs: dict[str, str]) -> dict[str, int]:
 
 def score(lavin: LaVIN, problems: dict, samples: list[Sample], format: str, by: str | None = None,
           letters: bool = False, answers: Answers | None = None,
-          **how) -> tuple[dict[str, int], Answers]:
+          **options) -> tuple[dict[str, int], Answers]:
     """Answer ScienceQA's samples and print the table -> ({id: index of the choice}, the answers).
 
     An output that names no choice counts as wrong; the authors' code takes a random choice instead.
     by: also print a table with a row for each value of this field. letters: choose the likeliest
-    letter instead of generating. answers: the caller's empty Answers, which this fills. how: the
-    other arguments of answer_all.
+    letter instead of generating. answers: the caller's empty Answers, which this fills.
+    options: the other arguments of answer_all.
     """
     answers = answers or Answers(samples)
     if letters:
-        choose_letters(lavin, samples, answers, problems, how["batch_size"], how["workers"])
+        choose_letters(lavin, samples, answers, problems, options["batch_size"], options["workers"])
     else:
-        answer_all(lavin, samples, answers, format, **how)
+        answer_all(lavin, samples, answers, format, **options)
     predictions = sqa_predictions(problems, answers.outputs())
     if by:
         print(sqa_table_by(by, problems, predictions))

@@ -25,7 +25,7 @@ from extras.neighbours import Neighbours
 from extras.scienceqa import load_sqa
 from fast import ranks
 from fast.quantize import n_quantized
-from files import (DEFAULTS, LavinError, locked, remove_temporaries, tokenizer_path,
+from files import (DEFAULT_PATHS, LavinError, locked, remove_temporaries, tokenizer_path,
                    write_atomically)
 from router import Router
 
@@ -171,16 +171,16 @@ def check_data(settings, small_llama: str | Path) -> int:
 
     This needs a tokenizer, but no model. If there is no LLaMA yet, small_llama's is used.
     """
-    llama = settings.llama or DEFAULTS["llama"]
+    llama = settings.llama or DEFAULT_PATHS["llama"]
     if not settings.llama and not tokenizer_path(llama).exists():
         llama = small_llama
     tokenizer = load_tokenizer(open_llama(llama))
     print(f"tokens are counted with {tokenizer_path(llama)}")
-    vit = settings.vit or DEFAULTS["vit"]
+    vit = settings.vit or DEFAULT_PATHS["vit"]
     n_features = 6                      # ViT-L/14's
     if settings.vit or os.path.exists(vit):
         n_features = read_clip(vit)[1].n_features
-    settings.data_root = settings.data_root or DEFAULTS["data_root"]
+    settings.data_root = settings.data_root or DEFAULT_PATHS["data_root"]
     n_bad = 0
     for source in settings.data:
         try:

@@ -163,10 +163,10 @@ class Queue:
 class Desk:
     """The model, the queue for it, and the last conversation, whose cache is kept."""
 
-    def __init__(self, lavin: LaVIN, how: dict, compiled: bool):
-        """how: keyword arguments for Conversation.say."""
+    def __init__(self, lavin: LaVIN, sampling: dict, compiled: bool):
+        """sampling: keyword arguments for Conversation.say."""
         self.lavin = lavin
-        self.how = how
+        self.sampling = sampling
         self.queue = Queue()
         self.route = []
         if lavin.adapter_config.experts > 1:
@@ -194,7 +194,7 @@ class Desk:
             self.conversation.show(pixels)
         self.conversation.recall(turns)
         is_first = True
-        for text in self.conversation.say(question, **self.how):
+        for text in self.conversation.say(question, **self.sampling):
             if is_first and self.conversation.dropped:
                 yield {"forgotten": self.conversation.dropped}
             is_first = False
@@ -439,10 +439,10 @@ def listen(host: str, port: int, model_name: str, colours: dict = {},
                          "choose another port or address") from error
 
 
-def serve(server: Server, lavin: LaVIN, how: dict, compiled: bool) -> None:
-    """Answer questions until Ctrl-C. how: keyword arguments for Conversation.say."""
+def serve(server: Server, lavin: LaVIN, sampling: dict, compiled: bool) -> None:
+    """Answer questions until Ctrl-C. sampling: keyword arguments for Conversation.say."""
     with server:
-        server.desk = Desk(lavin, how, compiled)
+        server.desk = Desk(lavin, sampling, compiled)
         host = server.host
         if server.address.is_unspecified:
             host = "localhost"

@@ -1,8 +1,8 @@
 """Read tokenizer.json, and give it the methods of sentencepiece that we use (data.Tokenizer).
 
-LLaMA 1 and 2 come with a sentencepiece model (data.load_tokenizer). LLaMA 3, SmolLM2 and Qwen2 come
-with tokenizer.json, which the library `tokenizers` reads (pip install tokenizers). The files next
-to it name BOS, EOS and the other tokens that end an answer.
+LLaMA 1 and 2 come with a sentencepiece model (data.load_sentencepiece). LLaMA 3, SmolLM2 and Qwen2
+come with tokenizer.json, which the library `tokenizers` reads (pip install tokenizers). The files
+next to it name BOS, EOS and the other tokens that end an answer.
 """
 
 import json

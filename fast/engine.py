@@ -7,11 +7,11 @@ features among them. The experts' weights of a new token are those of its prompt
 A row of the cache belongs to one prompt. Prompts are concatenated when they are read, so no work is
 spent on padding. Then every step adds one token to each row. When a row has ended, the next waiting
 prompt takes its place, so no step is spent on finished rows (continuous batching). On a GPU, the
-step of a folded model is captured as a CUDA graph, once for each number of rows, and then replayed:
-the CPU makes one call instead of a thousand.
+step of a folded model is captured as a CUDA graph and then replayed, so the CPU makes one call
+instead of a thousand. There is a graph for each power of two up to the number of rows.
 
 Shapes: n rows in use, S positions in each; H heads, K key/value heads, D their width, L layers,
-C the model's width, T tokens of all prompts that are read together.
+C the model's width, T tokens of all prompts that are read together, E experts.
 """
 
 import itertools
@@ -29,7 +29,8 @@ from model import LaVIN, pick
 
 LAYERS_PER_GRAPH = 8        # at most; see in_groups
 
-# The cache of one layer in the two kinds of pass. model.Attention calls its attend(q, k, v)
+# The caches of a layer, for the two kinds of pass. Each has the method `attend(q, k, v)`, which
+# model.Attention calls.
 
 
 class PromptCache:
@@ -69,7 +70,7 @@ class StepCache:
     """A layer's cache in a step, which adds one token to each of the first n rows.
 
     keys and values: (rows, K, S, D). rows: (n,). positions: (n,), of the new tokens. mask
-    (n, 1, 1, seen): the positions that each new token sees. `attend` reads only the first `seen`.
+    (n, 1, 1, seen): which of the first `seen` positions each new token sees. No others are read.
     """
 
     def __init__(self, keys, values, rows, positions, mask):
@@ -83,9 +84,9 @@ class StepCache:
         """q (n, H, 1, D), k and v (n, K, 1, D) -> (n, H, 1, D)."""
         self.keys[self.rows, :, self.positions] = k[:, :, 0].type_as(self.keys)
         self.values[self.rows, :, self.positions] = v[:, :, 0].type_as(self.values)
-        n, _, _, S = self.mask.shape
-        k = self.keys[:n, :, :S]                                        # (n, K, S, D)
-        v = self.values[:n, :, :S]
+        n, _, _, n_seen = self.mask.shape
+        k = self.keys[:n, :, :n_seen]                                   # (n, K, seen, D)
+        v = self.values[:n, :, :n_seen]
         if not torch.compiler.is_compiling():
             grouped = q.shape[1] != k.shape[1]
             return F.scaled_dot_product_attention(q, k, v, self.mask, enable_gqa=grouped)
@@ -93,9 +94,9 @@ class StepCache:
         # The fused kernel is made for many queries. For a single one, compiled sums are faster.
         # H/K query heads share a key head.
         q = q.unflatten(1, (k.shape[1], -1)).float()                    # (n, K, H/K, 1, D)
-        k = k[:, :, None].float()                                       # (n, K, 1, S, D)
+        k = k[:, :, None].float()                                       # (n, K, 1, seen, D)
         v = v[:, :, None].float()
-        scores = (q * k).sum(-1) / q.shape[-1] ** 0.5                   # (n, K, H/K, S)
+        scores = (q * k).sum(-1) / q.shape[-1] ** 0.5                   # (n, K, H/K, seen)
         scores = scores.masked_fill(~self.mask, -torch.inf)
         p = (scores - scores.amax(-1, keepdim=True)).exp()
         y = (p[..., None] * v).sum(-2) / p.sum(-1, keepdim=True)        # (n, K, H/K, D)
@@ -175,7 +176,7 @@ class Engine:
         self.max_tokens = max_tokens
         self.compiled = compiled
         self.lengths = []       # tokens in each row in use
-        self.graphs = {}        # CUDA graphs, by the number of rows
+        self.graphs = {}        # CUDA graphs, by their number of rows (see replay_step)
         # One position more than is used: the compiler has a special case for a slice of all.
         shape = (rows, llama.config.n_kv_heads, max_tokens + 1, llama.config.head_dim)
         dtype = llama.norm.weight.dtype
@@ -206,7 +207,7 @@ class Engine:
         first = len(self.lengths)
         with self.lavin.autocast():
             x = self.lavin.embed(batch)                                 # (1, T, C)
-            w = self.lavin.expert_weights(batch, self.routed)           # (L, 1, T, 2)
+            w = self.lavin.expert_weights(batch, self.routed)           # (L, 1, T, E)
         ends = batch.lengths.cumsum(0).to(x.device) - 1
         if w is not None:
             self.w[:, first:first + len(lengths), 0] = w[:, 0, ends]
@@ -215,13 +216,13 @@ class Engine:
         return self._read(x, w, spans, ends)
 
     @torch.inference_mode()
-    def extend(self, ids: list[int]) -> torch.Tensor:
-        """Read more tokens of the only row in use -> the logits after them, (1, vocabulary)."""
-        x = self.lavin.llama.tok_embeddings(torch.tensor([ids], device=self.lavin.device))
+    def extend(self, tokens: list[int]) -> torch.Tensor:
+        """Read more tokens into the only row in use -> the logits after them, (1, vocabulary)."""
+        x = self.lavin.llama.tok_embeddings(torch.tensor([tokens], device=self.lavin.device))
         w = None if self.w is None else self.w[:, :1]
-        end = torch.tensor([len(ids) - 1], device=x.device)
-        logits = self._read(x, w, [(0, self.lengths[0], len(ids))], end)
-        self.lengths[0] += len(ids)
+        end = torch.tensor([len(tokens) - 1], device=x.device)
+        logits = self._read(x, w, [(0, self.lengths[0], len(tokens))], end)
+        self.lengths[0] += len(tokens)
         return logits
 
     @torch.inference_mode()
@@ -231,16 +232,16 @@ class Engine:
         A branch is (its row, its tokens). It sees the prompt of its row but no other branch. It is
         not added to the row: the next branch overwrites its keys and values.
         """
-        ids = []
-        rows = []
+        tokens = []
+        rows = []               # of each token
         spans = []
-        for row, new_ids in branches:
-            ids += new_ids
-            rows += [row] * len(new_ids)
-            spans.append((row, self.lengths[row], len(new_ids)))
-        x = self.lavin.llama.tok_embeddings(torch.tensor([ids], device=self.lavin.device))
-        w = None if self.w is None else self.w[:, rows].transpose(1, 2)     # (L, 1, T, 2)
-        return self._read(x, w, spans, torch.arange(len(ids), device=x.device))
+        for row, new_tokens in branches:
+            tokens += new_tokens
+            rows += [row] * len(new_tokens)
+            spans.append((row, self.lengths[row], len(new_tokens)))
+        x = self.lavin.llama.tok_embeddings(torch.tensor([tokens], device=self.lavin.device))
+        w = None if self.w is None else self.w[:, rows].transpose(1, 2)     # (L, 1, T, E)
+        return self._read(x, w, spans, torch.arange(len(tokens), device=x.device))
 
     def _read(self, x, w, spans, wanted):
         """Run x (1, T, C), the tokens of all spans, through LLaMA -> logits (n, vocabulary), fp32.
@@ -254,9 +255,9 @@ class Engine:
             return self.lavin.llama.output(x[0, wanted]).float()
 
     @torch.inference_mode()
-    def step(self, ids: list[int]) -> torch.Tensor:
+    def step(self, tokens: list[int]) -> torch.Tensor:
         """Add each row's newest token -> the logits of the next one, (n, vocabulary), fp32."""
-        tokens = torch.tensor(ids)
+        tokens = torch.tensor(tokens)
         positions = torch.tensor(self.lengths)
         self.lengths = [length + 1 for length in self.lengths]
         device = self.lavin.device
@@ -264,22 +265,22 @@ class Engine:
             return self.replay_step(tokens, positions)
         return self.one_step(tokens.to(device), positions.to(device), max(self.lengths))
 
-    def one_step(self, ids, positions, n_seen):
-        """Tokens ids (n,) at positions (n,), all below n_seen -> logits (n, vocabulary), fp32."""
-        n = len(ids)
+    def one_step(self, tokens, positions, n_seen):
+        """Tokens (n,) at positions (n,), all below n_seen -> logits (n, vocabulary), fp32."""
+        n = len(tokens)
         w = None if self.w is None else self.w[:, :n]
-        rows = torch.arange(n, device=ids.device)
-        seen = torch.arange(n_seen, device=ids.device)
-        mask = seen <= positions[:, None, None, None]                   # (n, 1, 1, S)
+        rows = torch.arange(n, device=tokens.device)
+        seen = torch.arange(n_seen, device=tokens.device)
+        mask = seen <= positions[:, None, None, None]                   # (n, 1, 1, seen)
         caches = [StepCache(keys, values, rows, positions, mask)
                   for keys, values in zip(self.keys, self.values)]
         llama = self.lavin.llama
         with self.lavin.autocast():
-            x = llama.tok_embeddings(ids[:, None])                      # (n, 1, C)
+            x = llama.tok_embeddings(tokens[:, None])                   # (n, 1, C)
             if self.compiled:
                 if n == 1:
                     x = x.float()       # one_token_product computes in fp32: avoid rounding
-                # One graph for every S, and one for every n above 1.
+                # One graph for every n_seen, and one for every n above 1.
                 for tensor, dim in ((mask, 3), (mask, 0), (rows, 0), (positions, 0), (x, 0)):
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
             for group in self.groups:
@@ -288,36 +289,36 @@ class Engine:
                     llama, llama.layers[group], x, w_group, positions, caches[group])
             return self.read_out(llama, x)
 
-    def replay_step(self, ids, positions):
+    def replay_step(self, tokens, positions):
         """one_step as a CUDA graph, with the number of rows rounded up to a power of two.
 
         A graph is captured when it is first needed and then replayed on the same tensors. Unused
         rows write to their first position, which the next prompt overwrites.
         """
-        n = len(ids)
+        n = len(tokens)
         size = min(self.rows, 1 << (n - 1).bit_length())
-        ids = F.pad(ids, (0, size - n)).to(self.lavin.device)
+        tokens = F.pad(tokens, (0, size - n)).to(self.lavin.device)
         positions = F.pad(positions, (0, size - n)).to(self.lavin.device)
         if size not in self.graphs:
-            self.graphs[size] = self._capture(ids, positions)
-        graph, graph_ids, graph_positions, logits = self.graphs[size]
-        graph_ids.copy_(ids)
+            self.graphs[size] = self._capture(tokens, positions)
+        graph, graph_tokens, graph_positions, logits = self.graphs[size]
+        graph_tokens.copy_(tokens)
         graph_positions.copy_(positions)
         graph.replay()
         return logits[:n]
 
-    def _capture(self, ids, positions):
-        """-> (the graph of one_step, the tensors that it reads ids and positions from, logits)."""
+    def _capture(self, tokens, positions):
+        """-> the graph of one_step and the tensors it uses: (graph, tokens, positions, logits)."""
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):          # compile and warm up; repeated writes do no harm
-                self.one_step(ids, positions, self.max_tokens)
+                self.one_step(tokens, positions, self.max_tokens)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):
-            logits = self.one_step(ids, positions, self.max_tokens)
-        return graph, ids, positions, logits
+            logits = self.one_step(tokens, positions, self.max_tokens)
+        return graph, tokens, positions, logits
 
     def retire(self, row: int) -> None:
         """Free a row. The last row in use takes its place."""
@@ -336,7 +337,7 @@ class Engine:
 class Answer:
     number: int                         # the number of its prompt
     n_prompt: int                       # tokens in the prompt
-    ids: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
 
 
 def next_tokens(lavin: LaVIN, logits: torch.Tensor, temperature: float,
@@ -356,11 +357,11 @@ def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], rows: int, m
                      temperature: float = 0.0, top_p: float = 1.0,
                      done: Callable[[list[int]], bool] | None = None, compiled: bool = False,
                      longest: int | None = None) -> Iterator[tuple[int, list[int]]]:
-    """Continue prompts, up to `rows` at a time. When one ends, yield (its number, its new ids).
+    """Continue prompts, up to `rows` at a time. When one ends, yield (its number, new tokens).
 
     A prompt is taken when a row is free, so `prompts` may be an iterator. Then `longest` must be
     given: the number of tokens in the longest prompt. An answer ends before EOS, after
-    max_new_tokens, at the end of the context, or when done(its ids) is true.
+    max_new_tokens, at the end of the context, or when done(its tokens) is true.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
@@ -376,7 +377,7 @@ def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], rows: int, m
         fresh = list(itertools.islice(waiting, rows - len(active)))
         logits = []                             # in the order of the rows: old ones, then fresh
         if active:
-            logits.append(engine.step([answer.ids[-1] for answer in active]))
+            logits.append(engine.step([answer.tokens[-1] for answer in active]))
         if fresh:
             batch = data.collate([encoded for _, encoded in fresh], lavin.resolution)
             logits.append(engine.prefill(batch))
@@ -388,15 +389,15 @@ def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], rows: int, m
             answer = active[row]
             ended = tokens[row] in ends
             if not ended:
-                answer.ids.append(tokens[row])
-                ended = (len(answer.ids) == max_new_tokens
-                         or answer.n_prompt + len(answer.ids) >= context
-                         or done is not None and done(answer.ids))
+                answer.tokens.append(tokens[row])
+                n_new = len(answer.tokens)
+                ended = (n_new == max_new_tokens or answer.n_prompt + n_new >= context
+                         or done is not None and done(answer.tokens))
             if ended:
                 engine.retire(row)
                 active[row] = active[-1]
                 active.pop()
-                yield answer.number, answer.ids
+                yield answer.number, answer.tokens
 
 
 def generate(lavin: LaVIN, samples: list[data.Sample], max_new_tokens: int = 64,

@@ -26,7 +26,8 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
 
         a' = a cos − b sin        b' = a sin + b cos
 
-    x (B, T, H, D) -> the same shape and dtype; rope: cosines and sines (B or 1, T, 1, D/2).
+    x (B, T, H, D) -> the same shape and dtype; rope: cosines and sines, (T, 1, D/2) for all rows
+    or (B, T, 1, D/2).
     Meta's checkpoints pair channels 2i and 2i + 1; Hugging Face's pair i and i + D/2.
     """
     cos, sin = rope
@@ -73,7 +74,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     forward and backward for 8 heads take 2.4 instead of 3.4 ms for 256 tokens, 5.2 instead of 8.9
     ms for 512, and 3 instead of 15 ms for 32 samples of 25 (python -m bench.speed attention).
     """
-    grouped = q.shape[1] != k.shape[1]      # LLaMA-2 70B: several query heads share a key head
+    grouped = q.shape[1] != k.shape[1]      # several query heads share a key head, as in LLaMA 3
     is_half = q.dtype in (torch.bfloat16, torch.float16)
     if not is_on_cpu(q) or not is_half or not q.requires_grad:
         return F.scaled_dot_product_attention(
@@ -137,7 +138,7 @@ def padded_rows(lengths: list[int]) -> tuple[list[list[int]], list[torch.Tensor]
     return groups, sources, slots
 
 
-# torch.compiler.disable would import the compiler at once: two seconds in every start.
+# torch.compiler.disable would import the compiler: two more seconds at every start.
 @torch._disable_dynamo
 def attend_in_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                      lengths: list[int]) -> torch.Tensor:
@@ -152,7 +153,7 @@ def attend_in_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     sources = torch.cat(sources)
     picked = []
     for x in (q, k, v):
-        # For all groups at once: the backward of each index_select takes a pass over all tokens.
+        # Once for all groups: the backward of each index_select takes a pass over all tokens.
         x = x[0].transpose(0, 1).index_select(0, sources)               # (slots, H, D)
         picked.append(x.split(sizes))
     outputs = []
@@ -194,7 +195,7 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, len(x), n_rows):
             rows = slice(start, start + n_rows)
             target = targets[rows, None]                        # (rows, 1)
-            # The logits get no name, so that their memory is freed and reused at once.
+            # The logits get no name, so that their memory is freed and reused immediately.
             log_p = F.linear(x[rows], weight).log_softmax(-1, dtype=torch.float32)
             loss -= log_p.gather(1, target).sum()
             if x_grad is not None:
@@ -220,7 +221,7 @@ def cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
     at a time (default: LOGIT_ROWS of the device).
 
     Logits are large: 32,000 numbers for each answer token. Backward only needs the gradient of x.
-    So we take a few rows at a time and compute their gradient at once, while they are in the cache.
+    So we take a few rows at a time, and compute their gradient while they are in the CPU's cache.
     The logits of all rows, their softmax and their gradients never exist at the same time.
     """
     if weight.requires_grad:
@@ -246,7 +247,7 @@ def one_token_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     The compiler turns this sum into one pass over the weight, which includes the dequantization.
     A matrix product of a single token reads the weight more slowly, in any dtype.
     """
-    # On a CPU, one loop over four parts at once reads the weight faster than one long sum.
+    # On a CPU, one loop over four parts together reads the weight faster than one long sum.
     n_parts = 4 if x.device.type == "cpu" else 1
     x_flat = x.flatten().float()
     sums = [(part.float() * x_flat).sum(-1) for part in weight.chunk(n_parts)]

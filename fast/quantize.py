@@ -3,7 +3,8 @@
 8 bits: integers, with one scale per row.
 4 bits: QLoRA's NF4 (arXiv 2305.14314). Each block of 64 numbers is divided by its largest absolute
 value. The results are rounded to 16 levels, which are equally likely under a normal distribution.
-The scales of the blocks are quantized to 8 bits in turn. That makes 4.13 bits per number.
+The scales of the blocks are rounded to 8-bit integers (in QLoRA, to 8-bit floats). That makes 4.13
+bits per number.
 
 Forward and backward dequantize a matrix tile by tile, so the full matrix never exists. Trained
 parameters are not quantized. Neither are the embeddings, norms and `output`: they keep their dtype.
@@ -45,9 +46,9 @@ def quantize_8bit(weight: torch.Tensor):
 def quantize_4bit(weight: torch.Tensor):
     """(out, in) -> (codes, scale_codes, group_scales, mean, pairs).
 
-    codes: uint8, two 4-bit codes in each. scale_codes: int8, the scales of the blocks, quantized
-    after subtracting their mean; GROUP of them share one scale in group_scales. pairs (256, 2): the
-    two levels of each uint8.
+    codes (out · in / 2,): uint8, two 4-bit codes in each. scale_codes (groups, 256): int8, the
+    blocks' scales, quantized in groups after subtracting their mean (). group_scales (groups, 1):
+    the scale of each group. pairs (256, 2): the two levels of each uint8.
     """
     if weight.numel() % BLOCK:
         shape = tuple(weight.shape)
@@ -71,13 +72,17 @@ def quantize_4bit(weight: torch.Tensor):
 
 
 def dequantize(rows: slice, width: int, codes, scales, group_scales=None, mean=None, pairs=None):
-    """Some rows of a matrix from quantize_8bit or quantize_4bit: (rows, width) fp32."""
+    """Some rows of a matrix from quantize_8bit or quantize_4bit: (rows, width) fp32.
+
+    The arguments after `width` are what one of these two returned.
+    """
     if pairs is None:                                                       # 8 bits
         return codes[rows] * scales[rows]
+    scale_codes = scales
     first = rows.start * width
     last = rows.stop * width
     numbers = F.embedding(codes[first // 2:last // 2].int(), pairs)         # (…, 2)
-    block_scales = (scales * group_scales + mean).flatten()
+    block_scales = (scale_codes * group_scales + mean).flatten()            # (blocks,)
     block_scales = block_scales[first // BLOCK:last // BLOCK]
     return (numbers.view(-1, BLOCK) * block_scales[:, None]).view(-1, width)
 

@@ -443,7 +443,7 @@ def test_a_file_that_is_not_a_tokenizer(fails, tmp_path):
 
 def test_a_folder_whose_name_is_no_unicode(tmp_path):
     llama = copy_llama(tmp_path / os.fsdecode(b"llama\xff"))
-    assert data.load_tokenizer(llama).vocab_size() == 512
+    assert data.load_sentencepiece(llama).vocab_size() == 512
     with pytest.raises(LavinError, match="consolidated.00.pth: .*rename it"):
         checkpoints.load(llama, VIT)
 

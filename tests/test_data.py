@@ -363,6 +363,10 @@ def test_micro_batches_have_about_the_same_number_of_tokens():
     assert max(tokens) < 1.1 * min(tokens)
 
 
+def test_a_left_over_sample_joins_the_shortest_micro_batch():
+    assert data.global_batch(0, [100, 90, 80], 3, micro_batch=2, seed=0) == [[0], [1, 2]]
+
+
 def test_batches_do_not_depend_on_the_number_of_workers(lavin, sqa):
     _, samples = load_sqa(sqa, "train")
     encoded = [data.encode(sample, lavin.tokenizer, 2, 128) for sample in samples]

@@ -266,7 +266,7 @@ def test_a_closed_connection_stops_its_answer_and_nobody_elses(server, monkeypat
         return step(engine, ids)
 
     monkeypatch.setattr(Engine, "step", counted_step)
-    server.desk.how["max_new_tokens"] = 90
+    server.desk.sampling["max_new_tokens"] = 90
     answer(server, METAL)
     assert len(steps) > 60
     steps.clear()
@@ -277,7 +277,7 @@ def test_a_closed_connection_stops_its_answer_and_nobody_elses(server, monkeypat
     closed.set()
     wait_until(lambda: not server.desk.queue.waiting)
     assert len(steps) < 30
-    server.desk.how["max_new_tokens"] = 6
+    server.desk.sampling["max_new_tokens"] = 6
     assert answer(server, METAL) == said(server)
 
 

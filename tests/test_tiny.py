@@ -285,7 +285,7 @@ def test_the_smaller_clip_has_fewer_features(tmp_path, monkeypatch):
 
 def test_the_committed_tokenizer_is_what_pretraining_makes():
     """So the corpus is still the one on which the committed LLaMA was trained."""
-    committed = data.load_tokenizer(world.PATHS["llama"])
+    committed = data.load_sentencepiece(world.PATHS["llama"])
     made = SentencePieceProcessor(model_proto=corpus.train_tokenizer(seed=0))
     ids = list(range(1024))
     assert made.id_to_piece(ids) == committed.id_to_piece(ids)

@@ -2,8 +2,8 @@
 
 A scene is first drawn flat, in plain colours on a light background. CLIP's pre-training shows only
 flat pictures. The problems' pictures are then redrawn in another style: `pencil` puts outlines and
-hatching on squared paper. CLIP has never seen this style, just as ScienceQA's diagrams look unlike
-the photographs of the web. All coordinates are in pixels, with y pointing down.
+hatching on squared paper. CLIP has never seen this style. In the same way, ScienceQA's diagrams
+differ from the web's photographs. All coordinates are in pixels, with y pointing down.
 """
 
 import math
@@ -121,10 +121,10 @@ def opposite_pole(pole):
     return "south" if pole == "north" else "north"
 
 
-def draw_pole(canvas, rng, pole, left, right, y, h):
-    """Half a magnet, from left to right: north is red, south is blue."""
+def draw_pole(canvas, rng, pole, x0, x1, y, h):
+    """Half a magnet, from x0 to x1: north is red, south is blue."""
     fill = shade("red" if pole == "north" else "blue", rng)
-    canvas.rectangle((left, y - h, right, y + h), fill)
+    canvas.rectangle((x0, y - h, x1, y + h), fill)
 
 
 def draw_bars(canvas, rng, order, columns):

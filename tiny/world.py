@@ -4,10 +4,11 @@
     python -m tiny.world --sheet PREDICTIONS PNG
                                             draw some test problems with generate.py's answers
 
-A skill is a function that takes a random generator and returns an Item: a question, its choices
-and, for a picture question, how its scene is drawn (tiny/drawing.py). The scene's caption says in
-words everything that the picture shows. LLaMA reads captions in its pre-training (tiny/pretrain.py)
-and never sees a picture. CLIP sees the pictures. LaVIN then teaches LLaMA to see through CLIP.
+A skill is a kind of question. Each has a function that takes a random generator and returns an
+Item: a question, its choices and, for a picture question, how its scene is drawn (tiny/drawing.py).
+(`things` returns Items of four skills.) The scene's caption says in words everything that the
+picture shows. LLaMA reads captions in its pre-training (tiny/pretrain.py) and never sees a picture.
+CLIP sees the pictures. LaVIN then teaches LLaMA to see through CLIP.
 
 The problems have two properties of the paper's task. Their pictures are in pencil, but CLIP's
 pre-training showed flat drawings. And the same kind of hint is true in a problem without a picture,
@@ -146,7 +147,7 @@ def things(rng: Random, new: bool = False) -> Item:
 
 
 def things_in_any_colour(rng: Random) -> Item:
-    """`things`. Half of those whose colour is not asked for have another, which no text names.
+    """Like `things`, but half of those whose colour is not asked for get one that no text names.
 
     So LaVIN has to recognize a shape in any colour. With the six named colours alone, it learns
     which pairs never occur, and rules out those that are kept for the test split.
@@ -573,12 +574,12 @@ def is_meant(args, remembered: dict = {}) -> bool:
 
     args: flags or settings with the attributes llama, vit, data_root and data. remembered: the
     settings in the run's checkpoint. The run uses the small world unless one of these names a
-    model, or one of the paths in files.DEFAULTS exists, where real models and data would be.
+    model, or one of files.DEFAULT_PATHS exists, where real models and data would be.
     """
     for name in ("llama", "vit"):
         if chosen_path(name, args, remembered):
             return False
-    return not any(os.path.exists(path) for path in files.DEFAULTS.values())
+    return not any(os.path.exists(path) for path in files.DEFAULT_PATHS.values())
 
 
 def chosen_path(name, args, remembered):
@@ -593,7 +594,7 @@ def prepare(args, remembered: dict = {}) -> None:
     from another version of the small world, or adapters that were trained with another CLIP.
     """
     if is_meant(args, remembered):
-        print(f"using the small world: none of {', '.join(files.DEFAULTS.values())} exists")
+        print(f"using the small world: none of {', '.join(files.DEFAULT_PATHS.values())} exists")
         for name, path in PATHS.items():
             chosen = chosen_path(name, args, remembered)
             setattr(args, name, chosen or os.path.relpath(path))
