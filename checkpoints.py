@@ -62,37 +62,37 @@ def open_llama(llama: str | Path) -> str | Path | gguf.File:
     return llama
 
 
-def load_tokenizer(llama: str | Path | gguf.File) -> data.Tokenizer:
-    """The tokenizer of a LLaMA (see open_llama). Raises LavinError."""
-    if isinstance(llama, gguf.File):
-        return llama.tokenizer()
-    path = tokenizer_path(llama)
+def load_tokenizer(source: str | Path | gguf.File) -> data.Tokenizer:
+    """The tokenizer of a LLaMA. source: what open_llama returned. Raises LavinError."""
+    if isinstance(source, gguf.File):
+        return source.tokenizer()
+    path = tokenizer_path(source)
     if path.name == "tokenizer.model" and tokenizers.is_tiktoken(path):
-        path = Path(llama, "tokenizer.json")
+        path = Path(source, "tokenizer.json")
         if not os.path.exists(path):
-            raise LavinError(f"{tokenizer_path(llama)}: LLaMA 3's own format, not supported; take "
+            raise LavinError(f"{tokenizer_path(source)}: LLaMA 3's own format, not supported; take "
                              "tokenizer.json and tokenizer_config.json of its Hugging Face folder")
     if path.name == "tokenizer.json":
         return tokenizers.load_json(path)
-    return data.load_sentencepiece(llama)
+    return data.load_sentencepiece(source)
 
 
-def read_params(directory: str | Path | gguf.File, vocab_size: int) -> LLaMAConfig:
+def read_params(source: str | Path | gguf.File, vocab_size: int) -> LLaMAConfig:
     """params.json, Hugging Face's config.json or a GGUF file -> LLaMAConfig. Raises LavinError.
 
     vocab_size is the tokenizer's. Meta's models have exactly this many tokens; -1 in params.json
     means the same. Other models may have more, and so may a model that --fold wrote.
     """
-    if isinstance(directory, gguf.File):
-        path = directory.path
-        params = directory.params()
+    if isinstance(source, gguf.File):
+        path = source.path
+        params = source.params()
         fits = params["vocab_size"] >= vocab_size
-    elif is_hf_folder(directory):
-        path = Path(directory, "config.json")
-        params = hf.read_config(directory)
+    elif is_hf_folder(source):
+        path = Path(source, "config.json")
+        params = hf.read_config(source)
         fits = params["vocab_size"] >= vocab_size
     else:
-        path = Path(directory, "params.json")
+        path = Path(source, "params.json")
         params = read_meta_params(path, vocab_size)
         fits = params["vocab_size"] == vocab_size
         if params.get("folded"):
@@ -248,12 +248,12 @@ class MappedShards:
                     raise LavinError(f"{self.files[i]}: a copy of {self.files[j]}; fetch it again")
 
 
-def open_weights(llama: str | Path | gguf.File, names: list[str]) -> MappedShards | gguf.File:
+def open_weights(source: str | Path | gguf.File, names: list[str]) -> MappedShards | gguf.File:
     """The weights of a LLaMA (see open_llama). They must have exactly these names."""
-    if isinstance(llama, gguf.File):
-        check_names(llama.path, names, llama.names())
-        return llama
-    return MappedShards(llama, names, is_hf_folder(llama))
+    if isinstance(source, gguf.File):
+        check_names(source.path, names, source.names())
+        return source
+    return MappedShards(source, names, is_hf_folder(source))
 
 
 def copy_tensor(shards: MappedShards | gguf.File, name: str, target: torch.Tensor,
@@ -282,8 +282,9 @@ def load_llama(llama: LLaMA, source: str | Path | gguf.File, device: torch.devic
                delta_unpermuted: bool = False) -> Iterator[nn.Module]:
     """Copy LLaMA's files (see open_llama) into the frozen weights of `llama`, tensor by tensor.
 
-    The blocks must be on the meta device. Each is allocated, filled and then yielded. So the caller
-    can quantize or shard it before the next one is allocated. For delta, see `load`.
+    The blocks must be on the meta device, and all other modules must have their memory. Each block
+    is allocated, filled and then yielded. So the caller can quantize or shard it before the next
+    one is allocated. For delta, see `load`.
     """
     names = list(frozen_parameters(llama))
     shards = open_weights(source, names)
@@ -320,7 +321,8 @@ def save_folded(lavin: LaVIN, directory: str | Path) -> None:
 
     params.json says "attention_bias": true. So a reader without support for biases rejects the
     files instead of ignoring the biases. The vocab_size in params.json may be larger than the
-    tokenizer's. LavinError for anything that the layout cannot hold.
+    tokenizer's. ValueError if it is not folded for text or if it is quantized. LavinError if a
+    number is too large for fp16, or if the folder holds a model already.
     """
     if lavin.folded_for != 0:
         raise ValueError("fold for modality 0 first: Meta's layout has no place for the "
@@ -539,7 +541,10 @@ def memory(device: torch.device) -> int:
 
 
 def weights_size(lavin: LaVIN, dtype: torch.dtype, bits: int, n_parts: int) -> int:
-    """Bytes of the weights on one device: only 1/n_parts of LLaMA's matrices, in `bits` bits."""
+    """Bytes of the weights on one device: only 1/n_parts of LLaMA's matrices.
+
+    These have 8 or 4 bits per number, or with bits=16 the same dtype as the other frozen weights.
+    """
     size = 0
     for name, p in lavin.named_parameters():
         n_bytes = p.numel() * (4 if p.requires_grad else dtype.itemsize)
@@ -559,10 +564,11 @@ def check_fits(lavin: LaVIN, device: torch.device, dtype: torch.dtype, bits: int
     if needed <= available:
         return
     advice = ""
-    for fewer in (4, 8):
+    for fewer in (8, 4):
         smaller = weights_size(lavin, dtype, fewer, n_parts)
         if fewer < bits and smaller <= available and n_parts == 1:  # no --bits with --fsdp
             advice = f"; with --bits {fewer} they take {smaller / 1e9:.3g} GB"
+            break
     raise LavinError(f"the weights of this model take {needed / 1e9:.3g} GB, but {device} "
                      f"has {available / 1e9:.3g} GB{advice}")
 
@@ -612,8 +618,10 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
     quantizes LLaMA, and fsdp shards it over the ranks, block by block while it is read. delta: a
     Hugging Face folder whose weights are added to LLaMA's. delta_unpermuted: like the authors'
     code, add its rows of wq and wk in their own order, not in Meta's. LavinError for files that are
-    damaged or do not fit.
+    damaged or do not fit, ValueError for other bits or for bits with fsdp.
     """
+    if bits not in (16, 8, 4) or (fsdp and bits < 16):
+        raise ValueError(f"bits={bits}, fsdp={fsdp}: bits is 16, 8 or 4, and with fsdp 16")
     state, config, settings = begin_with(adapter, fresh, tau, dropout)
     max_seq_len = max_seq_len or settings.get("max_seq_len") or 512
     source = open_llama(llama)
@@ -697,6 +705,8 @@ def flag_parser() -> Parser:
     parser.add_argument("--llama", help="its LLaMA, needed to print the routing "
                         "weights (default: the one it was trained with)")
     parser.add_argument("--vit", help="its CLIP (default: the one it was trained with)")
+    parser.add_argument("--delta", help="the Hugging Face folder of weights to add to LLaMA's "
+                        "(default: the one it was trained with)")
     parser.add_argument("--fold", metavar="DIR", help="write LLaMA with the adapters "
                         "merged into it, for text only: Meta's layout, fp16, biases for "
                         "wq, wk and wv")
@@ -709,20 +719,24 @@ def main() -> None:
     settings = describe(args.file)
     llama = args.llama or settings.get("llama")
     vit = args.vit or settings.get("vit")
-    for given in (args.llama, args.vit):
+    delta = args.delta or settings.get("delta")
+    for given in (args.llama, args.vit, args.delta):
         if given and not os.path.exists(given):
             raise LavinError(f"{given}: no such file or folder")
-    known = llama and vit and os.path.exists(llama) and os.path.exists(vit)
+    ways = "--llama DIR --vit FILE"
+    if delta:
+        ways += " --delta DIR"
+    needed = [llama, vit, delta] if delta else [llama, vit]
+    known = all(path and os.path.exists(path) for path in needed)
     if not known and args.fold:
-        raise LavinError("--fold needs the LLaMA that the adapters belong to: "
-                         "--llama DIR --vit FILE")
+        raise LavinError(f"--fold needs the LLaMA that the adapters belong to: {ways}")
     if not known:
-        print("routing  depends on LLaMA too; to print it, add --llama DIR --vit FILE")
+        print(f"routing  depends on LLaMA too; to print it, add {ways}")
         return
 
     if args.fold:
         check_writable(Path(args.fold, "params.json"), "--fold")
-    lavin = load(llama, vit, args.file, delta=settings.get("delta"),
+    lavin = load(llama, vit, args.file, delta=delta,
                  delta_unpermuted=settings.get("delta_unpermuted", False))
     print_routing(lavin)
     if args.fold:

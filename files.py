@@ -355,7 +355,7 @@ def fingerprint(path: str | Path) -> str:
 # Writing
 
 
-def check_is_file(path: str | Path) -> None:
+def check_replaceable(path: str | Path) -> None:
     """OSError for a folder or a device: renaming a file to this path would replace the device."""
     if os.path.isdir(path):
         raise OSError(errno.EINVAL, "it is a directory")
@@ -372,7 +372,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     temporary = None
     try:
         target = Path(os.path.realpath(path))       # keep a link, write its target
-        check_is_file(target)
+        check_replaceable(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         write(temporary)
@@ -408,7 +408,7 @@ def check_writable(path: str | Path, flag: str) -> None:
     """
     path = Path(path)
     try:
-        check_is_file(path)
+        check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass

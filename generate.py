@@ -59,6 +59,8 @@ def load_model(args: argparse.Namespace, adapter: str | None, remembered: dict,
     unpermuted = args.delta_unpermuted or remembered.get("delta_unpermuted", False)
     flags.check_delta(delta, unpermuted)
     print(f"adapter {adapter or 'none'} · {device} · {dtype}")
+    if adapter is None:
+        print("note     without an adapter, LLaMA sees only noise in place of a picture")
     lavin = checkpoints.load(
         args.llama,
         args.vit,

@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -93,7 +92,7 @@ class Settings:
     # Speed, memory and other modes
     device: str = "auto"
     dtype: str = "auto"
-    bits: int = 16                      # per weight of the matrices in LLaMA's blocks: 16, 8 or 4
+    bits: int = 16                      # 8 or 4: quantize the matrices of LLaMA's blocks
     compile: bool | None = None         # None: only on a GPU
     checkpointing: bool = False
     fsdp: bool = False
@@ -367,11 +366,7 @@ def dry_run(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer,
         began = time.perf_counter()
         train_step(lavin, optimizer, scaler, gradients, micro_batches)      # learning rate 0
         seconds.append(time.perf_counter() - began)
-    if lavin.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(lavin.device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024      # bytes on macOS, KB on Linux
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = runs.peak_memory(lavin.device)
     hours = n_steps * min(seconds) / 3600
     epoch = estimate.flops_of(lavin, samples.encoded)
     estimate.print_work(epoch, n_steps / steps_per_epoch, settings)
@@ -475,7 +470,7 @@ def load_and_train(settings: Settings, resumed: dict | None, device: torch.devic
     settings.data_hash = samples.hash()
     steps_per_epoch, n_steps = count_steps(settings)
     if resumed:
-        resume.check_found(settings, resumed["config"])
+        resume.check_inputs(settings, resumed["config"])
         resume.check_step(resumed["step"], settings.epochs * steps_per_epoch, settings.out)
     runs.describe(lavin, settings, steps_per_epoch)
     if settings.dry_run:
@@ -528,8 +523,8 @@ def main() -> None:
         problems, samples = scienceqa.load_sqa(
             settings.data_root, "val", settings.format, settings.captions, settings.images)
         val = problems, samples[:settings.eval_limit]
-    resume.find_models(settings)
-    resume.check_found(settings, remembered)
+    resume.hash_models(settings)
+    resume.check_inputs(settings, remembered)
     if not settings.dry_run:
         check_writable(Path(settings.out, "checkpoint.pth"), "--out")
     try:

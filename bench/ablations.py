@@ -6,9 +6,9 @@
 The variants are the rows of the paper's ablation: text only; pictures, with single adapters in
 LLaMA; adapters in the ViT as well; a larger ViT; and MMA. There are two more variants: MMA without
 routing, and single adapters of twice the rank. The script first chooses a learning rate for each
-variant: it trains once with each of three rates, with a seed of its own, and keeps the best on
-1,200 val problems. Two controls show what can be answered without seeing a picture: MMA with blank
-pictures, and LLaMA alone.
+variant: it trains once with each of three rates, and keeps the one that is best on 1,200 val
+problems. (These runs share a seed that no other run has.) Two controls show what can be answered
+without seeing a picture: MMA with blank pictures, and LLaMA alone.
 
 The script prints Markdown tables: the scores by ScienceQA's columns, the scores by skill, and the
 distance between the routing weights of the two modalities. It runs train.py and generate.py from
@@ -170,7 +170,10 @@ def measure_all(directory: Path, rates: dict[str, float], n_seeds: int,
 
 
 def measure_llama_alone(directory: Path) -> dict[str, int]:
-    """The answers of LLaMA without LaVIN's adapters. It sees no picture."""
+    """The answers of LLaMA without LaVIN's adapters.
+
+    The projector is untrained, so a picture is noise to LLaMA.
+    """
     path = directory / "frozen.json"
     if not path.exists():
         call("generate.py", directory / "frozen.log", "--adapter", "none", "--predictions", path,
@@ -254,7 +257,7 @@ def print_distances(directory, rate, n_seeds):
         lavin = checkpoints.load(world.PATHS["llama"], world.PATHS["vit"], adapter)
         w = lavin.route()[:, :, 0]                          # (L, 2 modalities)
         distances.append((w[:, 0] - w[:, 1]).abs().tolist())
-    print_row(["layer", "distance"])
+    print_row(["layer", "distance of the two modalities' weights"])
     print("|---|---|")
     for layer, values in enumerate(zip(*distances), 1):
         mean = sum(values) / len(values)

@@ -10,7 +10,7 @@ Loading should hold only the model in its target dtype and one tensor of each sh
 GGUF file is held twice: as stored, and dequantized to fp32. The script writes a checkpoint into a
 temporary folder and loads it in a fresh process. It prints the peak memory of that process as the
 operating system counts it, including mapped pages of the files, and on a GPU also the peak there.
-All sizes are in MB.
+All sizes are in MiB.
 """
 
 import argparse
@@ -30,12 +30,13 @@ from adapters import AdapterConfig
 from checkpoints import allocate, load_llama, open_llama, read_params
 from extras import gguf
 from extras.terminal import Parser, run
+from extras.values import Kind
 from fast.quantize import quantize
-from files import DTYPES, is_gguf
+from files import DTYPES, LavinError, is_gguf
 from model import LLaMA, LLaMAConfig
 
 ROOT = Path(__file__).absolute().parent.parent
-MB = 2**20
+MIB = 2**20
 VOCAB_SIZE = 512
 
 
@@ -112,7 +113,7 @@ def write_gguf(path: Path, dim: int, layers: int) -> None:
 
 
 def process_peak() -> float:
-    """The peak memory of this process, in MB.
+    """The peak memory of this process, in MiB.
 
     Linux only. getrusage would also count what the parent process held before it started this one.
     """
@@ -160,12 +161,12 @@ def load(args) -> None:
     result = {
         "before": before,
         "after": process_peak(),
-        "model": size / MB,
-        what: largest / MB,
+        "model": size / MIB,
+        what: largest / MIB,
         "seconds": seconds,
     }
     if args.device == "cuda":
-        result["peak on the GPU"] = torch.cuda.max_memory_allocated() / MB
+        result["peak on the GPU"] = torch.cuda.max_memory_allocated() / MIB
     print(json.dumps(result))
 
 
@@ -188,7 +189,9 @@ def measure(dtype: str = "bf16", device: str = "cpu", bits: int = 16, dim: int =
             write_checkpoint(Path(directory), dim, layers)
         command = [
             sys.executable, "-m", "bench.peak_memory", dtype, device, str(bits), "--load", path]
-        output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
+        output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE)
+    if output.returncode != 0:
+        raise LavinError(f"loading {path} on {device} failed; its message is above")
     return json.loads(output.stdout)
 
 
@@ -198,8 +201,8 @@ def main() -> None:
     parser.add_argument("dtype", nargs="?", choices=DTYPES, default="bf16")
     parser.add_argument("device", nargs="?", default="cpu")
     parser.add_argument("bits", nargs="?", type=int, choices=[16, 8, 4], default=16)
-    parser.add_argument("dim", nargs="?", type=int, default=2048)
-    parser.add_argument("layers", nargs="?", type=int, default=4)
+    parser.add_argument("dim", nargs="?", type=Kind(int, low=128, high=2**14).parse, default=2048)
+    parser.add_argument("layers", nargs="?", type=Kind(int, low=1, high=200).parse, default=4)
     parser.add_argument("--gguf", metavar="FILE", nargs="?", const="", help="load this GGUF file; "
                         "without FILE, write one and load it")
     parser.add_argument("--load", metavar="PATH", help="load this checkpoint in this process")

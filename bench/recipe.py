@@ -1,6 +1,6 @@
 """A skill that the small world lacks, learned from 200 examples: is this face happy or sad?
 
-    python -m bench.recipe make FOLDER      draw 200 faces to train on, and 200 others to test on
+    python -m bench.recipe FOLDER           draw 200 faces to train on, and 200 others to test on
     python train.py --data jsonl:FOLDER/faces.jsonl
     python generate.py --data jsonl:FOLDER/new-faces.jsonl
 
@@ -60,7 +60,6 @@ def write_faces(folder: Path, name: str) -> None:
 def main() -> None:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["make"])
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     folder = parser.parse_args().folder
     write_faces(folder, "faces")

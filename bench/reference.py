@@ -32,6 +32,7 @@ from checkpoints import to_official
 from extras.estimate import SHAPES
 from extras.evaluate import by_modality
 from extras.terminal import Parser, run
+from extras.values import Kind
 from fast.engine import continue_prompts
 from fast.fold import fold
 from files import DTYPES, LavinError
@@ -206,7 +207,7 @@ def main() -> None:
     parser.add_argument("authors", type=Path, metavar="FOLDER", help="their repository")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--text", action="store_true", help="prompts without pictures")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=Kind(int, low=1, high=1000).parse, default=5)
     args = parser.parse_args()
     if not (args.authors / "lavin" / "eval_model.py").is_file():
         raise LavinError(f"{args.authors}: not a copy of https://github.com/luogen1996/LaVIN, "

@@ -24,7 +24,6 @@ weights.
 import argparse
 import functools
 import itertools
-import resource
 import statistics
 import subprocess
 import sys
@@ -42,10 +41,11 @@ from PIL import Image
 import data
 import train
 from adapters import Adapter, AdapterConfig
-from checkpoints import allocate
-from extras import hf
+from checkpoints import allocate, modules_outside_blocks
+from extras import hf, runs
 from extras.estimate import SHAPES, flops
 from extras.terminal import Parser, run
+from extras.values import Kind
 from fast.engine import Engine, continue_prompts
 from fast.fold import NoAdapter, fold
 from fast.ops import add_experts, attention, keep_freed_memory
@@ -118,8 +118,7 @@ def fill_at_random(module: nn.Module) -> None:
 def build(shape: str, device: torch.device, dtype: torch.dtype, bits: int) -> LaVIN:
     """A LaVIN with random weights, made block by block as checkpoints.load does."""
     lavin = SHAPES[shape].on_meta()
-    outside = [m for name, m in lavin.named_modules() if not name.startswith("llama.layers.")]
-    allocate(outside, device, dtype)
+    allocate(modules_outside_blocks(lavin), device, dtype)
     fill_at_random(lavin)
     for block in lavin.llama.layers:
         allocate(block.modules(), device, dtype)
@@ -272,13 +271,6 @@ def measure_pictures(lavin, plan, step, n):
           "as long")
 
 
-def peak_memory(device: torch.device) -> int:
-    """The peak memory of this process in bytes, on the GPU if it uses one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def prepare_training(args, device, dtype, compiled):
     lavin = build(args.shape, device, dtype, args.bits)
     lavin.llama.checkpointing = args.checkpointing
@@ -316,7 +308,7 @@ def measure_training(args) -> None:
     checkpointing = "on" if args.checkpointing else "off"
     print(f"{describe(args, device, dtype, compiled)}, micro-batch {args.micro_batch}, "
           f"checkpointing {checkpointing}")
-    print_training(lavin, ready, step, statistics.median(rates), peak_memory(device))
+    print_training(lavin, ready, step, statistics.median(rates), runs.peak_memory(device))
     if args.pictures:
         measure_pictures(lavin, plan, step, args.steps)
     if args.share:
@@ -600,9 +592,13 @@ def measure_attention() -> None:
 
 
 def run_rows(what: str, device: torch.device) -> None:
-    """Measure each row in a process of its own, because peak memory belongs to a process."""
+    """Measure each row in a process of its own, because peak memory belongs to a process.
+
+    LavinError at the end if a row failed.
+    """
     if device.type not in ROWS[what]:
         raise LavinError(f"--device {device}: there are rows for cpu and cuda; give --shape")
+    failed = []
     for row in ROWS[what][device.type]:
         cpu = Path("/proc/cpuinfo")
         has_bf16 = device.type != "cpu" or (cpu.exists() and "bf16" in cpu.read_text())
@@ -610,7 +606,10 @@ def run_rows(what: str, device: torch.device) -> None:
             print(f"{row}: skipped; this CPU has no bf16 instructions and would take hours")
             continue
         command = [sys.executable, "-m", "bench.speed", what, "--device", str(device), *row.split()]
-        subprocess.run(command, cwd=ROOT, check=False)
+        if subprocess.run(command, cwd=ROOT).returncode != 0:
+            failed.append(row)
+    if failed:
+        raise LavinError(f"no figures for {len(failed)} of the rows: {'; '.join(failed)}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -619,9 +618,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("what", choices=["train", "generate", "experts", "attention"])
     parser.add_argument("--shape", choices=SHAPES, help="measure one row (default: all rows)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
     parser.add_argument("--bits", type=int, choices=[16, 8, 4], default=16)
-    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--micro-batch", type=Kind(int, low=1, high=BATCH).parse, default=8)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--pictures", action="store_true", help="also decode pictures from files")
@@ -629,7 +628,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sqa", action="store_true", help="also time ScienceQA's test split")
     parser.add_argument("--hf", action="store_true",
                         help="also time Hugging Face's generate, if transformers is installed")
-    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--steps", type=Kind(int, low=1, high=1000).parse, default=9)
     return parser
 
 

@@ -39,7 +39,7 @@ Picture = str | Path | Image.Image | torch.Tensor       # a tensor holds pixels 
 @dataclass
 class Turn:
     question: str
-    prompt: list[int]                                       # its tokens, with those around it
+    prompt: list[int]                                       # from "Instruction:" to "Response:"
     answer: list[int] = field(default_factory=list)         # tokens of the answer, without EOS
 
     def length(self):
@@ -58,7 +58,7 @@ def common_prefix_length(a: list[int], b: list[int]) -> int:
 class Conversation:
     """A LaVIN, the turns so far, and the state of its cache.
 
-    start: the Encoded before the first turn: BOS and the picture.
+    start: the Encoded before the first turn: BOS, "Image: " and the picture's features, or "N/A".
     cached: the tokens whose keys and values are in the engine's cache.
     dropped: how many of the oldest turns were dropped to make room for the newest question.
     """
@@ -102,7 +102,8 @@ class Conversation:
         for question, answer in turns:
             prompt = self.prompt(question)
             prompt_ids = tokenizer.encode(prompt)
-            # As in training, prompt and answer are tokenized as one string.
+            # As in training, the answer's tokens come from prompt and answer as one string. The
+            # prompt keeps the tokens with which it was asked, so that the cache still fits.
             both = tokenizer.encode(prompt + answer)
             self.turns.append(Turn(question, prompt_ids, both[len(prompt_ids):]))
 

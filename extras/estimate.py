@@ -51,8 +51,8 @@ BLOCK = 512                         # the CUDA allocator rounds every tensor up 
 CARDS = (8, 12, 16, 24, 40, 80)     # GB of common GPUs
 # (Layers of LLaMA, layers of the ViT) of the small models. The ViT gives a feature per 4 layers.
 CORNERS = ((1, 4), (2, 4), (1, 8))
-# The lowest and the highest share of the hardware's matmul rate that a step reaches, measured on
-# CPUs by bench/speed.py (docs/speed.md).
+# The lowest and the highest share of the hardware's matmul rate that a step in fp32 reaches,
+# measured on CPUs by bench/speed.py (docs/speed.md).
 SHARES = (0.62, 0.70)
 
 
@@ -144,7 +144,7 @@ def rounded(size: int, block: int) -> int:
     return math.ceil(size / block) * block
 
 
-class Tokenizer:
+class StandInTokenizer:
     """Replaces sentencepiece where no text is read. The prefix of a picture has three tokens."""
 
     def encode(self, text: str) -> list[int]:
@@ -160,7 +160,7 @@ class Shape:
     llama: LLaMAConfig
     vit: ViTConfig
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
-    tokenizer: object = field(default_factory=Tokenizer)
+    tokenizer: object = field(default_factory=StandInTokenizer)
     max_seq_len: int = 512
 
     def on_meta(self) -> LaVIN:
@@ -301,10 +301,10 @@ def training_memory(shape: Shape, settings, batches: list[data.Batch],
         live = LiveBytes(shape.llama.vocab_size, BLOCK)
         with FakeTensorMode(allow_non_fake_inputs=True), acting_as_gpu(), live:
             at_corners.append(steps_memory(lavin, settings, inputs, live, ways))
-    return extrapolate(shape, at_corners)
+    return extrapolate_memory(shape, at_corners)
 
 
-def extrapolate(shape: Shape, at_corners: list[dict]) -> dict[tuple[bool, int], Memory]:
+def extrapolate_memory(shape: Shape, at_corners: list[dict]) -> dict[tuple[bool, int], Memory]:
     """steps_memory for a shape, from the results of the small models at CORNERS."""
     memory = {}
     for key in at_corners[0]:
@@ -480,4 +480,4 @@ def print_work(epoch: int, n_epochs: float, settings) -> None:
     shortest = hours(work, settings.tflops, most)
     longest = hours(work, settings.tflops, least)
     print(f"time     {shortest:.3g} to {longest:.3g} h, an estimate that assumes {100 * least:.0f} "
-          f"to {100 * most:.0f} % of {settings.tflops:g} TFLOP/s, the share measured on CPUs")
+          f"to {100 * most:.0f} % of {settings.tflops:g} TFLOP/s, the share of fp32 on CPUs")

@@ -358,11 +358,12 @@ def score(lavin: LaVIN, problems: dict, samples: list[Sample], format: str, by: 
     An output that names no choice counts as wrong; the authors' code takes a random choice instead.
     by: also print a table with a row for each value of this field. letters: choose the likeliest
     letter instead of generating. answers: the caller's empty Answers, which this fills.
-    options: the other arguments of answer_all.
+    options: the other arguments of answer_all; with letters, only batch_size and workers count.
     """
     answers = answers or Answers(samples)
     if letters:
-        choose_letters(lavin, samples, answers, problems, options["batch_size"], options["workers"])
+        choose_letters(lavin, samples, answers, problems, options.get("batch_size", 32),
+                       options.get("workers", 0))
     else:
         answer_all(lavin, samples, answers, format, **options)
     predictions = sqa_predictions(problems, answers.outputs())

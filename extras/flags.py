@@ -55,8 +55,8 @@ def add_source_flags(group) -> None:
            "sample, not as one sample per answer")
     switch("--skip-bad", action="store_true", help="leave out rows that cannot be used")
     add("--val-fraction", help="fraction of each source to hold out. After each epoch, train.py "
-        "reports its loss and how many of --eval-limit rows are answered exactly (ScienceQA: the "
-        "letter). Default: 0")
+        "reports the loss of these rows, and how many of --eval-limit of them are answered exactly "
+        "(ScienceQA: the letter). Default: 0")
     add("--data-root", help="ScienceQA's directory (default: data/scienceqa)")
     add("--format", metavar="FORMAT", help="format of ScienceQA's samples: parts of the prompt - "
         "parts of the answer (default: QCM-ALE)")
@@ -123,7 +123,7 @@ def add_speed_flags(group) -> None:
     switch("--compile", action=argparse.BooleanOptionalAction,
            help="compile the blocks (default: on an NVIDIA GPU)")
     switch("--checkpointing", action="store_true", help="recompute activations, to save memory")
-    add("--bits", help="bits per number in LLaMA's matrices (default: 16)")
+    add("--bits", help="8 or 4: quantize LLaMA's matrices (default: 16, which does not)")
     switch("--fsdp", action="store_true", help="under torchrun: shard LLaMA's matrices over the "
            "GPUs")
     add("--workers", help=WORKERS_HELP)
@@ -216,7 +216,7 @@ def add_model_flags(group) -> None:
     add("--device", default="auto",
         help="cpu, cuda, cuda:1, mps, … (default: a GPU if there is one)")
     add("--dtype", default="auto", help=DTYPE_HELP)
-    add("--bits", help="bits per number in LLaMA's matrices (default: as trained, or 16)")
+    add("--bits", help="8 or 4: quantize LLaMA's matrices (default: as trained, or 16)")
     add("--max-seq-len", help="context in tokens (default: as trained)")
     switch("--compile", action="store_true",
            help="compile the decoding step; this takes half a minute and pays off for long answers")

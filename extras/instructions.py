@@ -54,9 +54,10 @@ def instruction_prompt(instruction: str, more: str = "", has_picture: bool = Fal
     more: the row's input. If it is empty, a row without a picture keeps a space before the newline
     (the authors' form for Alpaca), and a row with a picture does not (their form for LLaVA). The
     released adapters were trained on both. Double spaces become single ones in a single pass, so
-    three spaces become two. A prompt that already contains "Response:" is only stripped.
+    three spaces become two. An instruction without input that contains "Response:" is a whole
+    prompt already, and is only stripped.
     """
-    if "Response:" in instruction:
+    if "Response:" in instruction and not more:
         return instruction.strip()
     if more or not has_picture:
         instruction = f"{instruction} {more}"
@@ -247,7 +248,7 @@ def parse_source(source: str) -> tuple[str, str, str]:
 
 
 def bad_pictures(samples, read):
-    """Call `read(path)` for each picture -> a BadRow for each sample where it raises LavinError."""
+    """Call `read(path)` for each picture -> a BadRow for each row where it raises LavinError."""
     paths = sorted({sample.image for sample in samples if sample.image})
     reasons = {}
     for path in tqdm(paths, desc="pictures", file=sys.stdout):
@@ -255,11 +256,11 @@ def bad_pictures(samples, read):
             read(path)
         except LavinError as error:
             reasons[path] = str(error)
-    bad_rows = []
+    faults = {}                 # a conversation's samples have the same id: the place of their row
     for sample in samples:
         if sample.image in reasons:
-            bad_rows.append(BadRow(sample.id, reasons[sample.image]))
-    return bad_rows
+            faults[sample.id] = reasons[sample.image]
+    return [BadRow(place, reason) for place, reason in faults.items()]
 
 
 def look_at(path):
@@ -437,7 +438,10 @@ def decode_picture(path):
 
 
 def print_lengths(samples, tokenizer, n_features, max_seq_len):
-    """Print how long the samples are, what max_seq_len cuts off, and the first sample."""
+    """Print how long the samples are, what max_seq_len cuts off, and the first sample.
+
+    -> how many samples lose their whole answer.
+    """
     no_limit = 10**9
     lengths = []
     n_cut = 0
@@ -455,20 +459,28 @@ def print_lengths(samples, tokenizer, n_features, max_seq_len):
     first = data.encode(samples[0], tokenizer, n_features, max_seq_len)
     print("the first sample, with the tokens that carry loss between » and «:")
     print(show(samples[0], first, tokenizer))
+    return n_lost
 
 
 def check_samples(name: str, samples: list[Sample], bad_rows: list[BadRow],
                   tokenizer: data.Tokenizer, n_features: int, max_seq_len: int) -> int:
-    """Print what a source holds and what is wrong with it -> the number of its bad rows.
+    """Print what a source holds and what is wrong with it -> the number of its faults.
 
-    name: the name of the source. bad_rows: those found while reading it. Rows whose picture cannot
-    be decoded are added to them. n_features: the number of tokens per picture.
+    A fault is a bad row, or that nothing can be learned from the source. name: the source's name.
+    bad_rows: those found while reading it. Rows whose picture cannot be decoded are added to them.
+    n_features: the number of tokens per picture.
     """
     bad_rows = bad_rows + bad_pictures(samples, decode_picture)
     for row in bad_rows:
         print(row)
     n_pictures = sum(sample.image is not None for sample in samples)
     print(f"{name}: {len(samples)} samples, {n_pictures} with a picture; {len(bad_rows)} bad rows")
-    if samples:
-        print_lengths(samples, tokenizer, n_features, max_seq_len)
-    return len(bad_rows)
+    n_faults = len(bad_rows)
+    if not samples:
+        print(f"{name}: it holds no samples")
+        return n_faults + 1
+    n_lost = print_lengths(samples, tokenizer, n_features, max_seq_len)
+    if n_lost == len(samples):
+        print(f"--max-seq-len {max_seq_len} cuts off the answer of every sample; raise it")
+        n_faults += 1
+    return n_faults

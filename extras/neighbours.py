@@ -55,8 +55,8 @@ class Neighbours:
             self.is_done = True
             return 0.0, 0.0, 0.0
 
-    def advice(self) -> str | None:
-        """Call this after each step. The advice comes once, or never."""
+    def advice(self, out: str) -> str | None:
+        """Call this after each step. The advice comes once, or never. out: the run's folder."""
         elapsed = time.perf_counter() - self.began
         if self.is_done or elapsed < WATCH_FOR:
             return None
@@ -67,4 +67,5 @@ class Neighbours:
             return None
         return (f"note     other programs use {others:.1f} of {os.cpu_count()} cores, and "
                 "PyTorch's threads wait for each other; if this run is too slow, stop it with "
-                "Ctrl-C and continue with OMP_WAIT_POLICY=passive python train.py --resume")
+                "Ctrl-C and continue with OMP_WAIT_POLICY=passive python train.py --resume "
+                f"--out {out}")

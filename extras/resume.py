@@ -24,7 +24,7 @@ FIXED = ("data", "weights", "multi_turn", "val_fraction", "format", "captions", 
 ONCE = ("out", "adapter", "resume", "max_steps", "device", "compile", "fsdp", "dry_run",
         "tflops", "check")
 # Hashes of a run's data and models, and what the checkpoint was trained with if one differs.
-FOUND = {
+HASHES = {
     "data_hash": "other data: the same number of samples, but different ones",
     "llama_hash": "another LLaMA or another --delta",
     "vit_hash": "another CLIP",
@@ -82,7 +82,7 @@ def hash_llama(llama: str, delta: str | None) -> str:
     return fingerprint(llama) + (fingerprint(delta) if delta else "")
 
 
-def find_models(settings) -> None:
+def hash_models(settings) -> None:
     """Store the hashes of the run's LLaMA and CLIP in its settings."""
     settings.llama_hash = hash_llama(settings.llama, settings.delta)
     settings.vit_hash = fingerprint(settings.vit)
@@ -101,7 +101,7 @@ def note_other_models(llama: str, vit: str, delta: str | None, remembered: dict)
         print(f"note     the adapters were trained with other files than {vit}")
 
 
-def check_found(settings, before: dict) -> None:
+def check_inputs(settings, before: dict) -> None:
     """LavinError if a resumed run has other data or models than the run before it.
 
     A value that one of the two runs does not have is not compared.
@@ -111,7 +111,7 @@ def check_found(settings, before: dict) -> None:
     if settings.n_samples and n_before and settings.n_samples != n_before:
         raise LavinError(f"--resume: {path} was trained on {n_before} samples, "
                          f"not {settings.n_samples}")
-    for name, what in FOUND.items():
+    for name, what in HASHES.items():
         now = getattr(settings, name)
         then = before.get(name)
         if now and then and now != then:

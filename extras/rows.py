@@ -30,7 +30,7 @@ NO_GROUP = "(none)"
 @dataclass
 class Row:
     """What a sample is scored by."""
-    id: str | int           # its "id", or its number in the file
+    id: str | int           # its "id", or its number among the file's rows
     answer: str             # "" if it has none
     group: str              # its value in the field of --by
     choices: list[str]      # to choose from; empty unless asked for

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -209,7 +210,7 @@ def fresh_adapters(settings) -> AdapterConfig:
 
 
 def freeze(lavin: nn.Module, settings) -> None:
-    """The paper's ablations: what is left out of a run is frozen. Frozen routers give ½ and ½.
+    """The paper's ablations: what is left out of a run is frozen.
 
     Frozen adapters stay as they are: the identity, unless --adapter has loaded them.
     Without pictures, the projector and the ViT's adapters are frozen too. Otherwise their gradient
@@ -299,11 +300,20 @@ def describe(lavin: nn.Module, settings, steps_per_epoch: int) -> None:
     print(line)
 
 
+def peak_memory(device: torch.device) -> int:
+    """The peak memory of this process in bytes, on the GPU if it uses one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024          # bytes on macOS, KB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def ways_to_save_memory(settings) -> str:
     """The flags that would shrink a run that does not fit into memory."""
     ways = []
-    if settings.micro_batch > 1:
-        ways.append(f"--micro-batch {settings.micro_batch // 2}")
+    micro_batch = min(settings.micro_batch, settings.batch_size)
+    if micro_batch > 1:
+        ways.append(f"--micro-batch {micro_batch // 2}")
     if not settings.checkpointing:
         ways.append("--checkpointing")
     if settings.bits == 16 and not settings.fsdp:
@@ -507,7 +517,7 @@ class Log:
         self.bar.set_postfix_str(status, refresh=False)
         with self.attempt():
             self.bar.update()
-        advice = self.neighbours.advice()
+        advice = self.neighbours.advice(self.out)
         if advice and ranks.rank() == 0 and not torch.cuda.is_available():
             with self.attempt():
                 self.bar.write(advice, file=sys.stdout)
@@ -545,7 +555,8 @@ def log_scores(line: dict, settings) -> None:
 class StopSignals:
     """In a `with`, SIGINT and SIGTERM are counted, so that a step can finish and be saved.
 
-    Before `listen` is called, a signal still ends the run at once. So does the second of a kind.
+    Before `listen` is called, a signal still ends the run at once. So does a second signal of the
+    same kind.
     """
 
     def __enter__(self):

@@ -28,6 +28,7 @@ class JsonTokenizer:
         self.bos = bos
         self.eos = eos
         self.ends = {eos, *ends}
+        self.n_tokens = max(model.get_vocab(with_added_tokens=True).values()) + 1
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = True      # "<|endoftext|>" in a text is plain text
@@ -47,7 +48,7 @@ class JsonTokenizer:
         return self.eos
 
     def vocab_size(self) -> int:
-        return max(self.model.get_vocab(with_added_tokens=True).values()) + 1
+        return self.n_tokens
 
     def id_to_piece(self, token: int) -> str:
         """A token in readable form, with a space written as ▁, as in sentencepiece."""

@@ -1,5 +1,7 @@
 """The types and ranges of values from outside. Flags, checkpoints and JSON share them.
 
+`meta_name` is also here: extras/hf.py and extras/gguf.py share it to translate tensors' names.
+
     EPOCHS = Kind(int, low=1, high=100_000)
     parser.add_argument("--epochs", type=EPOCHS.parse)          # text from the command line
     EPOCHS.fault(content["epochs"])                             # a value from a file

@@ -29,6 +29,7 @@ import miniature  # noqa: E402
 import train  # noqa: E402
 from extras import terminal  # noqa: E402
 from fast.engine import Engine  # noqa: E402
+from files import read_checkpoint  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 LLAMA = GOLDEN / "llama" / "tiny"
@@ -195,7 +196,7 @@ def trained(call, sqa, tmp_path, runs_folder):
             assert call(train, *flags(sqa, original, "--max-steps", steps))[0] == 0
         out = tmp_path / f"run-{steps}"
         shutil.copytree(original, out)
-        checkpoint = torch.load(out / "checkpoint.pth", weights_only=False)
+        checkpoint = read_checkpoint(out / "checkpoint.pth")
         checkpoint["config"]["data_root"] = str(sqa)
         torch.save(checkpoint, out / "checkpoint.pth")
         return out

@@ -20,7 +20,7 @@ import train
 from adapters import AdapterConfig
 from bench import peak_memory
 from conftest import ADAPTER, LLAMA, VIT, difference
-from files import LavinError, tokenizer_path
+from files import LavinError, read_checkpoint, tokenizer_path
 from model import LaVIN, LLaMAConfig
 from test_errors import ask
 from vit import ViTConfig
@@ -718,6 +718,24 @@ def test_what_is_in_a_checkpoint_of_a_run(call, trained):
     assert code == 0
     assert "step 1 · epoch 0 · data sqa · format QCM-ALE · epochs 4 · batch_size 8" in stdout
     assert "layer   4   text 0." in stdout
+
+
+def test_a_checkpoint_whose_delta_is_gone_is_still_described(call, fails, trained, tmp_path):
+    checkpoint = read_checkpoint(trained(1) / "checkpoint.pth")
+    checkpoint["config"]["delta"] = str(tmp_path / "gone")
+    path = tmp_path / "vicuna.pth"
+    torch.save(checkpoint, path)
+    code, stdout, _ = call(checkpoints, path)
+    assert code == 0 and "add --llama DIR --vit FILE --delta DIR" in stdout
+    fails(checkpoints, path, "--fold", tmp_path / "folded", says=["--delta DIR"])
+    fails(checkpoints, path, "--delta", tmp_path / "gone", says=["gone: no such file"])
+
+
+def test_only_three_widths_of_numbers():
+    with pytest.raises(ValueError, match="bits=6"):
+        checkpoints.load(LLAMA, VIT, bits=6)
+    with pytest.raises(ValueError, match="fsdp=True"):
+        checkpoints.load(LLAMA, VIT, bits=8, fsdp=True)
 
 
 def test_folding_needs_a_llama(fails, tmp_path):

@@ -150,7 +150,7 @@ def test_small_models_give_the_large_ones_memory(shape, batch, bits):
     for n_llama, n_vit in CORNERS:
         small = shape.with_layers(n_llama, n_vit)
         at_corners.append(real_steps(small, settings, batch))
-    assert estimate.extrapolate(large, at_corners) == real_steps(large, settings, batch)
+    assert estimate.extrapolate_memory(large, at_corners) == real_steps(large, settings, batch)
 
 
 def test_a_gpu_takes_more_rows_of_logits_and_rounds_up(shape, text_batch):

@@ -81,9 +81,10 @@ def call_train(tmp_path, call):
     (" Add. ", " 2 ", "Instruction: Add.  2 \nResponse:"),
     ("Add.\n", "", "Instruction: Add.\n \nResponse:"),
     (" Question: x\nResponse: ", "", "Question: x\nResponse:"),
-    ("A  b Response: c  d", "2", "A  b Response: c  d"),
+    ("A  b Response: c  d", "", "A  b Response: c  d"),
+    ("A  b Response: c", "2", "Instruction: A b Response: c 2\nResponse:"),
 ], ids=["empty input", "input", "double space", "three spaces", "spaces at the seams",
-        "newline", "whole prompt", "whole prompt as it is"])
+        "newline", "whole prompt", "whole prompt as it is", "instruction with Response:"])
 def test_the_prompt_is_the_references_to_the_letter(instruction, more, expected):
     """The authors' code makes this prompt from an Alpaca row, which has no picture."""
     assert instruction_prompt(instruction, more) == expected
@@ -550,6 +551,28 @@ def test_check_ends_with_0_where_nothing_is_wrong(folder, call_train):
     code, stdout, stderr = call_train("--data", f"alpaca:{folder / 'alpaca.json'}", "--check")
     assert code == 0, stderr
     assert "2 samples, 0 with a picture; 0 bad rows" in stdout
+
+
+def test_check_names_a_conversation_with_a_bad_picture_once(folder, call_train):
+    path = folder / "talk.json"
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A cat."},
+             {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "It purrs."}]
+    path.write_text(json.dumps([{"id": "1", "image": "a.png", "conversations": turns}]))
+    (folder / "a.png").write_bytes(b"no picture")
+    code, stdout, _ = call_train("--data", f"llava:{path}", "--check")
+    assert code == 1
+    assert "talk.json: 2 samples, 2 with a picture; 1 bad rows" in stdout
+    assert stdout.count("not a picture that Pillow can read") == 1
+
+
+def test_check_says_that_nothing_can_be_learned(folder, call_train):
+    empty = folder / "empty.jsonl"
+    empty.write_text("")
+    code, stdout, _ = call_train("--data", f"jsonl:{empty}", "--check")
+    assert code == 1 and "empty.jsonl: it holds no samples" in stdout
+    source = f"jsonl:{folder / 'mine.jsonl'}"
+    code, stdout, _ = call_train("--data", source, "--check", "--max-seq-len", 16)
+    assert code == 1 and "--max-seq-len 16 cuts off the answer of every sample" in stdout
 
 
 def test_check_looks_at_scienceqa_too(sqa, call_train):

@@ -21,15 +21,17 @@ def watch(monkeypatch):
         monkeypatch.setattr(neighbours, "own_seconds", lambda: next(process))
         watcher = neighbours.Neighbours()
         watcher.began -= seconds
-        found = watcher.advice()
-        assert watcher.advice() is None             # never twice
+        found = watcher.advice("out")
+        assert watcher.advice("out") is None        # never twice
         return found
 
     return advice
 
 
 def test_a_neighbour_that_holds_a_core_is_named(watch):
-    assert "other programs use 1.0 of 2 cores" in watch(busy=40, idle=0, own=20)
+    advice = watch(busy=40, idle=0, own=20)
+    assert "other programs use 1.0 of 2 cores" in advice
+    assert advice.endswith("python train.py --resume --out out")
 
 
 @pytest.mark.parametrize("seconds", [
@@ -55,7 +57,7 @@ def test_no_advice_where_the_system_does_not_count(monkeypatch):
     monkeypatch.setattr(neighbours, "machine_seconds", missing)
     watcher = neighbours.Neighbours()
     watcher.began -= 20
-    assert watcher.advice() is None
+    assert watcher.advice("out") is None
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="only Linux counts in /proc")

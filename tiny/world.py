@@ -481,9 +481,9 @@ def random_item(rng: Random, i: int, split: str) -> Item:
     """Problem i of a split. Every other problem has a picture.
 
     Take the hint "Mia's picture shows a flag, top red, bottom blue." A problem without a picture
-    is about Mia's picture, so the hint is true. In a problem with its own picture, the same hint
-    misleads. So LLaMA has to rely on such a hint in a problem without a picture, and to ignore it
-    in a problem with one.
+    that has such a hint is about Mia's picture, so the hint is true. In a problem with its own
+    picture, the same hint misleads. So LLaMA has to rely on such a hint in a problem without a
+    picture, and to ignore it in a problem with one.
     """
     whose = f"{rng.choice(NAMES)}'s"
     if i % 2:
@@ -544,8 +544,8 @@ def write_json(path, content):
 def make_folder(folder: Path, write: Callable[[Path], None], anew: bool = True) -> None:
     """Call write(temporary folder), then rename it. So the folder is complete or does not exist.
 
-    anew: replace the folder if it exists. If several processes make the same folder, one of them
-    works and the others wait. LavinError if the folder cannot be written.
+    anew: replace the folder if it exists. Several processes take turns; without anew, only the
+    first makes the folder. LavinError if it cannot be written.
     """
     folder = Path(folder)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
@@ -572,9 +572,9 @@ def make_folder(folder: Path, write: Callable[[Path], None], anew: bool = True) 
 def is_meant(args, remembered: dict = {}) -> bool:
     """Does this run use the small world?
 
-    args: flags or settings with the attributes llama, vit, data_root and data. remembered: the
-    settings in the run's checkpoint. The run uses the small world unless one of these names a
-    model, or one of files.DEFAULT_PATHS exists, where real models and data would be.
+    args: flags or settings. remembered: the settings in the run's checkpoint. The run uses the
+    small world unless one of these names a LLaMA or a CLIP, or one of files.DEFAULT_PATHS exists,
+    where real models and data would be.
     """
     for name in ("llama", "vit"):
         if chosen_path(name, args, remembered):
@@ -590,8 +590,9 @@ def chosen_path(name, args, remembered):
 def prepare(args, remembered: dict = {}) -> None:
     """If this run uses the small world, set its paths in args, and draw its data if missing.
 
-    remembered: the settings in a checkpoint, {} without one. LavinError if this run uses files
-    from another version of the small world, or adapters that were trained with another CLIP.
+    args has the attributes llama, vit, data_root and data. remembered: as in is_meant. LavinError
+    if this run uses files from another version of the small world, or adapters that were trained
+    with another CLIP.
     """
     if is_meant(args, remembered):
         print(f"using the small world: none of {', '.join(files.DEFAULT_PATHS.values())} exists")
