@@ -39,6 +39,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -269,6 +270,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status, why):
         self.reply(status, json.dumps({"error": why}).encode())
+
+    def send_error(self, code, message=None, explain=None):
+        """http.server calls this for a request that it cannot read. By default it sends HTML."""
+        self.refuse(code, message or HTTPStatus(code).phrase)
 
     def is_welcome(self):
         """Is the request for one of our names, and not from another site? If not, refuse it."""

@@ -52,6 +52,7 @@ def difference(a, b) -> float:
     if a.dim() > 0 and b.dim() > 0:     # broadcasting would hide that one of them is too short
         assert a.numel() == b.numel(), f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
     if a.numel() == 0:
+        assert b.numel() == 0, "an empty tensor equals no number"
         return 0.0
     return (a - b).detach().abs().max().item()
 
@@ -84,6 +85,12 @@ def flags(sqa, out, *more):
         "--data", "sqa", "--data-root", sqa, "--llama", LLAMA, "--vit", VIT, "--out", out,
         "--epochs", 4, "--batch-size", 8, "--max-seq-len", 160, "--workers", 0, "--eval-limit", 0,
         *more]
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """A test's random numbers do not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -167,8 +174,8 @@ def call(monkeypatch, capsys):
 def fails(call, tmp_path):
     """fails(script, "--flag", value, …, says=[…]): the script exits with 2 and one line on stderr.
 
-    The line holds every text of `says`. The script leaves no checkpoint in tmp_path/out, and no
-    temporary file anywhere.
+    The line holds every text of `says`. In tmp_path, the script leaves no checkpoint in out/ and no
+    temporary file.
     """
     def fails(script, *args, says):
         code, _, stderr = call(script, *args)

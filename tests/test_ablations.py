@@ -11,13 +11,13 @@ import data
 import generate
 import train
 from adapters import Adapter, AdapterConfig
-from conftest import ADAPTER, LLAMA, VIT, difference
+from conftest import ADAPTER, LLAMA, VIT, difference, flags
 from extras import runs
 from extras.serve import Desk
 from fast import ranks
 from fast.fold import fold
 from model import LaVIN, LLaMAConfig
-from test_train import assert_same_run, flags, read_checkpoint, read_metrics
+from test_train import assert_same_run, checkpoint_of, read_metrics
 from vit import ViTConfig
 
 VIT_B_16 = ViTConfig(width=768, layers=12, patch=16)
@@ -100,7 +100,7 @@ def test_without_pictures_none_is_looked_at(call, sqa, tmp_path):
     assert code == 0, stderr
     assert "24 samples, 0 with a picture" in stdout
     assert "projector" not in stdout.split("trained ")[1].splitlines()[0]
-    assert read_checkpoint(out)["config"]["images"] is False
+    assert checkpoint_of(out)["config"]["images"] is False
     code, stdout, stderr = call(
         generate, "--data", "sqa", "--data-root", sqa, "--adapter", out / "checkpoint.pth",
         "--max-new-tokens", 2)
@@ -119,7 +119,7 @@ def test_a_run_with_other_sizes_is_remembered_loaded_and_resumed(call, sqa, tmp_
     assert call(train, "--resume", "--out", parts, "--max-steps", 4)[0] == 0
     assert_same_run(whole, parts)
 
-    state = read_checkpoint(whole)["model"]
+    state = checkpoint_of(whole)["model"]
     assert not [name for name in state if "conv_D" in name or "expert_weights" in name]
     loaded = checkpoints.load(LLAMA, VIT, whole / "checkpoint.pth").adapter_config
     assert dataclasses.replace(loaded, dropout=0.1) == AdapterConfig(

@@ -180,7 +180,7 @@ def test_commands(terminal, tmp_path, lavin):
     assert second.read_text().startswith(start)
 
 
-def test_dropped_turns_are_told_and_the_end_of_input_ends_it(terminal):
+def test_dropped_turns_are_reported_and_the_end_of_input_ends_it(terminal):
     notice = "no longer fit the context of 128 tokens and were dropped"
     assert notice in terminal(*["Name a metal."] * 9)
 

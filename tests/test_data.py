@@ -148,7 +148,7 @@ def test_token_0_may_be_eos(lavin, samples, number):
 
 
 def test_truncation(lavin, samples):
-    """Text is cut to the context, and again once it contains prefix and features.
+    """The whole sequence, prefix and features included, is cut to the context.
 
     One position is reserved for the modality token.
     """
@@ -156,6 +156,7 @@ def test_truncation(lavin, samples):
     cut = data.encode(samples[0], lavin.tokenizer, 2, 80)
     assert cut.tokens.tolist() == whole.tokens[:79].tolist()
     assert cut.labels.tolist() == whole.labels[:79].tolist()
+    assert cut.is_feature.tolist() == whole.is_feature[:79].tolist()
     without_answer = data.encode(samples[0], lavin.tokenizer, 2, 40)
     assert (without_answer.labels == data.IGNORED).all()
 

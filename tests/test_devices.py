@@ -15,11 +15,10 @@ from torch.utils._pytree import tree_leaves
 import checkpoints
 import generate
 import train
-from conftest import ADAPTER, LLAMA, VIT
+from conftest import ADAPTER, LLAMA, VIT, flags
 from extras import terminal
 from fast import engine, ranks
 from files import LavinError, pick_device
-from test_train import flags
 
 
 class NoFloat64(TorchDispatchMode):

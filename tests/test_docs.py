@@ -1,8 +1,9 @@
-"""README, CONTRIBUTING and docs/: every command line parses, docs/paper.md shows what its code
-prints, and docs/flags.md lists the flags as they are.
+"""README, CONTRIBUTING and docs/: every command line parses, every name of the source is there,
+docs/paper.md shows what its code prints, and docs/flags.md lists the flags as they are.
 """
 
 import argparse
+import ast
 import contextlib
 import io
 import re
@@ -19,6 +20,7 @@ from train import Settings
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 SCRIPTS = ("train.py", "generate.py")
+CALL = re.compile(r"\s*(\$ )?(\w+=\S+ )*(\S*python |(srun )?torchrun .*)?(train|generate)\.py -")
 
 
 def code_of(text):
@@ -40,8 +42,8 @@ def commands_of(text):
     commands = []
     for code in code_of(text):
         for part in code.split("&&"):
-            if re.match(r"\s*(\S*python |torchrun .*)?(train|generate)\.py -", part):
-                commands.append(shlex.split(part, comments=True))
+            if CALL.match(part):
+                commands.append(shlex.split(part.removeprefix("$ "), comments=True))
     return commands
 
 
@@ -65,7 +67,7 @@ def check_as_started(monkeypatch):
     """check_command, with the variables that torchrun sets if the command begins with it."""
     def check(command):
         with monkeypatch.context() as patch:
-            if command[0] == "torchrun":
+            if "torchrun" in command:
                 patch.setenv("RANK", "0")
                 patch.setenv("WORLD_SIZE", "8")
             check_command(command)
@@ -111,6 +113,50 @@ def test_every_flag_is_on_its_page_and_says_what_it_is_for():
                 assert re.search(rf"^\| `{name}\b.*` \| \w", page, re.MULTILINE), name
 
 
+# What README says about the source
+
+
+def names_in(path):
+    """All names that a module defines: "LaVIN", "LaVIN.forward", "FIXED"."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign):
+            names.update(target.id for target in node.targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+            for inner in node.body:
+                if isinstance(inner, ast.FunctionDef):
+                    names.add(f"{node.name}.{inner.name}")
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_every_name_that_a_page_mentions_is_in_its_file(page):
+    for file, name in re.findall(r"`([\w/]+\.py): ([\w.]+)`", page.read_text(encoding="utf-8")):
+        assert name in names_in(ROOT / file), f"{page.name}: {file}: {name}"
+
+
+def test_the_files_are_as_long_as_readme_says():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    counts = re.findall(r"`(\w+\.py)`(?: \| | \()(\d+)", readme)
+    assert len(counts) == 9
+    for file, count in counts:
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        assert len(lines) == int(count), file
+
+
+def test_the_lines_to_read_are_where_readme_says():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first, last = map(int, re.search(r"\(lines (\d+)–(\d+)\)", readme).groups())
+    lines = (ROOT / "data.py").read_text(encoding="utf-8").splitlines()
+    assert lines[first - 1] == "# Samples, tokens, batches"
+    assert lines[last + 2].startswith("# Which samples")        # two blank lines, the next section
+    end = int(re.search(r"the end of `train` \(line (\d+)\)", readme).group(1))
+    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    ends = {node.name: node.end_lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert end == ends["train"]
+
+
 # The checks themselves can fail
 
 
@@ -139,6 +185,8 @@ python3 -m venv .venv && .venv/bin/python train.py --out a     # a comment
 torchrun --nproc-per-node 8 train.py --data sqa
 python generate.py --prompt "two words" \\
     --image x.png && generate.py --serve
+$ .venv/bin/python generate.py --chat
+OMP_NUM_THREADS=1 srun torchrun --nnodes 2 train.py --fsdp
 saved    out/checkpoint.pth
 ```
 """
@@ -147,7 +195,9 @@ saved    out/checkpoint.pth
         [".venv/bin/python", "train.py", "--out", "a"],
         ["torchrun", "--nproc-per-node", "8", "train.py", "--data", "sqa"],
         ["python", "generate.py", "--prompt", "two words", "--image", "x.png"],
-        ["generate.py", "--serve"]]
+        ["generate.py", "--serve"],
+        [".venv/bin/python", "generate.py", "--chat"],
+        ["OMP_NUM_THREADS=1", "srun", "torchrun", "--nnodes", "2", "train.py", "--fsdp"]]
 
 
 @pytest.mark.parametrize("command", [

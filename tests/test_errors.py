@@ -13,8 +13,7 @@ import pytest
 import data
 import generate
 import train
-from conftest import ADAPTER, LLAMA, ROOT, VIT
-from test_train import flags
+from conftest import ADAPTER, LLAMA, ROOT, VIT, flags
 
 
 MODEL = ("--adapter", ADAPTER, "--llama", LLAMA, "--vit", VIT, "--max-new-tokens", 2)

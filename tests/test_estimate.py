@@ -10,11 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
 import train
-from conftest import LLAMA, VIT
+from conftest import LLAMA, VIT, flags
 from extras import estimate
 from extras.estimate import CORNERS, LiveBytes, Memory
 from fast import ops, ranks
-from test_train import flags
 
 
 @pytest.fixture(scope="module")

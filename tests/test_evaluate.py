@@ -157,7 +157,7 @@ BAD = ("34", "40")
 
 
 @pytest.fixture
-def test_split(sqa):
+def damaged_split(sqa):
     """(problems, samples) of the test split. Two of its six pictures were damaged since."""
     problems, samples = load_sqa(sqa, "test")
     vanished, overwritten = BAD
@@ -169,9 +169,9 @@ def test_split(sqa):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("letters", [False, True], ids=["generated", "letters"])
 def test_a_bad_picture_costs_its_own_answer_alone(
-        sqa, test_split, capsys, workers, letters):
+        sqa, damaged_split, capsys, workers, letters):
     lavin = checkpoints.load(LLAMA, VIT, max_seq_len=300)
-    problems, samples = test_split
+    problems, samples = damaged_split
     how = {"letters": letters, "batch_size": 4, "workers": workers}
     if not letters:
         how["max_new_tokens"] = 3
@@ -190,10 +190,10 @@ def test_a_bad_picture_costs_its_own_answer_alone(
     assert alone.outputs() == {sample.id: outputs[sample.id] for sample in others}
 
 
-def test_answers_outlast_what_ends_the_run(test_split, monkeypatch):
+def test_answers_outlast_what_ends_the_run(damaged_split, monkeypatch):
     """Answers given before an interruption are kept, and the others are missing."""
     lavin = checkpoints.load(LLAMA, VIT, max_seq_len=300)
-    _, samples = test_split
+    _, samples = damaged_split
     prefill = Engine.prefill
     calls = []
 
@@ -212,10 +212,10 @@ def test_answers_outlast_what_ends_the_run(test_split, monkeypatch):
     assert "the run ended before this answer" in answers.missing().values()
 
 
-def test_the_engine_has_no_rows_that_nobody_needs(test_split, monkeypatch):
+def test_the_engine_has_no_rows_that_nobody_needs(damaged_split, monkeypatch):
     """--batch-size 100000 asks for that many rows of cache, even if there are few samples."""
     lavin = checkpoints.load(LLAMA, VIT, max_seq_len=300)
-    problems, samples = test_split
+    problems, samples = damaged_split
     rows = []
     make = Engine.__init__
 
@@ -235,15 +235,17 @@ def test_the_engine_has_no_rows_that_nobody_needs(test_split, monkeypatch):
 
 def test_the_routing_is_printed_with_how_far_apart_the_modalities_are(capsys, tmp_path):
     lavin = checkpoints.load(LLAMA, VIT, ADAPTER)
-    first = lavin.route()[:, :, 0]                      # (layers, 2 modalities)
+    trained = lavin.route()                             # (layers, 2 modalities, 2 experts)
+    first = trained[:, :, 0]
     apart = (first[:, 0] - first[:, 1]).abs()
     evaluate.show_routing(lavin, tmp_path / "routing.png")
     header, *rows, distances, written = capsys.readouterr().out.splitlines()
     assert "text, trained" in header and "picture, untrained" in header
-    for number, row in enumerate(rows):
-        cells = row.split()
-        assert int(cells[0]) == number + 1
-        assert (cells[1], cells[3]) == (f"{first[number, 0]:.3f}", f"{first[number, 1]:.3f}")
+    untrained = lavin.route()                           # show_routing has drawn new routers
+    assert difference(trained, untrained) > 0.01
+    weights = torch.cat([trained, untrained], dim=1).flatten(1)     # (layers, 8)
+    for number, (row, expected) in enumerate(zip(rows, weights.tolist(), strict=True), 1):
+        assert row.split() == [str(number), *(f"{weight:.3f}" for weight in expected)]
     shown = " ".join(f"{distance:.3f}" for distance in apart)
     assert distances == (f"distance between text and picture: {shown} · mean {apart.mean():.3f} · "
                          f"largest {apart.max():.3f}, layer {int(apart.argmax()) + 1}")

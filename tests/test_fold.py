@@ -74,10 +74,10 @@ def test_a_batch_of_the_other_modality_is_refused(lavin, samples):
 
 
 def test_what_cannot_be_folded(lavin):
-    with pytest.raises(ValueError, match="fold"):
+    with pytest.raises(ValueError, match="already folded"):
         fold(fold(lavin, 0), 0)
     for modality in (2, -1):
-        with pytest.raises(ValueError, match="fold"):
+        with pytest.raises(ValueError, match="the modalities are 0 and 1"):
             fold(lavin, modality)
 
 

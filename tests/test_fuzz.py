@@ -35,12 +35,15 @@ import checkpoints
 import generate
 import miniature
 import train
-from extras import benchmarks, hf, instructions, scienceqa, serve, terminal
+from extras import benchmarks, flags, hf, instructions, scienceqa, serve, terminal
 from extras.values import ADAPTER_ARGS, LLAMA_PARAMS, PROGRESS, QUESTION, SETTINGS
 from files import LavinError, tokenizer_path
+from test_hf import CONFIG as HF_CONFIG, clip_folder, write_golden_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")       # PyTorch warns of these odd tensors
 
+CLIP_CONFIG = {"model_type": "clip_vision_model", "hidden_size": 64, "num_attention_heads": 1,
+               "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 DEADLINE = 60           # seconds
 MEMORY = 12 * 2**30     # bytes of address space, to protect the machine
 UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -219,11 +222,22 @@ class Place:
         self.llama_state = torch.load(LLAMA / "consolidated.00.pth", weights_only=True)
         self.adapter = torch.load(ADAPTER, weights_only=False)
         self.clip_state = dict(checkpoints.read_clip_state(VIT))
+        self.make_hf_models()
         self.make_names()
         self.run = self.folder / "run"
         code, stderr = end_of(train, *self.train_flags(self.run), "--max-steps", "1")
         assert code == 0, stderr
         self.checkpoint = torch.load(self.run / "checkpoint.pth", weights_only=False)
+
+    def make_hf_models(self):
+        """The tensors of LLAMA and VIT with Hugging Face's names. As they are, they load."""
+        golden = self.fresh()
+        self.hf_llama = write_golden_folder(golden / "llama")
+        (golden / "clip").mkdir()
+        clip_folder(golden / "clip", torch.clone, "mlp.fc1")
+        self.hf_clip = torch.load(golden / "clip" / "pytorch_model.bin", weights_only=True)
+        write_hf_folder(golden / "llama", self.hf_llama)
+        checkpoints.load(golden / "llama", golden / "clip", ADAPTER)
 
     def make_names(self):
         """Names of things that are not plain files, and of things that do not exist."""
@@ -315,18 +329,15 @@ def assert_clean(action, *args):
 
 # The families of cases. Each function runs one case, drawn from a generator.
 
-NOT_RUN = ("resume", "check", "dry_run", "captions", "multi_turn", "skip_bad", "routing",
-           "compile", "checkpointing", "fsdp")             # switches take no value
+def flags_with_a_value(parser):
+    return [action.option_strings[-1] for action in parser._actions if action.nargs != 0]
 
 
 def flag_of_train(rng, place):
-    name = rng.choice([name for name in sorted(SETTINGS) if name not in NOT_RUN
-                       and not name.startswith(("n_", "betas", "weight_decay"))
-                       and not name.endswith("_hash")])
-    flag = "--" + name.replace("_", "-")
+    flag = rng.choice(flags_with_a_value(flags.train_parser("")))
     out = place.folder / "no-such-run"
     args = [*place.train_flags(out), "--dry-run", f"{flag}={rng.choice(TEXTS)}"]
-    if name == "out":
+    if flag == "--out":
         args += ["--resume"]
     assert_clean_end(*end_of(train, *args))
 
@@ -424,20 +435,26 @@ def params_json(rng, place):
         assert_clean(lambda: checkpoints.load(folder, VIT, None))
 
 
-HF_CONFIG = {
-    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "intermediate_size": 172, "rms_norm_eps": 1e-5, "vocab_size": 512,
-    "rope_theta": 10000.0, "hidden_act": "silu", "rope_scaling": None, "tie_word_embeddings": False}
+def spoil_config(config, rng):
+    """A config.json with junk: mostly as the value of a setting that we read."""
+    if rng.random() < 0.7:
+        return config | {rng.choice(sorted(config)): junk(rng)}
+    return spoil_json(config, rng)
 
 
 def config_json(rng, place):
     folder = place.fresh()
-    if rng.random() < 0.7:
-        content = HF_CONFIG | {rng.choice(sorted(HF_CONFIG)): junk(rng)}
-    else:
-        content = spoil_json(HF_CONFIG, rng)
-    write_json(folder / "config.json", content, rng)
+    write_json(folder / "config.json", spoil_config(HF_CONFIG, rng), rng)
     assert_clean(checkpoints.read_params, folder, 512)
+
+
+def config_of_clip(rng, place):
+    folder = place.fresh()
+    torch.save(place.hf_clip, folder / "pytorch_model.bin")
+    config = CLIP_CONFIG
+    if rng.random() < 0.5:
+        config = {"model_type": "clip", "vision_config": config}
+    write_json(folder / "config.json", spoil_config(config, rng), rng)
     assert_clean(hf.read_clip, folder)
 
 
@@ -448,35 +465,27 @@ def json_of_sqa(name):
         return json.loads(Path(folder, "sqa", name).read_text())
 
 
-# {Meta's name: Hugging Face's}, without the number of the layer.
-HF_NAMES = {name: hf_name for hf_name, name in hf.LLAMA_NAMES.items()}
-
-
-def hf_name(name):
-    """Meta's name of a tensor -> Hugging Face's."""
-    stem, _, kind = name.rpartition(".")
-    layer = re.fullmatch(r"layers\.(\d+)\.(.+)", stem)
-    if layer:
-        number, part = layer.groups()
-        return f"model.layers.{number}.{HF_NAMES[part]}.{kind}"
-    return f"{HF_NAMES[stem]}.{kind}"
+def write_hf_folder(folder, state):
+    """A LLaMA in Hugging Face's layout."""
+    (folder / "config.json").write_text(json.dumps(HF_CONFIG))
+    shutil.copy(tokenizer_path(LLAMA), folder)
+    torch.save(state, folder / "pytorch_model.bin")
 
 
 def tensor_of_hf(rng, place):
     folder = place.fresh()
-    write_json(folder / "config.json", HF_CONFIG, Random(99))
-    shutil.copy(tokenizer_path(LLAMA), folder)
-    state = {}
-    for name, tensor in place.llama_state.items():
-        if not name.endswith("rope.freqs"):
-            state[hf_name(name)] = tensor
-    if rng.random() < 0.9:
-        state = spoil(state, rng)
-    torch.save(state, folder / "pytorch_model.bin")
+    write_hf_folder(folder, spoil(place.hf_llama, rng))
     if rng.random() < 0.2:
         index = {"weight_map": {"x": "pytorch_model.bin"}}
         write_json(folder / "pytorch_model.bin.index.json", spoil_json(index, rng), rng)
     assert_clean(lambda: checkpoints.load(folder, VIT, ADAPTER))
+
+
+def tensor_of_hf_clip(rng, place):
+    folder = place.fresh()
+    (folder / "config.json").write_text(json.dumps(CLIP_CONFIG))
+    torch.save(spoil(place.hf_clip, rng), folder / "pytorch_model.bin")
+    assert_clean(checkpoints.read_clip, folder)
 
 
 def text_of_mme(rng, place):
@@ -589,9 +598,11 @@ FAMILIES = {
     tensor_of_optimizer: 6,
     params_json: 150,
     config_json: 150,
+    config_of_clip: 50,
     file_of_sqa: 100,
     row_of_instructions: 200,
     tensor_of_hf: 15,
+    tensor_of_hf_clip: 15,
     captions_file: 100,
     text_of_mme: 50,
     question_of_a_page: 200,

@@ -17,7 +17,7 @@ import checkpoints
 import generate
 import train
 from adapters import AdapterConfig
-from conftest import ADAPTER, LLAMA, VIT, difference
+from conftest import ADAPTER, LLAMA, VIT, difference, flags
 from extras import hf
 from extras.flags import generate_parser
 from fast.fold import fold
@@ -25,7 +25,6 @@ from files import LavinError, tokenizer_path
 from model import rope_frequencies
 from test_checkpoints import FAULTS
 from test_errors import ask
-from test_train import flags
 from vit import VisionTransformer
 
 

@@ -433,7 +433,7 @@ def test_a_link_to_a_picture_elsewhere_is_followed(folder, tmp_path_factory):
     assert samples[1].image == str(folder / "a.png") and not bad_rows
 
 
-def no_text(path):
+def not_a_picture(path):
     path.write_bytes(b"no picture")
 
 
@@ -446,7 +446,7 @@ def a_pipe(path):
     os.mkfifo(path)
 
 
-@pytest.mark.parametrize("damage", [no_text, a_program, a_pipe])
+@pytest.mark.parametrize("damage", [not_a_picture, a_program, a_pipe])
 def test_a_row_whose_picture_is_none_stops_the_run_or_is_skipped(folder, call_train, damage):
     damage(folder / "a.png")
     source = f"jsonl:{folder / 'mine.jsonl'}"

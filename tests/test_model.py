@@ -5,16 +5,18 @@ import json
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import checkpoints
 import data
 import model
+import vit
 from adapters import AdapterConfig
 from conftest import ADAPTER, LLAMA, VIT, difference
 from fast import engine
 from fast.ops import rotate
 from model import LaVIN, LLaMA, LLaMAConfig, RMSNorm, pick
-from vit import ViTConfig
+from vit import LayerNorm, ViTConfig
 
 
 def test_norms_are_computed_in_fp32_whatever_the_products_are():
@@ -25,6 +27,15 @@ def test_norms_are_computed_in_fp32_whatever_the_products_are():
     expected = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
     with torch.autocast("cpu", torch.bfloat16):
         assert difference(norm(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("make_norm", [lambda: RMSNorm(128, 1e-5), lambda: LayerNorm(128)])
+def test_norms_do_not_overflow_in_fp16(make_norm):
+    """The square of 300 is beyond fp16's largest number."""
+    norm = make_norm().half()
+    norm.weight.data.fill_(1.0)
+    signs = torch.tensor([1.0, -1.0]).repeat(64)
+    assert difference(norm(300 * signs.half()).float(), signs) < 1e-3
 
 
 # Sizes
@@ -142,13 +153,14 @@ def masked_attention(attention, y, rope, mask):
     return attention.wo((p @ v).transpose(1, 2).flatten(2))
 
 
-def test_the_modality_token_may_be_left_out_of_the_sequence(lavin, samples):
+@pytest.mark.parametrize("number", range(4))
+def test_the_modality_token_may_be_left_out_of_the_sequence(lavin, samples, number):
     """The paper's way gives the same logits as ours.
 
     In the paper, the token stands in front of the sequence, and a mask hides it. Every layer
     computes the experts' weights from it.
     """
-    batch = lavin.batch(samples[:1])
+    batch = lavin.batch([samples[number]])
     token = lavin.modality_embedding[batch.modality[:1]]            # (1, C)
     x = torch.cat([token[None], lavin.embed(batch)], dim=1)
     T = x.shape[1]
@@ -243,17 +255,33 @@ def test_half_precision(samples, expected, dtype):
     assert len(engine.generate(lavin, samples, 3)) == 4
 
 
-def test_checkpointing_changes_nothing(lavin, samples):
-    """Gradients are equal to the bit, with recomputed and with stored activations."""
+def test_checkpointing_changes_nothing(lavin, samples, monkeypatch):
+    """Gradients are equal to the bit, with recomputed and with stored activations.
+
+    The model is in train mode, so the recomputed dropout must have the same masks.
+    """
+    checkpointed = []
+
+    def counted(layer, *args, **options):
+        checkpointed.append(layer)
+        return checkpoint(layer, *args, **options)
+
+    monkeypatch.setattr(model, "checkpoint", counted)
+    monkeypatch.setattr(vit, "checkpoint", counted)
+    lavin.train()
     batch = lavin.batch(samples)
+    torch.manual_seed(0)
     lavin(batch).backward()
+    assert not checkpointed
     plain = {}
     for name, gradient in checkpoints.to_official(lavin, grad=True).items():
         plain[name] = gradient.clone()
     lavin.zero_grad()
     lavin.llama.checkpointing = True
     lavin.vit.checkpointing = True
+    torch.manual_seed(0)
     lavin(batch).backward()
+    assert checkpointed == [*lavin.vit.resblocks, *lavin.llama.layers]
     for name, gradient in checkpoints.to_official(lavin, grad=True).items():
         assert difference(gradient, plain[name]) == 0, name
 

@@ -226,7 +226,7 @@ def test_stop(page, monkeypatch):
     assert page.locator("#ask").inner_text() == "Ask"
 
 
-def test_turns_that_do_not_fit_are_told_and_not_sent_again(page):
+def test_turns_that_do_not_fit_are_reported_and_not_sent_again(page):
     for _ in range(12):
         ask(page, "Which colour is the sky, and which colour is the grass?")
     notes = page.locator("#turns .note").all_inner_texts()

@@ -24,6 +24,7 @@ import checkpoints
 import generate
 import train
 from extras import evaluate, terminal
+from extras.flags import check_settings
 from extras.scienceqa import load_sqa
 from fast import ranks
 from files import LavinError
@@ -116,12 +117,17 @@ def test_a_rank_that_dies_ends_the_run_with_its_own_error(sqa, tmp_path):
     assert not (out / "checkpoint.pth").exists()
 
 
-@pytest.mark.parametrize("more", [["--fsdp"], ["--fsdp", "--bits", 8]])
-def test_fsdp_alone_or_with_quantized_matrices_is_refused(sqa, tmp_path, call, more):
-    code, _, stderr = call(train, *flags(sqa, tmp_path / "out", *more))
-    assert code == 2
-    assert "torchrun" in stderr
+def test_fsdp_without_torchrun_is_refused(sqa, tmp_path, fails):
+    fails(train, *flags(sqa, tmp_path / "out", "--fsdp"), says=["torchrun"])
     assert not (tmp_path / "out").exists()
+
+
+def test_fsdp_with_quantized_matrices_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_settings(train.Settings(fsdp=True))
+    with pytest.raises(LavinError, match="--fsdp"):
+        check_settings(train.Settings(fsdp=True, bits=8))
 
 
 # Scores at the end of a run
@@ -251,7 +257,7 @@ def test_ranks_answer_as_one_does(sqa, mme, tmp_path, call):
         assert printed.count(reports[name]) == 2, name
 
 
-def test_a_picture_that_cannot_be_decoded_is_told_once(sqa, mme, tmp_path, call):
+def test_a_picture_that_cannot_be_decoded_is_reported_once(sqa, mme, tmp_path, call):
     asked = questions(tmp_path, sqa, mme)["sqa"]
     pictures = sorted((sqa / "images" / "test").glob("*/image.png"))
     for picture in pictures[:3]:

@@ -13,12 +13,12 @@ import torch
 import checkpoints
 import train
 from adapters import AdapterConfig
-from conftest import ADAPTER, LLAMA, ROOT, VIT, wait_for_torch
+from conftest import ADAPTER, LLAMA, ROOT, VIT, flags, wait_for_torch
 from extras import resume, runs
 from files import LavinError, tokenizer_path
 from model import LLaMA
 from test_errors import edit
-from test_train import flags, read_checkpoint
+from test_train import checkpoint_of
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def to_a_number(moment):
 def test_a_state_of_the_optimizer_that_is_not_the_models(fails, finished_run, damage, says):
     """With moments of the wrong shape, the fused AdamW wrote out of bounds and crashed."""
     path = finished_run / "checkpoint.pth"
-    checkpoint = read_checkpoint(finished_run)
+    checkpoint = checkpoint_of(finished_run)
     damage(checkpoint)
     torch.save(checkpoint, path)
     before = path.read_bytes()
@@ -208,7 +208,7 @@ def test_a_state_of_the_optimizer_that_is_not_the_models(fails, finished_run, da
 def test_a_state_without_a_step_is_sound(call, finished_run):
     """In fp16, the first steps may all overflow. Then AdamW has counted none of them."""
     path = finished_run / "checkpoint.pth"
-    checkpoint = read_checkpoint(finished_run)
+    checkpoint = checkpoint_of(finished_run)
     for state in checkpoint["optimizer"]["state"].values():
         state["step"].zero_()
     torch.save(checkpoint, path)
@@ -221,7 +221,7 @@ def test_a_state_in_odd_memory_is_copied(call, trained, tmp_path):
     """Moments that share a storage or have other strides give the same run as plain ones."""
     run = trained(2)
     other = tmp_path / "other"
-    checkpoint = read_checkpoint(run)
+    checkpoint = checkpoint_of(run)
     for state in checkpoint["optimizer"]["state"].values():
         both = torch.stack([state["exp_avg"], state["exp_avg_sq"]], dim=-1)
         state["exp_avg"] = both[..., 0]
@@ -230,15 +230,15 @@ def test_a_state_in_odd_memory_is_copied(call, trained, tmp_path):
     torch.save(checkpoint, other / "checkpoint.pth")
     for out in (run, other):
         assert call(train, "--resume", "--out", out, "--max-steps", 4)[0] == 0
-    left = read_checkpoint(run)["model"]
-    right = read_checkpoint(other)["model"]
+    left = checkpoint_of(run)["model"]
+    right = checkpoint_of(other)["model"]
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_a_scaler_that_is_not_one(call, fails, sqa, tmp_path):
     run = tmp_path / "run"
     assert call(train, *flags(sqa, run, "--max-steps", 1, "--dtype", "fp16"))[0] == 0
-    checkpoint = read_checkpoint(run)
+    checkpoint = checkpoint_of(run)
     for scaler in (
             {},
             {"scale": float("inf"), "_growth_tracker": 0},
@@ -269,11 +269,11 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(
     assert code == 2
     assert len(stderr.splitlines()) == 1
     assert "is not finite after step 2; stopped without saving" in stderr
-    assert read_checkpoint(out)["step"] == 1
+    assert checkpoint_of(out)["step"] == 1
 
 
 def test_a_nan_in_a_resumed_state_is_refused(fails, finished_run):
-    checkpoint = read_checkpoint(finished_run)
+    checkpoint = checkpoint_of(finished_run)
     checkpoint["model"]["adapter_modality_embedding.weight"][0, 0] = float("nan")
     torch.save(checkpoint, finished_run / "checkpoint.pth")
     fails(train, "--resume", "--out", finished_run, says=[
@@ -322,7 +322,7 @@ def test_a_full_disk_for_the_log_stops_the_run_after_saving(call, sqa, tmp_path,
     assert code == 2
     assert stderr == (f"error: {out}/metrics.jsonl cannot be written (No space left on device); "
                       "stopped after step 2 and saved it\n")
-    assert read_checkpoint(out)["step"] == 2
+    assert checkpoint_of(out)["step"] == 2
 
 
 def test_a_terminal_that_is_gone_stops_the_run_after_saving(call, sqa, tmp_path, monkeypatch):
@@ -340,7 +340,7 @@ def test_a_terminal_that_is_gone_stops_the_run_after_saving(call, sqa, tmp_path,
     assert code == 2
     assert stderr == ("error: standard output cannot be written (No space left on device); "
                       "stopped after step 3 and saved it\n")
-    assert read_checkpoint(out)["step"] == 3
+    assert checkpoint_of(out)["step"] == 3
 
 
 def test_a_folder_that_is_deleted_in_the_run(call, sqa, tmp_path, monkeypatch):
@@ -357,13 +357,13 @@ def test_a_folder_that_is_deleted_in_the_run(call, sqa, tmp_path, monkeypatch):
     assert code == 2
     assert stderr == (f"error: {out}/metrics.jsonl was deleted; stopped after step 3 "
                       "and saved it\n")
-    assert read_checkpoint(out)["step"] == 3
+    assert checkpoint_of(out)["step"] == 3
     assert call(train, "--resume", "--out", out, "--max-steps", 4)[0] == 0
 
 
 def test_a_full_disk_for_the_checkpoint(call, finished_run):
     """A limit on the file size has the same effect on a write as a full disk."""
-    before = read_checkpoint(finished_run)
+    before = checkpoint_of(finished_run)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
@@ -373,7 +373,7 @@ def test_a_full_disk_for_the_checkpoint(call, finished_run):
     assert code == 2
     assert stderr == (f"error: {finished_run}/checkpoint.pth: cannot be written "
                       "(File too large)\n")
-    assert read_checkpoint(finished_run)["step"] == before["step"]
+    assert checkpoint_of(finished_run)["step"] == before["step"]
     assert not list(finished_run.glob("*.tmp"))
 
 

@@ -9,11 +9,11 @@ import pytest
 
 import generate
 import train
+from conftest import flags
 from extras.scienceqa import load_sqa
 from files import LavinError
 from test_data import outcome
 from test_errors import ask, edit
-from test_train import flags
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -157,9 +158,13 @@ def test_generate_says_what_is_wrong_in_any_terminal():
     ["--prompt", "What?", "--temperature", 1],
     ["--data", "sqa", "--score", "letters"],
     ["--data", "sqa", "--max-new-tokens", 2],
-], ids=["greedy", "sampled", "letters", "texts"])
-def test_logits_that_are_not_finite_are_one_line(flags, fails, monkeypatch, sqa):
+    ["--data", "jsonl:rows.jsonl", "--score", "choices"],
+], ids=["greedy", "sampled", "letters", "texts", "choices"])
+def test_logits_that_are_not_finite_are_one_line(flags, fails, monkeypatch, sqa, tmp_path):
     """fp16 may overflow. The largest of NaN logits would be the first token."""
+    monkeypatch.chdir(tmp_path)
+    rows = ['{"prompt": "x", "answer": "yes"}', '{"prompt": "y", "answer": "no"}']
+    Path("rows.jsonl").write_text("\n".join(rows))
     load = checkpoints.load
 
     def load_broken(*args, **how):

@@ -379,8 +379,8 @@ def test_a_half_made_world_is_never_left(small_world, monkeypatch, error):
     assert not list(small_world.parent.glob("*.tmp"))
 
 
-def test_two_processes_make_one_world(tmp_path):
-    """The second process waits for the first and uses its world.
+def test_two_calls_at_once_make_one_world(tmp_path):
+    """The second call waits for the first and uses its world.
 
     What a killed process left behind is removed.
     """

@@ -16,6 +16,8 @@ import torch
 
 import checkpoints
 import data
+import files
+import generate
 import train
 from conftest import ADAPTER, LLAMA, ROOT, VIT, difference, flags
 from extras import runs
@@ -25,8 +27,8 @@ from fast import ranks
 from model import LaVIN
 
 
-def read_checkpoint(out):
-    return torch.load(out / "checkpoint.pth", weights_only=False)
+def checkpoint_of(out):
+    return files.read_checkpoint(out / "checkpoint.pth")
 
 
 def read_metrics(out):
@@ -35,8 +37,8 @@ def read_metrics(out):
 
 def assert_same_run(a, b):
     """Two runs have exactly the same weights, optimizer state and losses."""
-    left = read_checkpoint(a)
-    right = read_checkpoint(b)
+    left = checkpoint_of(a)
+    right = checkpoint_of(b)
     assert left["step"] == right["step"]
     for name, weight in left["model"].items():
         assert torch.equal(weight, right["model"][name]), name
@@ -74,8 +76,7 @@ def test_micro_batches_do_not_change_the_gradient(sqa):
     assert difference(losses, losses[0]) < 1e-5
     for other in gradients[1:]:
         for name, gradient in gradients[0].items():
-            largest = max(1, gradient.abs().max())
-            assert difference(gradient, other[name]) < 1e-5 * largest, name
+            assert difference(gradient, other[name]) < 5e-5 * gradient.abs().max(), name
 
 
 def test_schedule():
@@ -133,7 +134,7 @@ def test_a_run_from_start_to_table(call, sqa, tmp_path):
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert scores["split"] == "val" and scores["step"] == 6 and "AVG" in scores
-    config = read_checkpoint(out)["config"]
+    config = checkpoint_of(out)["config"]
     assert config["llama"] == str(LLAMA)
     assert config["dtype"] == "fp32"
     assert config["lr"] == 0.01
@@ -206,10 +207,38 @@ def test_a_loss_that_is_not_finite_stops_the_run(call, sqa, tmp_path):
 def test_fp16_scales_its_loss(call, sqa, tmp_path):
     out = tmp_path / "out"
     assert call(train, *flags(sqa, out, "--dtype", "fp16", "--max-steps", 2))[0] == 0
-    checkpoint = read_checkpoint(out)
+    checkpoint = checkpoint_of(out)
     assert checkpoint["scaler"]["scale"] > 0
     assert checkpoint["config"]["dtype"] == "fp16"
     assert {weight.dtype for weight in checkpoint["model"].values()} == {torch.float32}
+
+
+def test_bf16_trains_about_the_same(call, sqa, tmp_path):
+    losses = []
+    for dtype in ("fp32", "bf16"):
+        out = tmp_path / dtype
+        assert call(train, *flags(sqa, out, "--dtype", dtype, "--max-steps", 4))[0] == 0
+        losses.append(torch.tensor([line["loss"] for line in read_metrics(out)]))
+    assert 0 < difference(losses[0], losses[1]) < 0.02 * losses[0].max()
+
+
+def test_a_run_in_4_bits_is_resumed_and_asked_in_4_bits(call, sqa, tmp_path, monkeypatch):
+    loaded = []
+    load = checkpoints.load
+
+    def watched(*args, **settings):
+        loaded.append(settings["bits"])
+        return load(*args, **settings)
+
+    monkeypatch.setattr(checkpoints, "load", watched)
+    out = tmp_path / "out"
+    assert call(train, *flags(
+        sqa, out, "--bits", 4, "--checkpointing", "--max-steps", 2))[0] == 0
+    assert call(train, "--resume", "--out", out, "--max-steps", 3)[0] == 0
+    assert checkpoint_of(out)["step"] == 3
+    adapter = out / "checkpoint.pth"
+    assert call(generate, "--adapter", adapter, "--prompt", "x", "--max-new-tokens", 2)[0] == 0
+    assert loaded == [4, 4, 4]
 
 
 def test_compiled_blocks_train_the_same(call, sqa, tmp_path, monkeypatch):
@@ -239,7 +268,7 @@ def test_compiled_blocks_train_the_same(call, sqa, tmp_path, monkeypatch):
     assert difference(compiled, eager) < 1e-5
 
 
-def test_a_dry_run_tells_memory_and_time_and_writes_nothing(call, sqa, tmp_path):
+def test_a_dry_run_reports_memory_and_time_and_writes_nothing(call, sqa, tmp_path):
     code, stdout, _ = call(train, *flags(sqa, tmp_path / "out", "--dry-run"))
     assert code == 0
     assert "peak memory" in stdout
@@ -257,7 +286,7 @@ def test_the_plan_of_a_dry_run_can_be_sent_to_workers():
     assert len(plan(1)) == 2
 
 
-def test_ranks_without_work_are_told(capsys, monkeypatch):
+def test_ranks_without_work_are_reported(capsys, monkeypatch):
     monkeypatch.setattr(ranks, "count", lambda: 16)
     runs.print_batch(train.Settings(batch_size=32, micro_batch=4))
     assert "note     8 of 16 ranks have work in each step" in capsys.readouterr().out
@@ -297,8 +326,8 @@ def test_a_run_starts_from_the_weights_of_adapter(call, trained, sqa, tmp_path):
     out = tmp_path / "out"
     assert call(train, *flags(sqa, out, "--max-steps", 1, "--adapter", ADAPTER))[0] == 0
     given = torch.load(ADAPTER, weights_only=False)["model"]
-    fresh = read_checkpoint(trained(1))["model"]
-    saved = read_checkpoint(out)["model"]
+    fresh = checkpoint_of(trained(1))["model"]
+    saved = checkpoint_of(out)["model"]
     assert saved.keys() == given.keys()
     for name, weight in saved.items():
         assert torch.equal(weight, given[name].float()), name
@@ -328,6 +357,19 @@ def test_a_run_in_two_parts_is_the_unbroken_run(call, trained, cut):
     assert_same_run(whole, parts)
 
 
+def test_flags_for_speed_and_memory_may_change_at_resume(call, sqa, tmp_path):
+    """Without dropout they change the weights only by rounding."""
+    runs_of = {"same": [], "other": ["--micro-batch", 2, "--checkpointing", "--workers", 1]}
+    weights = {}
+    for name, more in runs_of.items():
+        out = tmp_path / name
+        assert call(train, *flags(sqa, out, "--dropout", 0, "--max-steps", 2))[0] == 0
+        assert call(train, "--resume", "--out", out, "--max-steps", 4, *more)[0] == 0
+        weights[name] = checkpoint_of(out)["model"]
+    for name, weight in weights["same"].items():
+        assert difference(weight, weights["other"][name]) < 1e-5, name
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=["SIGKILL", "Ctrl-C", "SIGTERM"])
 def test_a_killed_run_resumes_as_if_nothing_had_happened(call, sqa, tmp_path, number):
@@ -349,7 +391,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(call, sqa, tmp_path, nu
     os.killpg(process.pid, number)
     stdout = process.communicate(timeout=30)[0]
 
-    step = read_checkpoint(out)["step"]
+    step = checkpoint_of(out)["step"]
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
         assert step % 2 == 0 or step % 3 == 0           # saved every second step and every epoch
@@ -394,7 +436,7 @@ ADDED_LATER = ("weight_decay", "betas", "check")
 def test_a_checkpoint_of_an_earlier_version_resumes(call, trained, missing, source):
     whole = trained(8)
     older = trained(4)
-    checkpoint = read_checkpoint(older)
+    checkpoint = checkpoint_of(older)
     config = checkpoint["config"]
     for name in missing:
         del config[name]
@@ -405,7 +447,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes(call, trained, missing, sour
     code, stdout, stderr = call(train, "--resume", "--out", older, "--max-steps", 8)
     assert (code, stderr) == (0, "")
     assert_same_run(whole, older)
-    config = read_checkpoint(older)["config"]
+    config = checkpoint_of(older)["config"]
     assert config["data"] == ["sqa"]
     assert config["betas"] == (0.9, 0.95) and config["weight_decay"] == 0.02
     assert "no_longer_a_setting" not in config
@@ -414,7 +456,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes(call, trained, missing, sour
 def test_an_earlier_version_is_held_to_its_settings_as_well(call, trained):
     """If its checkpoint does not name a setting, the setting had its default."""
     out = trained(1)
-    checkpoint = read_checkpoint(out)
+    checkpoint = checkpoint_of(out)
     del checkpoint["config"]["bits"]
     torch.save(checkpoint, out / "checkpoint.pth")
     code, _, stderr = call(train, "--resume", "--out", out, "--bits", 8)
