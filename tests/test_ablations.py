@@ -16,8 +16,8 @@ from extras import runs
 from extras.serve import Desk
 from fast import ranks
 from fast.fold import fold
+from helpers import assert_same_run, checkpoint_of, read_metrics
 from model import LaVIN, LLaMAConfig
-from test_train import assert_same_run, checkpoint_of, read_metrics
 from vit import ViTConfig
 
 VIT_B_16 = ViTConfig(width=768, layers=12, patch=16)

@@ -10,7 +10,7 @@ import generate
 from conftest import ADAPTER, LLAMA, VIT
 from extras import benchmarks
 from files import LavinError
-from test_data import outcome
+from helpers import outcome
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import checkpoints
 import train
 from conftest import flags
 from extras import board
-from test_train import read_metrics
+from helpers import read_metrics
 
 
 def test_without_the_package_a_run_ends_before_the_model_is_loaded(

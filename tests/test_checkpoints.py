@@ -21,18 +21,9 @@ from adapters import AdapterConfig
 from bench import peak_memory
 from conftest import ADAPTER, LLAMA, VIT, difference
 from files import LavinError, read_checkpoint, tokenizer_path
+from helpers import FAULTS, ask, copy_llama, with_one
 from model import LaVIN, LLaMAConfig
-from test_errors import ask
 from vit import ViTConfig
-
-
-def copy_llama(directory):
-    """A copy of LLAMA and its tokenizer, which a test may damage -> its directory."""
-    directory.mkdir()
-    for path in (LLAMA / "params.json", LLAMA / "consolidated.00.pth", tokenizer_path(LLAMA)):
-        shutil.copy(path, directory)
-        (directory / path.name).chmod(0o644)
-    return directory
 
 
 def truncate(source, target):
@@ -610,42 +601,7 @@ def test_sizes_that_no_adapter_has(fails, tmp_path, name, shape, said):
     fails(checkpoints, adapter, says=["a.pth", said])
 
 
-# Faulty tensors in any file: {fault: (how to make it, what the error says)}
-
-
-def with_one(value):
-    """A function that copies a tensor and puts `value` into its middle."""
-    def change(tensor):
-        changed = tensor.float().clone()
-        changed.flatten()[changed.numel() // 2] = value
-        return changed
-    return change
-
-
-def quantized(tensor):
-    return torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8)
-
-
-def nested(tensor):
-    return torch.nested.nested_tensor([tensor.float(), tensor.float()])
-
-
-FAULTS = {
-    "NaN": (with_one(math.nan), "not finite"),
-    "infinity": (with_one(-math.inf), "not finite"),
-    "int8": (lambda tensor: tensor.to(torch.int8), "torch.int8, not floating-point"),
-    "bool": (lambda tensor: tensor > 0, "torch.bool, not floating-point"),
-    "complex": (lambda tensor: tensor.to(torch.complex64), "torch.complex64, not floating-point"),
-    "sparse": (lambda tensor: tensor.to_sparse(), "is not a plain tensor"),
-    "nested": (nested, "is not a plain tensor"),
-    "meta": (lambda tensor: tensor.to("meta"), "is not a plain tensor"),
-    "quantized": (quantized, "is quantized"),
-    "expanded": (lambda tensor: torch.zeros(1).expand(2**40), "has more elements than its storage"),
-    "0-d": (lambda tensor: tensor.flatten()[0].clone(), r"is \(\)"),
-    "another shape": (lambda tensor: tensor[1:].clone(), "ask for|this model's is"),
-    "one dimension more": (lambda tensor: tensor[None].clone(), "ask for|this model's is"),
-    "no tensor": (lambda tensor: tensor.tolist(), "is list, not a tensor"),
-}
+# Faulty tensors in any file
 
 
 @pytest.mark.filterwarnings("ignore")           # quantized and nested tensors are deprecated

@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import signal
-import threading
 import time
 from collections import Counter
 
@@ -19,24 +18,7 @@ from data import Sample
 from extras import instructions, terminal
 from extras.scienceqa import load_sqa
 from files import LavinError
-
-
-
-def outcome(action, seconds=30):
-    """What `action()` returns, or the LavinError that it raises. It must end within `seconds`."""
-    results = []
-
-    def act():
-        try:
-            results.append(action())
-        except LavinError as error:
-            results.append(error)
-
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert results, "it hangs, or raised an error other than LavinError"
-    return results[0]
+from helpers import EPS, outcome
 
 
 # ScienceQA's prompts
@@ -272,14 +254,6 @@ def test_pixels_are_normalised_by_imagenet():
 
 
 # What is a picture
-
-
-EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
-%%BoundingBox: 0 0 10 10
-%%EndComments
-showpage
-%%EOF
-"""
 
 
 def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ The exit code is 2. There is no traceback, and nothing half-written is left. Dam
 test_checkpoints.py, ScienceQA's files in test_scienceqa.py.
 """
 
-import json
 import subprocess
 import sys
 
@@ -14,23 +13,10 @@ import data
 import generate
 import train
 from conftest import ADAPTER, LLAMA, ROOT, VIT, flags
+from helpers import ask, edit
 
 
 MODEL = ("--adapter", ADAPTER, "--llama", LLAMA, "--vit", VIT, "--max-new-tokens", 2)
-
-
-def ask(*more, prompt="Name a metal.", adapter=ADAPTER, llama=LLAMA, vit=VIT):
-    """The flags of generate.py that ask a question."""
-    return [
-        "--prompt", prompt, "--adapter", adapter, "--llama", llama, "--vit", vit,
-        "--max-new-tokens", 2, *more]
-
-
-def edit(path, change):
-    """Apply change(content) to a JSON file, in place."""
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 # Paths

@@ -11,7 +11,7 @@ import torch
 import checkpoints
 import files
 from conftest import ADAPTER, GOLDEN, VIT
-from test_torchscript import list_again, read_entries
+from helpers import list_again, read_entries
 
 
 def damage(original, i, generator):

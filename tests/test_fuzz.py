@@ -38,7 +38,8 @@ import train
 from extras import benchmarks, flags, hf, instructions, scienceqa, serve, terminal
 from extras.values import ADAPTER_ARGS, LLAMA_PARAMS, PROGRESS, QUESTION, SETTINGS
 from files import LavinError, tokenizer_path
-from test_hf import CONFIG as HF_CONFIG, clip_folder, write_golden_folder
+from helpers import nested, quantized
+from hf_layout import CONFIG as HF_CONFIG, clip_folder, write_golden_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")       # PyTorch warns of these odd tensors
 
@@ -82,14 +83,6 @@ def junk(rng):
 
 def sparse(tensor):
     return tensor.to_sparse()
-
-
-def quantized(tensor):
-    return torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8)
-
-
-def nested(tensor):
-    return torch.nested.nested_tensor([tensor.float(), tensor.float()])
 
 
 def without_data(tensor):

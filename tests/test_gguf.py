@@ -19,10 +19,9 @@ from conftest import LLAMA, VIT, difference
 from data import answer_ends
 from extras.gguf import File
 from files import LavinError
+from helpers import AWKWARD, ask
+from hf_layout import frozen_parameters, qwen_tensors, to_hf
 from model import LLaMAConfig, rope_frequencies
-from test_errors import ask
-from test_hf import frozen_parameters, qwen_tensors, to_hf
-from test_tokenizers import AWKWARD
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ else does: the tests of what is refused run without them.
 import dataclasses
 import json
 import os
-import re
 import shutil
 
 import pytest
@@ -22,9 +21,9 @@ from extras import hf
 from extras.flags import generate_parser
 from fast.fold import fold
 from files import LavinError, tokenizer_path
+from helpers import FAULTS, ask, change_config
+from hf_layout import clip_folder, frozen_parameters, qwen_tensors, to_hf, write_golden_folder
 from model import rope_frequencies
-from test_checkpoints import FAULTS
-from test_errors import ask
 from vit import VisionTransformer
 
 
@@ -56,41 +55,6 @@ def llama_folder(tmp_path, transformers):
     """A tiny random LLaMA -> (its folder, the model)."""
     folder = tmp_path / "llama"
     return folder, save_random_model(transformers, folder)
-
-
-def frozen_parameters(module):
-    return {name: p for name, p in module.named_parameters() if "adapter" not in name}
-
-
-CONFIG = {
-    "model_type": "llama", "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 192,
-    "num_hidden_layers": 4, "num_attention_heads": 4, "rms_norm_eps": 1e-6, "vocab_size": 512,
-    "rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": False}
-
-
-def to_hf(name, tensor):
-    """(name, tensor) in Meta's layout, with heads 16 wide -> the same in Hugging Face's layout."""
-    if name.endswith(("wq.weight", "wk.weight")):
-        heads = tensor.unflatten(0, (-1, 8, 2))                     # (H, D/2, 2, C)
-        tensor = heads.transpose(1, 2).flatten(0, 2)
-    for theirs, ours in hf.LLAMA_NAMES.items():
-        name = re.sub(rf"(^|\d\.){ours}\.weight", rf"\1{theirs}.weight", name)
-    if name.startswith("layers."):
-        name = f"model.{name}"
-    return name, tensor
-
-
-def write_golden_folder(folder):
-    """Write LLAMA in Hugging Face's layout, as a .bin without a tokenizer -> its tensors."""
-    folder.mkdir()
-    tensors = {}
-    for name, tensor in torch.load(LLAMA / "consolidated.00.pth", weights_only=True).items():
-        if name != "rope.freqs":
-            name, tensor = to_hf(name, tensor)
-            tensors[name] = tensor.clone()
-    torch.save(tensors, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    return tensors
 
 
 @pytest.fixture
@@ -337,21 +301,6 @@ def test_a_tied_llama_is_folded_into_a_file_and_trained_on(tied_folder, samples,
 # Qwen2
 
 
-def qwen_tensors():
-    """LLAMA's new biases in q, k, v -> ({Hugging Face's name: tensor}, {Meta's name: tensor})."""
-    theirs = {}
-    biases = {}
-    generator = torch.Generator().manual_seed(0)
-    for i in range(4):
-        for which in "qkv":
-            bias = torch.randn(64, generator=generator)
-            biases[f"layers.{i}.attention.w{which}.bias"] = bias
-            if which != "v":
-                bias = bias.unflatten(0, (-1, 8, 2)).transpose(1, 2).flatten()
-            theirs[f"model.layers.{i}.self_attn.{which}_proj.bias"] = bias.clone()
-    return theirs, biases
-
-
 @pytest.fixture
 def qwen_folder(golden_folder):
     """golden_folder with biases in q, k and v -> (its folder, {Meta's name: bias})."""
@@ -395,12 +344,6 @@ def test_biases_where_there_should_be_none_and_none_where_they_should_be(
 
 
 # What is refused
-
-
-def change_config(folder, **changes):
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | changes))
 
 
 @pytest.mark.parametrize("changes, reason", [
@@ -468,27 +411,6 @@ def test_a_wrong_tensor_in_safetensors(golden_folder, fault):
     safetensors.save_file(wrong, folder / "model.safetensors")
     with pytest.raises(LavinError, match=f"golden.*({said})"):
         checkpoints.load(folder, VIT)
-
-
-def clip_folder(folder, change, part):
-    """VIT in Hugging Face's layout. One matrix is changed: that of q_proj, k_proj or fc1."""
-    tensors = {}
-    for name, tensor in checkpoints.read_clip_state(VIT).items():
-        name = name.removeprefix("visual.")
-        for theirs, ours in hf.CLIP_NAMES.items():
-            name = name.replace(ours, theirs)
-        split = re.fullmatch(r"(.+)\.attn\.in_proj_(weight|bias)", name)
-        if split:
-            for which, third in zip("qkv", tensor.chunk(3)):
-                tensors[f"{split[1]}.self_attn.{which}_proj.{split[2]}"] = third.clone()
-        elif name not in ("proj", "ln_post.weight", "ln_post.bias"):
-            tensors[name] = tensor
-    for name in tensors:
-        if name.endswith(f"layers.3.{part}.weight"):
-            tensors[name] = change(tensors[name])
-    torch.save(tensors, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text('{"model_type": "clip_vision_model", "hidden_size": 64}')
-    return folder
 
 
 def test_clip_in_both_layouts_is_the_same(tmp_path):

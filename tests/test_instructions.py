@@ -19,7 +19,7 @@ from examples import easy_vqa
 from extras import instructions, rows
 from extras.instructions import instruction_prompt, read_instructions
 from files import LavinError
-from test_data import EPS
+from helpers import EPS
 
 TALK = [
     {"from": "human", "value": "What is it?\n<image>"},

@@ -16,9 +16,8 @@ from adapters import AdapterConfig
 from conftest import ADAPTER, LLAMA, ROOT, VIT, flags, wait_for_torch
 from extras import resume, runs
 from files import LavinError, tokenizer_path
+from helpers import checkpoint_of, edit
 from model import LLaMA
-from test_errors import edit
-from test_train import checkpoint_of
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ import train
 from conftest import flags
 from extras.scienceqa import load_sqa
 from files import LavinError
-from test_data import outcome
-from test_errors import ask, edit
+from helpers import ask, edit, outcome
 
 
 @pytest.fixture

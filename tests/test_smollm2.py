@@ -18,7 +18,7 @@ from examples import smollm2
 from extras.rows import read_rows
 from fast import engine
 from files import LavinError
-from test_tokenizers import AWKWARD
+from helpers import AWKWARD
 
 PROMPT = "The capital of France is"
 

@@ -20,14 +20,8 @@ from extras.tokenizers import JsonTokenizer, load_json, save
 from fast import engine
 from fast.fold import fold
 from files import LavinError
-from test_checkpoints import copy_llama
-from test_errors import ask
-from test_hf import change_config, write_golden_folder
-
-AWKWARD = [
-    "The capital of France is", "héllo wörld, ñandú", "👩‍👩‍👧 emoji 🎉", "12345 678 3.14",
-    "def f(x):\n\treturn x ** 2  # twice\n", "  leading and trailing  ", "漢字かな", "½ ² Ⅷ",
-    "don't, I'LL, you're", "a\r\n\r\nb", "Image: ", "", "nul \0 in it", "e\u0301"]
+from helpers import AWKWARD, ask, change_config, copy_llama
+from hf_layout import write_golden_folder
 
 
 @pytest.fixture(scope="session")

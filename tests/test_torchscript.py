@@ -1,6 +1,5 @@
 """TorchScript archives are read as data: the same tensors as torch.jit.load, and no code runs."""
 
-import copy
 import pickle
 import zipfile
 from typing import Optional
@@ -14,7 +13,7 @@ import generate
 from conftest import VIT
 from extras import torchscript
 from files import LavinError
-from test_errors import ask
+from helpers import ask, list_again, read_entries
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 
@@ -23,11 +22,6 @@ def save(module, path):
     """Save a module as an archive -> its path."""
     torch.jit.script(module).save(path)
     return path
-
-
-def read_entries(path):
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
 
 
 def write_entries(path, entries):
@@ -429,16 +423,6 @@ def test_compressed_entries_are_refused(tmp_path):
                 archive.writestr(name, content, method)
         with pytest.raises(LavinError, match=f"v.pt: its entry {packed} is compressed"):
             torchscript.read_tensors(path)
-
-
-def list_again(path, name, more):
-    """Change a zip file: its directory lists the entry `name` under the names `more`, too."""
-    with zipfile.ZipFile(path, "a") as archive:
-        for another in more:
-            entry = copy.copy(archive.getinfo(name))
-            entry.filename = another
-            archive.filelist.append(entry)
-        archive.comment = b"changed"                # so the directory is rewritten
 
 
 def test_entries_that_lie_over_each_other_are_refused(tmp_path):

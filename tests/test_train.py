@@ -16,7 +16,6 @@ import torch
 
 import checkpoints
 import data
-import files
 import generate
 import train
 from conftest import ADAPTER, LLAMA, ROOT, VIT, difference, flags
@@ -24,31 +23,8 @@ from extras import runs
 from extras.resume import FIXED, ONCE
 from extras.scienceqa import load_sqa
 from fast import ranks
+from helpers import assert_same_run, checkpoint_of, read_metrics
 from model import LaVIN
-
-
-def checkpoint_of(out):
-    return files.read_checkpoint(out / "checkpoint.pth")
-
-
-def read_metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(a, b):
-    """Two runs have exactly the same weights, optimizer state and losses."""
-    left = checkpoint_of(a)
-    right = checkpoint_of(b)
-    assert left["step"] == right["step"]
-    for name, weight in left["model"].items():
-        assert torch.equal(weight, right["model"][name]), name
-    for i, state in left["optimizer"]["state"].items():
-        for name, value in state.items():
-            other = right["optimizer"]["state"][i][name]
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), (i, name)
-    for line, other in zip(read_metrics(a), read_metrics(b), strict=True):
-        for name in ("step", "loss", "lr"):
-            assert line[name] == other[name], name
 
 
 # One step
