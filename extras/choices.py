@@ -104,14 +104,14 @@ def branch_scores(engine: Engine, branches: list[tuple[int, Branch]]) -> list[fl
 
 def choose_group(lavin, group, branches, answers, modality, batch_size, workers):
     """Yield (id of a sample, index of its most likely answer)."""
-    rows = min(batch_size, len(group))
+    n_rows = min(batch_size, len(group))
     longest = 0
     for prompt in group:
         longest_branch = max(len(branch.tokens) for branch in branches[prompt.id])
         longest = max(longest, len(prompt.tokens) + longest_branch)
-    engine = Engine(fold(lavin, modality), rows, longest)
-    prompts = decode_pictures(lavin, group, answers, workers, each=rows)
-    while batch := list(itertools.islice(prompts, rows)):
+    engine = Engine(fold(lavin, modality), n_rows, longest)
+    prompts = decode_pictures(lavin, group, answers, workers, each=n_rows)
+    while batch := list(itertools.islice(prompts, n_rows)):
         engine.prefill(data.collate(batch, lavin.resolution))
         waiting = []
         for row, prompt in enumerate(batch):

@@ -257,14 +257,14 @@ def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: st
         for modality, group in enumerate(groups):
             if not group:
                 continue
-            rows = min(batch_size, len(group))
-            prompts = decode_pictures(lavin, group, answers, workers, each=rows)
+            n_rows = min(batch_size, len(group))
+            prompts = decode_pictures(lavin, group, answers, workers, each=n_rows)
             # Only the generator holds the folded LLaMA, so it is freed before the next is made.
             generator = continue_prompts(
-                answering_model(lavin, modality), prompts, rows, max_new_tokens, temperature,
+                answering_model(lavin, modality), prompts, n_rows, max_new_tokens, temperature,
                 top_p, done=done, compiled=compiled, longest=len(group[0].tokens))
-            for number, ids in generator:
-                answers.add(group[number].id, data.decode(lavin.tokenizer, ids))
+            for number, tokens in generator:
+                answers.add(group[number].id, data.decode(lavin.tokenizer, tokens))
                 bar.update()
     answers.gather()
 
@@ -288,10 +288,10 @@ def letter_prompt(lavin, sample, n_choices):
 
 def choose_letters_of_group(lavin, group, letters, answers, modality, batch_size, workers):
     """Yield (id of a sample, index of its likeliest choice)."""
-    rows = min(batch_size, len(group))
-    engine = Engine(fold(lavin, modality), rows, len(group[0].tokens))
-    prompts = decode_pictures(lavin, group, answers, workers, each=rows)
-    while batch := list(itertools.islice(prompts, rows)):
+    n_rows = min(batch_size, len(group))
+    engine = Engine(fold(lavin, modality), n_rows, len(group[0].tokens))
+    prompts = decode_pictures(lavin, group, answers, workers, each=n_rows)
+    while batch := list(itertools.islice(prompts, n_rows)):
         logits = engine.prefill(data.collate(batch, lavin.resolution))
         check_logits(logits)
         engine.lengths.clear()                              # the rows are free for the next batch

@@ -192,8 +192,9 @@ def count_right(lavin: LaVIN, encoded: list[Encoded], source: str, format: str) 
     n_right = 0
     with torch.compiler.set_stance("force_eager"):
         # Not folded: training may leave no memory for copies of LLaMA's matrices.
-        for number, ids in continue_prompts(lavin, prompts, min(32, len(prompts)), most, done=done):
-            output = data.decode(lavin.tokenizer, ids)
+        n_rows = min(32, len(prompts))
+        for number, tokens in continue_prompts(lavin, prompts, n_rows, most, done=done):
+            output = data.decode(lavin.tokenizer, tokens)
             if source == "sqa":
                 letter = data.sqa_answer(output)
                 n_right += letter >= 0 and letter == data.sqa_answer(expected[number])

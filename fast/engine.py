@@ -36,8 +36,8 @@ LAYERS_PER_GRAPH = 8        # at most; see in_groups
 class PromptCache:
     """A layer's cache in a pass that reads prompts, or more tokens after them.
 
-    keys and values: (rows, K, S, D). spans: for each prompt (its row, the position of its first new
-    token, the number of new tokens). Spans of the same row are read one after the other.
+    keys and values: (n_rows, K, S, D). spans: for each prompt (its row, the position of its first
+    new token, the number of new tokens). Spans of the same row are read one after the other.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, spans: list[tuple]):
@@ -69,7 +69,7 @@ class PromptCache:
 class StepCache:
     """A layer's cache in a step, which adds one token to each of the first n rows.
 
-    keys and values: (rows, K, S, D). rows: (n,). positions: (n,), of the new tokens. mask
+    keys and values: (n_rows, K, S, D). rows: (n,). positions: (n,), of the new tokens. mask
     (n, 1, 1, seen): which of the first `seen` positions each new token sees. No others are read.
     """
 
@@ -164,21 +164,21 @@ def read_out(llama: nn.Module, x: torch.Tensor) -> torch.Tensor:
 class Engine:
     """The cache of a LaVIN, and the passes that fill it. The rows in use always come first."""
 
-    def __init__(self, lavin: LaVIN, rows: int, max_tokens: int, compiled: bool = False):
-        """A cache of `rows` rows, each with room for max_tokens tokens.
+    def __init__(self, lavin: LaVIN, n_rows: int, max_tokens: int, compiled: bool = False):
+        """A cache of `n_rows` rows, each with room for max_tokens tokens.
 
         compiled: torch.compile the steps. This changes the modules of `lavin`, so it should be a
         folded copy (fast/fold.py). Passes that read prompts are never compiled.
         """
         llama = lavin.llama
         self.lavin = lavin
-        self.rows = rows
+        self.n_rows = n_rows
         self.max_tokens = max_tokens
         self.compiled = compiled
         self.lengths = []       # tokens in each row in use
         self.graphs = {}        # CUDA graphs, by their number of rows (see replay_step)
         # One position more than is used: the compiler has a special case for a slice of all.
-        shape = (rows, llama.config.n_kv_heads, max_tokens + 1, llama.config.head_dim)
+        shape = (n_rows, llama.config.n_kv_heads, max_tokens + 1, llama.config.head_dim)
         dtype = llama.norm.weight.dtype
         self.keys = [torch.zeros(shape, device=lavin.device, dtype=dtype) for _ in llama.layers]
         self.values = [torch.zeros(shape, device=lavin.device, dtype=dtype) for _ in llama.layers]
@@ -189,7 +189,7 @@ class Engine:
             with torch.no_grad():
                 self.routed = lavin.route()
             n_layers, _, n_experts = self.routed.shape
-            self.w = torch.zeros(n_layers, rows, 1, n_experts, device=lavin.device)
+            self.w = torch.zeros(n_layers, n_rows, 1, n_experts, device=lavin.device)
         self.groups = [slice(len(llama.layers))]
         self.run_layers = run_layers
         self.read_out = read_out
@@ -296,7 +296,7 @@ class Engine:
         rows write to their first position, which the next prompt overwrites.
         """
         n = len(tokens)
-        size = min(self.rows, 1 << (n - 1).bit_length())
+        size = min(self.n_rows, 1 << (n - 1).bit_length())
         tokens = F.pad(tokens, (0, size - n)).to(self.lavin.device)
         positions = F.pad(positions, (0, size - n)).to(self.lavin.device)
         if size not in self.graphs:
@@ -353,11 +353,11 @@ def next_tokens(lavin: LaVIN, logits: torch.Tensor, temperature: float,
     return tokens.tolist()
 
 
-def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], rows: int, max_new_tokens: int,
-                     temperature: float = 0.0, top_p: float = 1.0,
+def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], n_rows: int,
+                     max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
                      done: Callable[[list[int]], bool] | None = None, compiled: bool = False,
                      longest: int | None = None) -> Iterator[tuple[int, list[int]]]:
-    """Continue prompts, up to `rows` at a time. When one ends, yield (its number, new tokens).
+    """Continue prompts, up to `n_rows` at a time. When one ends, yield (its number, new tokens).
 
     A prompt is taken when a row is free, so `prompts` may be an iterator. Then `longest` must be
     given: the number of tokens in the longest prompt. An answer ends before EOS, after
@@ -369,12 +369,12 @@ def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], rows: int, m
         longest = max((len(encoded.tokens) for encoded in prompts), default=0)
     context = lavin.max_seq_len - 1             # the modality token counts, but is not in a row
     ends = data.answer_ends(lavin.tokenizer)
-    engine = Engine(lavin, rows, min(longest + max_new_tokens, context), compiled)
+    engine = Engine(lavin, n_rows, min(longest + max_new_tokens, context), compiled)
     waiting = enumerate(prompts)
     active: list[Answer] = []                   # one for each row in use
 
     while True:
-        fresh = list(itertools.islice(waiting, rows - len(active)))
+        fresh = list(itertools.islice(waiting, n_rows - len(active)))
         logits = []                             # in the order of the rows: old ones, then fresh
         if active:
             logits.append(engine.step([answer.tokens[-1] for answer in active]))
@@ -401,9 +401,9 @@ def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], rows: int, m
 
 
 def generate(lavin: LaVIN, samples: list[data.Sample], max_new_tokens: int = 64,
-             temperature: float = 0.0, top_p: float = 1.0, rows: int = 32) -> list[str]:
-    """LaVIN.generate with a cache, for `rows` samples at a time."""
+             temperature: float = 0.0, top_p: float = 1.0, n_rows: int = 32) -> list[str]:
+    """LaVIN.generate with a cache, for `n_rows` samples at a time."""
     prompts = [lavin.encode(sample, prompt_only=True) for sample in samples]
-    rows = min(len(prompts), rows)
-    answers = dict(continue_prompts(lavin, prompts, rows, max_new_tokens, temperature, top_p))
+    n_rows = min(len(prompts), n_rows)
+    answers = dict(continue_prompts(lavin, prompts, n_rows, max_new_tokens, temperature, top_p))
     return [data.decode(lavin.tokenizer, answers[i]) for i in range(len(prompts))]

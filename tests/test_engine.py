@@ -37,7 +37,7 @@ def test_generate_says_the_same_as_the_plain_loop(lavin, samples):
     plain = lavin.generate(samples, 20)
     assert len(set(plain)) == len(samples)
     for rows in (1, 3, 32):
-        assert engine.generate(lavin, samples, 20, rows=rows) == plain
+        assert engine.generate(lavin, samples, 20, n_rows=rows) == plain
 
 
 @pytest.mark.parametrize("modality", [0, 1])
@@ -56,7 +56,7 @@ def test_generate_draws_the_same_as_the_plain_loop(lavin, samples, temperature, 
     torch.manual_seed(0)
     plain = lavin.generate(samples, 12, temperature, top_p)
     torch.manual_seed(0)
-    assert engine.generate(lavin, samples, 12, temperature, top_p, rows=1) == plain
+    assert engine.generate(lavin, samples, 12, temperature, top_p, n_rows=1) == plain
     assert plain != lavin.generate(samples, 12)
 
 
@@ -67,7 +67,7 @@ def test_generate_stops_at_the_end_of_the_context_as_the_plain_loop_does(lavin, 
     torch.manual_seed(0)
     plain = lavin.generate(samples, 1000, temperature=1.0)
     torch.manual_seed(0)
-    assert engine.generate(lavin, samples, 1000, temperature=1.0, rows=1) == plain
+    assert engine.generate(lavin, samples, 1000, temperature=1.0, n_rows=1) == plain
 
 
 def test_both_stop_at_eos(lavin, samples, monkeypatch):
