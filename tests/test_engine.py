@@ -24,11 +24,6 @@ def encode_prompts(lavin, samples):
     return [lavin.encode(sample, prompt_only=True) for sample in samples]
 
 
-def first_tokens(encoded, n):
-    """The first n tokens of a sample."""
-    return data.cut(encoded, n)
-
-
 # The engine gives the same tokens as LaVIN.generate, which recomputes everything for each token
 
 
@@ -111,7 +106,7 @@ def test_cached_decoding_is_recomputation(lavin, samples, folded):
         model = fold(lavin, 1)
     whole = lavin.logits(lavin.batch(samples)).detach()             # (B, T, vocabulary)
     encoded = [lavin.encode(sample) for sample in samples]
-    halves = [first_tokens(e, len(e.tokens) // 2) for e in encoded]
+    halves = [data.cut(e, len(e.tokens) // 2) for e in encoded]
     lengths = [len(half.tokens) for half in halves]
     n_steps = min(len(e.tokens) - length for e, length in zip(encoded, lengths))
     assert n_steps > 5
@@ -134,7 +129,7 @@ def test_a_cache_that_is_extended(lavin, samples):
     tokens = encoded.tokens.tolist()
     whole = lavin.logits(lavin.batch(samples[:1])).detach()
     folded_engine = Engine(fold(lavin, 1), 1, 128)
-    start = data.collate([first_tokens(encoded, 20)], lavin.resolution)
+    start = data.collate([data.cut(encoded, 20)], lavin.resolution)
     assert difference(folded_engine.prefill(start)[0], whole[0, 19]) < 1e-4
     assert difference(folded_engine.extend(tokens[20:30])[0], whole[0, 29]) < 1e-4
     assert difference(folded_engine.extend(tokens[30:31])[0], whole[0, 30]) < 1e-4
@@ -176,12 +171,6 @@ def test_grouped_queries_over_the_cache(compiled):
 
 
 # Continuous batching
-
-
-def test_a_ragged_batch_generates_what_each_sample_does_alone(lavin, samples):
-    together = engine.generate(lavin, samples, 20)
-    alone = [engine.generate(lavin, [sample], 20)[0] for sample in samples]
-    assert together == alone
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7])

@@ -408,20 +408,31 @@ BAD = [
 ]
 
 
+GOOD = '{"prompt": "x", "answer": "y"}'
+
+
+def write_lines(path, lines):
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+
+
 @pytest.mark.parametrize("line, reason", BAD, ids=[reason for _, reason in BAD])
-def test_bad_rows_are_named_refused_or_skipped(folder, call_train, line, reason):
+def test_a_bad_row_is_named_and_refused(folder, call_train, line, reason):
     path = folder / "bad.jsonl"
-    good = b'{"prompt": "x", "answer": "y"}\n'
-    path.write_bytes(good + line.encode("utf-8", "surrogatepass") + b"\n")
-    source = f"jsonl:{path}"
-    samples, (bad_row,) = read_instructions(source)
+    write_lines(path, [GOOD, line])
+    samples, (bad_row,) = read_instructions(f"jsonl:{path}")
     assert len(samples) == 1
     assert bad_row.place == f"{path} line 2" and reason in bad_row.reason
-    code, _, stderr = call_train("--data", source)
+    code, _, stderr = call_train("--data", f"jsonl:{path}")
     assert code == 2 and len(stderr.splitlines()) == 1
     assert f"{path} line 2: " in stderr and "--skip-bad" in stderr
-    code, stdout, _ = call_train("--data", source, "--skip-bad", "--max-steps", 1)
-    assert code == 0 and "skipped  1 bad rows" in stdout
+
+
+def test_bad_rows_are_skipped_if_asked(folder, call_train):
+    path = folder / "bad.jsonl"
+    write_lines(path, [GOOD, *(line for line, _ in BAD)])
+    code, stdout, _ = call_train("--data", f"jsonl:{path}", "--skip-bad", "--max-steps", 1)
+    assert code == 0
+    assert f"skipped  {len(BAD)} bad rows" in stdout and "data     1 samples" in stdout
 
 
 def test_a_link_to_a_picture_elsewhere_is_followed(folder, tmp_path_factory):
