@@ -383,6 +383,7 @@ def test_compiled_steps_share_two_graphs(bits, compiler_without_code, monkeypatc
 
 def test_compiled_prompts_that_take_turns_go_on_as_eager_ones(lavin, compiler_without_code):
     """A graph is for one row or for any number of rows. There is none for each number of rows."""
+    lavin.llama.layers = lavin.llama.layers[:1]
     prompts = encode_prompts(lavin, TEXTS)
     eager = dict(continue_prompts(fold(lavin, 0), prompts, 5, 12))
     n_graphs = []
