@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from adapters import Adapter, AdapterConfig
 from fast.ops import attention
 
-
 BLOCKS_PER_FEATURE = 4      # the class token is taken after every fourth block
 
 

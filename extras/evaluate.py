@@ -351,21 +351,21 @@ def sqa_predictions(problems: dict, outputs: dict[str, str]) -> dict[str, int]:
 
 
 def score(lavin: LaVIN, problems: dict, samples: list[Sample], format: str, by: str | None = None,
-          letters: bool = False, answers: Answers | None = None,
-          **options) -> tuple[dict[str, int], Answers]:
+          letters: bool = False, answers: Answers | None = None, batch_size: int = 32,
+          workers: int = 0, **options) -> tuple[dict[str, int], Answers]:
     """Answer ScienceQA's samples and print the table -> ({id: index of the choice}, the answers).
 
     An output that names no choice counts as wrong; the authors' code takes a random choice instead.
     by: also print a table with a row for each value of this field. letters: choose the likeliest
     letter instead of generating. answers: the caller's empty Answers, which this fills.
-    options: the other arguments of answer_all; with letters, only batch_size and workers count.
+    options: other arguments of answer_all; with letters, they do not count.
     """
     answers = answers or Answers(samples)
     if letters:
-        choose_letters(lavin, samples, answers, problems, options.get("batch_size", 32),
-                       options.get("workers", 0))
+        choose_letters(lavin, samples, answers, problems, batch_size, workers)
     else:
-        answer_all(lavin, samples, answers, format, **options)
+        answer_all(lavin, samples, answers, format, batch_size=batch_size, workers=workers,
+                   **options)
     predictions = sqa_predictions(problems, answers.outputs())
     if by:
         print(sqa_table_by(by, problems, predictions))

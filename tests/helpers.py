@@ -34,9 +34,7 @@ def edit(path, change):
 
 def change_config(folder, **changes):
     """Change or add settings in a config.json."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | changes))
+    edit(folder / "config.json", lambda config: config.update(changes))
 
 
 # Runs

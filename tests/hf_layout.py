@@ -15,10 +15,6 @@ CONFIG = {
     "rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": False}
 
 
-def frozen_parameters(module):
-    return {name: p for name, p in module.named_parameters() if "adapter" not in name}
-
-
 def to_hf(name, tensor):
     """(name, tensor) in Meta's layout, with heads 16 wide -> the same in Hugging Face's layout."""
     if name.endswith(("wq.weight", "wk.weight")):

@@ -188,7 +188,7 @@ def test_what_cannot_be_done_is_one_line_and_the_chat_goes_on(terminal, tmp_path
         "/save ~\0x": "cannot be written",
         "why " * 200: "a context of 128 has room",
     }
-    stdout = terminal(*table, "Name a metal.")
+    stdout = terminal(*table, "Are ~5 red?")
     errors = [line for line in stdout.splitlines() if line.startswith("error: ")]
     for error, (line, message) in zip(errors, table.items(), strict=True):
         assert message in error, line

@@ -20,7 +20,7 @@ from data import answer_ends
 from extras.gguf import File
 from files import LavinError
 from helpers import AWKWARD, ask
-from hf_layout import frozen_parameters, qwen_tensors, to_hf
+from hf_layout import qwen_tensors, to_hf
 from model import LLaMAConfig, rope_frequencies
 
 
@@ -108,8 +108,8 @@ def test_it_is_the_same_model_with_the_same_tokens(golden):
     path = golden()
     lavin = checkpoints.load(path, VIT)
     expected = checkpoints.load(LLAMA, VIT)
-    ours = frozen_parameters(lavin.llama)
-    for name, p in frozen_parameters(expected.llama).items():
+    ours = checkpoints.frozen_parameters(lavin.llama)
+    for name, p in checkpoints.frozen_parameters(expected.llama).items():
         assert torch.equal(ours[name], p), name
     assert lavin.llama.config.rope_theta == 10000 and not lavin.llama.config.attention_bias
     for text in AWKWARD:
@@ -162,8 +162,8 @@ def test_qwen2s_rows_are_in_hugging_faces_order(library, tmp_path):
     fields = {"general.architecture": "qwen2"} | sizes("qwen2") | sentencepiece_fields()
     path = write(library, tmp_path / "qwen.gguf", stored, fields)
     llama = checkpoints.load(path, VIT).llama
-    expected = frozen_parameters(checkpoints.load(LLAMA, VIT).llama) | biases
-    ours = frozen_parameters(llama)
+    expected = checkpoints.frozen_parameters(checkpoints.load(LLAMA, VIT).llama) | biases
+    ours = checkpoints.frozen_parameters(llama)
     assert ours.keys() == expected.keys()
     for name, p in expected.items():
         assert torch.equal(ours[name], p), name

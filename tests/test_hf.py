@@ -22,7 +22,7 @@ from extras.flags import generate_parser
 from fast.fold import fold
 from files import LavinError, tokenizer_path
 from helpers import FAULTS, ask, change_config
-from hf_layout import clip_folder, frozen_parameters, qwen_tensors, to_hf, write_golden_folder
+from hf_layout import clip_folder, qwen_tensors, to_hf, write_golden_folder
 from model import rope_frequencies
 from vit import VisionTransformer
 
@@ -83,8 +83,8 @@ def test_a_delta_needs_no_config(golden_folder):
     folder, _ = golden_folder
     (folder / "config.json").unlink()
     doubled = checkpoints.load(LLAMA, VIT, delta=folder).llama
-    expected = frozen_parameters(checkpoints.load(LLAMA, VIT).llama)
-    for name, p in frozen_parameters(doubled).items():
+    expected = checkpoints.frozen_parameters(checkpoints.load(LLAMA, VIT).llama)
+    for name, p in checkpoints.frozen_parameters(doubled).items():
         assert torch.equal(p, 2 * expected[name]), name
 
 
@@ -145,7 +145,7 @@ def test_rope_is_scaled_as_in_older_and_in_newer_files(transformers, tmp_path):
 def save_in_metas_layout(llama, folder, tokenizer):
     """Write the frozen weights of llama_folder's LLaMA as one shard."""
     folder.mkdir()
-    state = {name: p.clone() for name, p in frozen_parameters(llama).items()}
+    state = {name: p.clone() for name, p in checkpoints.frozen_parameters(llama).items()}
     torch.save(state, folder / "consolidated.00.pth")
     params = {"dim": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16,
               "norm_eps": 1e-5, "vocab_size": -1}
@@ -170,17 +170,17 @@ def test_a_delta_is_added_in_the_right_order_of_rows(llama_folder, tmp_path, tra
     delta.save_pretrained(tmp_path / "delta")
     wanted.save_pretrained(folder)
     summed = checkpoints.load(meta_folder, VIT, delta=tmp_path / "delta").llama
-    expected = frozen_parameters(checkpoints.load(folder, VIT).llama)
-    for name, p in frozen_parameters(summed).items():
+    expected = checkpoints.frozen_parameters(checkpoints.load(folder, VIT).llama)
+    for name, p in checkpoints.frozen_parameters(summed).items():
         assert difference(p, expected[name]) < 1e-6, name
 
 
 def test_an_unpermuted_delta_is_added_as_it_stands(golden_folder):
     folder, raw = golden_folder
-    base = frozen_parameters(checkpoints.load(LLAMA, VIT).llama)
-    permuted = frozen_parameters(checkpoints.load(LLAMA, VIT, delta=folder).llama)
+    base = checkpoints.frozen_parameters(checkpoints.load(LLAMA, VIT).llama)
+    permuted = checkpoints.frozen_parameters(checkpoints.load(LLAMA, VIT, delta=folder).llama)
     lavin = checkpoints.load(LLAMA, VIT, delta=folder, delta_unpermuted=True)
-    for name, p in frozen_parameters(lavin.llama).items():
+    for name, p in checkpoints.frozen_parameters(lavin.llama).items():
         hf_name, _ = to_hf(name, base[name])
         assert torch.equal(p, base[name] + raw[hf_name]), name
         is_equal = torch.equal(p, permuted[name])
@@ -240,7 +240,9 @@ def test_clip_gives_the_same_hidden_states(
     assert config.patch == patch and config.resolution == resolution
     assert config.quick_gelu == (activation == "quick_gelu")
     vit = VisionTransformer(config, AdapterConfig())
-    parameters = frozen_parameters(vit)
+    for name, p in vit.named_parameters():
+        p.requires_grad_("adapter" in name)
+    parameters = checkpoints.frozen_parameters(vit)
     assert parameters.keys() == state.keys()
     for name, p in parameters.items():
         p.copy_(state[name])

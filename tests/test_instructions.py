@@ -412,7 +412,8 @@ GOOD = '{"prompt": "x", "answer": "y"}'
 
 
 def write_lines(path, lines):
-    path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+    text = "".join(f"{line}\n" for line in lines)
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
 
 
 @pytest.mark.parametrize("line, reason", BAD, ids=[reason for _, reason in BAD])
