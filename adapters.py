@@ -52,8 +52,8 @@ class Adapter(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         # One tensor holds all E = 2 experts. In the authors' code each is a convolution of length 1
         # with two groups: the first half of its outputs reads the first half of h, the second half
-        # reads the second. Released checkpoints call `down` conv_A, the first expert conv_B and the
-        # second conv_D.
+        # reads the second. (So r must be even.) Released checkpoints call `down` conv_A, the first
+        # expert conv_B and the second conv_D.
         n = config.experts
         self.up = nn.Parameter(torch.empty(n, width, config.rank // 2))     # (E, C, r/2)
         self.up_bias = nn.Parameter(torch.empty(n, width))                  # (E, C)

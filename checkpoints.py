@@ -157,8 +157,8 @@ def slots(whole: torch.Tensor,
           slices: list[torch.Tensor]) -> list[torch.Tensor] | None:
     """The views of `whole` into which to copy model-parallel slices, or None if they do not fit.
 
-    Meta splits wq, wk, wv, w1, w3 and output along dim 0, and wo, w2 and tok_embeddings along dim
-    1. The norms are whole in every shard. The shapes show which case it is.
+    Meta splits wq, wk, wv, w1, w3 and output along dim 0, wo and w2 along dim 1, and tok_embeddings
+    along one or the other. The norms are whole in every shard. The shapes show which case it is.
     """
     if all(s.shape == whole.shape for s in slices):
         return [whole]
@@ -272,7 +272,7 @@ def copy_tensor(shards: MappedShards | gguf.File, name: str, target: torch.Tenso
         raise LavinError(f"{shards.directory}: {name} is {found} in "
                          f"{len(shards.files)} shard(s), but params.json and tokenizer "
                          f"ask for {wanted}; is a consolidated.NN.pth missing?")
-    for part, piece in zip(parts, slices):
+    for part, piece in zip(parts, slices):      # of a tensor whole in every shard, only the first
         part.copy_(piece)
 
 
@@ -589,16 +589,14 @@ def check_context(max_seq_len: int, tokenizer: data.Tokenizer,
                          f"a picture takes {n_picture} tokens")
 
 
-def begin_with(adapter: str | Path | None, fresh: AdapterConfig | None, tau: float | None,
+def begin_with(adapter: str | Path | None, fresh: AdapterConfig | None,
                dropout: float | None) -> tuple[dict, AdapterConfig, dict]:
-    """The result of `read_adapter`, or the same for fresh adapters. tau and dropout override it."""
+    """The result of `read_adapter`, or the same for fresh adapters. dropout overrides it."""
     state = {}
     config = fresh or AdapterConfig()
     settings = {}
     if adapter:
         state, config, settings = read_adapter(adapter)
-    if tau is not None:
-        config = dataclasses.replace(config, tau=tau)
     if dropout is not None:
         config = dataclasses.replace(config, dropout=dropout)
     return state, config, settings
@@ -607,13 +605,12 @@ def begin_with(adapter: str | Path | None, fresh: AdapterConfig | None, tau: flo
 def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, *,
          device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
          max_seq_len: int | None = None, fresh: AdapterConfig | None = None,
-         tau: float | None = None, dropout: float | None = None, bits: int = 16,
-         fsdp: bool = False, delta: str | Path | None = None,
-         delta_unpermuted: bool = False) -> LaVIN:
+         dropout: float | None = None, bits: int = 16, fsdp: bool = False,
+         delta: str | Path | None = None, delta_unpermuted: bool = False) -> LaVIN:
     """LLaMA's folder or GGUF file, CLIP's file and a LaVIN checkpoint or None -> LaVIN.
 
-    The model is in eval mode. Frozen weights have `dtype`, trained ones fp32. If None, max_seq_len,
-    tau and dropout come from the checkpoint; without one, they are 512 and those of `fresh`. fresh
+    The model is in eval mode. Frozen weights have `dtype`, trained ones fp32. If None, max_seq_len
+    and dropout come from the checkpoint; without one, they are 512 and that of `fresh`. fresh
     configures the adapters if there is no checkpoint (default: AdapterConfig()). bits 8 or 4
     quantizes LLaMA, and fsdp shards it over the ranks, block by block while it is read. delta: a
     Hugging Face folder whose weights are added to LLaMA's. delta_unpermuted: like the authors'
@@ -622,7 +619,7 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
     """
     if bits not in (16, 8, 4) or (fsdp and bits < 16):
         raise ValueError(f"bits={bits}, fsdp={fsdp}: bits is 16, 8 or 4, and with fsdp 16")
-    state, config, settings = begin_with(adapter, fresh, tau, dropout)
+    state, config, settings = begin_with(adapter, fresh, dropout)
     max_seq_len = max_seq_len or settings.get("max_seq_len") or 512
     source = open_llama(llama)
     tokenizer = load_tokenizer(source)

@@ -149,7 +149,10 @@ class Batch:
 
 
 class Tokenizer(Protocol):
-    """The methods of sentencepiece that every tokenizer here has (see extras/tokenizers.py)."""
+    """The methods of sentencepiece that every tokenizer here has (see extras/tokenizers.py).
+
+    A tokenizer may also have the attribute `ends` (see answer_ends).
+    """
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -267,24 +270,25 @@ def encode(sample: Sample, tokenizer: Tokenizer, n_features: int, max_seq_len: i
 
     if sample.image is None:
         prefix = tokenizer.encode("Image: N/A")
-        n_features = 0
+        placeholders = []
     else:
         prefix = picture_prefix(tokenizer)
-    first = 1 + len(prefix)                                         # after BOS and prefix
-    is_feature = np.zeros(len(tokens) + len(prefix) + n_features, dtype=bool)
-    is_feature[first:first + n_features] = True
-    prefix = prefix + [0] * n_features      # placeholders: the features replace them
-    tokens = tokens[:1] + prefix + tokens[1:]
-    labels = labels[:1] + [IGNORED] * len(prefix) + labels[1:]
+        placeholders = [0] * n_features             # the features replace them
+    inserted = prefix + placeholders                # after BOS
+    tokens = tokens[:1] + inserted + tokens[1:]
+    labels = labels[:1] + [IGNORED] * len(inserted) + labels[1:]
+    is_feature = np.zeros(len(tokens), dtype=bool)
+    is_feature[1 + len(prefix):1 + len(inserted)] = True
 
-    room = max_seq_len - 2              # less the modality token and one new token
+    context = max_seq_len - 1
+    room = context - 1                  # for at least one new token
     if prompt_only and len(tokens) > room:
         raise LavinError(f"the prompt has {len(tokens)} tokens, picture included, but a context of "
                          f"{max_seq_len} has room for {room}; shorten it or raise --max-seq-len")
     tokens = np.array(tokens, dtype=np.int32)
     labels = np.array(labels, dtype=np.int32)
     encoded = Encoded(tokens, labels, is_feature, sample.image, sample.id)
-    return cut(encoded, max_seq_len - 1)
+    return cut(encoded, context)
 
 
 def append_tokens(encoded: Encoded, tokens: list[int]) -> Encoded:
@@ -309,7 +313,8 @@ def cut(encoded: Encoded, n: int) -> Encoded:
 def with_pixels(encoded: Encoded, resolution: int) -> Encoded:
     """The same sample with its picture decoded to (3, R, R). A LavinError names the sample.
 
-    In training, this error ends the run. In scoring, only this sample gets no answer.
+    In training, this error ends the run. When a data set is answered, only this sample gets no
+    answer.
     """
     if encoded.image is None or isinstance(encoded.image, torch.Tensor):
         return encoded
@@ -437,9 +442,9 @@ class Batches(Dataset):
     Tokens were made once, before training. Pictures are decoded here, each time their sample is
     drawn, in a worker process if there is one.
 
-    With n ranks, rank k gets micro-batches k, k + n, k + 2n, …. With --fsdp, every forward pass
-    gathers matrices from all ranks, so all ranks must run equally many. A rank that would run one
-    fewer gets an idle batch, without an answer.
+    With n ranks, rank k gets micro-batches k, k + n, k + 2n, …. All ranks get equally many, because
+    with --fsdp every forward pass needs all of them. A rank that would get one fewer gets an idle
+    batch: two tokens without an answer, whose loss is 0.
     """
 
     def __init__(self, encoded: list[Encoded], plan: Callable, resolution: int, rank=0, n_ranks=1):
@@ -462,7 +467,7 @@ class Batches(Dataset):
             return [collate(encoded, self.resolution)
                     for encoded in chosen[self.rank::self.n_ranks]]
         except LavinError as error:
-            return error        # `prefetch` raises it: a worker would add its traceback
+            return error        # for `prefetch` to raise: a worker would add its traceback
 
 
 class Pictures(Dataset):

@@ -19,14 +19,14 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 from adapters import Adapter, AdapterConfig, Projector
-from fast.ops import attend_in_groups, cross_entropy, is_on_cpu, rotate
+from fast.ops import attend_in_groups, cross_entropy, is_on_cpu, multiply_complex
 from files import LavinError
 from router import route
 from vit import ViTConfig, VisionTransformer
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + ε) · weight. All but the last product is in fp32: x² could overflow."""
+    """x / sqrt(mean(x²) + ε) · weight. All but the last product is in fp32: x² overflows fp16."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -74,29 +74,47 @@ def rope_angles(positions: torch.Tensor,
     return angles.cos(), angles.sin()
 
 
+def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """RoPE: rotate each pair of neighbouring channels (a, b) of x by its angle, in fp32.
+
+    x (B, T, H, D) -> the same shape and dtype; rope: cosines and sines, (T, 1, D/2) for all rows
+    or (B, T, 1, D/2). Meta's checkpoints pair channels 2i and 2i + 1; Hugging Face's pair i and
+    i + D/2.
+    """
+    cos, sin = rope
+    pairs = x.float().unflatten(-1, (-1, 2))                        # (B, T, H, D/2, 2)
+    if torch.compiler.is_compiling():
+        a, b = pairs.unbind(-1)                                     # (B, T, H, D/2) each
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        turned = multiply_complex(pairs, cos, sin)                  # the same, faster
+    return turned.flatten(-2).type_as(x)                            # (B, T, H, D)
+
+
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
            lengths: torch.Tensor | None = None) -> torch.Tensor:
     """Causal attention: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D).
 
-    Without `lengths` every row is a sequence. With lengths (samples,), int64 on the CPU, a single
+    Without `lengths`, every row is a sequence. With lengths (samples,), int64 on the CPU, a single
     row holds all samples, one after the other. Attention never crosses their boundaries.
     """
-    grouped = q.shape[1] != k.shape[1]      # several query heads share a key head, as in LLaMA 3
     if lengths is None:
+        grouped = q.shape[1] != k.shape[1]  # several query heads share a key head, as in LLaMA 3
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=grouped)
-    if torch.compiler.is_compiling():
-        # torch.compile would unroll the loop and recompile for every number of samples.
-        torch._dynamo.skip_frame("the loop over samples is not compiled")
-    sizes = lengths.tolist()
     if is_on_cpu(q):
-        return attend_in_groups(q, k, v, sizes)     # the same as the loop below, in fewer calls
-    outputs = []                                    # on a GPU: one call for each sample
-    samples = zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2))
-    for q_i, k_i, v_i in samples:
-        y_i = F.scaled_dot_product_attention(
-            q_i, k_i, v_i, is_causal=True, enable_gqa=grouped)
-        outputs.append(y_i)
+        return attend_in_groups(q, k, v, lengths)       # attend_to_each in fewer calls
+    return attend_to_each(q, k, v, lengths)
+
+
+# torch.compile would unroll the loop and compile anew for every number of samples.
+@torch._disable_dynamo
+def attend_to_each(q, k, v, lengths):
+    """Causal attention within each of the samples in a row, one call per sample."""
+    sizes = lengths.tolist()
+    outputs = []
+    for q_i, k_i, v_i in zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2)):
+        outputs.append(attend(q_i, k_i, v_i))                       # (1, H, length, D)
     return torch.cat(outputs, dim=2)
 
 
@@ -167,7 +185,7 @@ class Block(nn.Module):
 
         rope: cosines and sines, as rope_angles gives them.
         """
-        # fast/fold.py merges an adapter into wq, wk and wv. The module that replaces it ignores w.
+        # fast/fold.py merges an adapter into wq, wk and wv. Its replacement there ignores w.
         adapted = self.adapter(self.attention_norm(x), w)
         x = x + self.attention(adapted, rope, lengths, cache)
         x = x + self.feed_forward(self.ffn_norm(x))
@@ -194,7 +212,8 @@ class LLaMAConfig:
     head_dim: int | None = None                 # None: C / H, as in most models
     attention_bias: bool = False                # in wq, wk and wv: in Qwen2 or a folded LLaMA
     tied_embeddings: bool = False               # `output` shares its matrix with the embeddings
-    folded: bool = False                        # adapters are merged into wq, wk and wv
+    # Adapters are already merged into wq, wk and wv. Those built here must stay the identity.
+    folded: bool = False
 
     def __post_init__(self):
         if self.head_dim is None:
@@ -213,7 +232,7 @@ class LLaMA(nn.Module):
     def __init__(self, config: LLaMAConfig, adapter_config: AdapterConfig):
         super().__init__()
         self.config = config
-        # Frozen, and empty until the checkpoint is read.
+        # Frozen, and empty until the checkpoint is read. nn.Embedding(…) would draw random numbers.
         embeddings = torch.empty(config.vocab_size, config.dim)
         self.tok_embeddings = nn.Embedding.from_pretrained(embeddings)
         self.layers = nn.ModuleList(
@@ -262,12 +281,12 @@ def check_logits(logits: torch.Tensor) -> None:
 
 
 def pick(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """logits (B, vocabulary) -> the next token of each row, (B,). LavinError if one is not finite.
+    """logits (B, vocabulary) -> the next token of each row, (B,). See check_logits for LavinError.
 
     Temperature 0 takes the likeliest token. Otherwise the token is sampled from the nucleus: the
     smallest set of likeliest tokens whose probabilities add up to top_p or more.
     """
-    check_logits(logits)                                # argmax would take NaN for the largest
+    check_logits(logits)                                # argmax would treat NaN as the largest
     if temperature < 1e-4:                              # dividing by less could overflow
         return logits.argmax(-1)
     p = torch.softmax(logits / temperature, dim=-1)
@@ -292,12 +311,14 @@ class LaVIN(nn.Module):
                  adapter_config: AdapterConfig, tokenizer: data.Tokenizer, max_seq_len: int):
         """max_seq_len: context length, including the modality token.
 
-        checkpoints.load fills the frozen weights and the modality embedding, empty until then.
+        The frozen weights and the modality embedding are not initialized: checkpoints.load reads
+        or draws them.
         """
         super().__init__()
         self.adapter_config = adapter_config
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
+        self.context = max_seq_len - 1  # tokens in a sequence, which has no modality token here
         self.resolution = vit_config.resolution
         self.n_features = vit_config.n_features
         self.llama = LLaMA(llama_config, adapter_config)
@@ -308,7 +329,6 @@ class LaVIN(nn.Module):
         self.modality_embedding = nn.Parameter(torch.empty(2, llama_config.dim))
         self.folded_for = None          # the modality that fast/fold.py merged the adapters for
         self.is_sharded = False         # by --fsdp: each rank holds a part (fast/ranks.py)
-        self.logit_rows = None          # rows of logits at a time; None: chosen for the device
 
         self.requires_grad_(False)
         self.modality_embedding.requires_grad_(True)
@@ -404,7 +424,7 @@ class LaVIN(nn.Module):
             x = x.index_select(0, batch.answer_indices - 1)         # (n_answer, C)
             labels = batch.labels[batch.answer_indices]             # (n_answer,)
             # Same as F.cross_entropy(logits, labels, reduction="sum"), but with less memory.
-            loss = cross_entropy(x, self.llama.output.weight, labels, self.logit_rows)
+            loss = cross_entropy(x, self.llama.output.weight, labels)
         return loss / max(batch.n_answer, 1)
 
     def logits(self, batch: data.Batch) -> torch.Tensor:
@@ -439,7 +459,7 @@ class LaVIN(nn.Module):
                     break
                 new_tokens.append(token)
                 sequence = data.append_tokens(sequence, [token])
-                if len(sequence.tokens) == self.max_seq_len - 1:    # the context is full
+                if len(sequence.tokens) == self.context:    # it is full
                     break
             texts.append(data.decode(self.tokenizer, new_tokens))
         return texts

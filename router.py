@@ -1,4 +1,4 @@
-"""The router: it computes the weights of the two experts in each adapter.
+"""The router computes the weights of the two experts in each adapter.
 
 The paper's routing (section 3.2): w = softmax((y W + b) / τ). In LLaMA, y is the modality token's
 normalized hidden state at the layer. The token is one of two learned embeddings: "text only" or
@@ -48,10 +48,10 @@ class NoRouter(nn.Module):
 def route(llama: nn.Module, modality_embedding: torch.Tensor) -> torch.Tensor:
     """The routing weights of all layers for both modalities: (L, 2 modalities, E experts), fp32.
 
-    E is 2, or 1 in the ablation with a single expert.
+    E is 2, or 1 in the ablation with a single expert. (Read this after Block in model.py.)
 
-    `modality_embedding` (2, C) holds the two tokens. They go through the blocks of model.py as two
-    rows of one token each, so each attends only to itself. Training needs the gradient through this
+    `modality_embedding` (2, C) holds the two tokens. They go through the blocks as two rows of one
+    token each, so each attends only to itself. Training needs the gradient through this
     whole pass: a layer's routing weights depend on its router, the modality embedding, and the
     adapters and routers of all earlier layers.
     """

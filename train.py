@@ -65,7 +65,8 @@ class Settings:
     max_seq_len: int = 512
     # The training
     epochs: int | None = None           # None: 20, or 15 without ScienceQA
-    warmup: float | None = None         # in epochs; None: 2, or 0.2 without ScienceQA
+    # In epochs, and at most a tenth of the run. None: 2, or 0.2 without ScienceQA
+    warmup: float | None = None
     batch_size: int = 32                # samples per step, over all micro-batches and ranks
     micro_batch: int = 4                # samples per forward pass, at most
     lr: float | None = None             # the peak; None: 9e-3 · batch_size / 256
@@ -113,16 +114,16 @@ class Settings:
     vit_hash: str | None = None
 
 
-def learning_rate(step: int, steps_per_epoch: int, settings: Settings) -> float:
+def learning_rate(n_done: int, steps_per_epoch: int, settings: Settings) -> float:
     """Linear warm-up from 0 over at most a tenth of the run, then half a cosine down to 0.
 
-    `step` is the number of steps done so far. So with warm-up, the first step changes no weight.
+    n_done: the number of steps done so far. So with warm-up, the first step changes no weight.
     """
-    epoch = step / steps_per_epoch
+    epochs_done = n_done / steps_per_epoch
     warmup = min(settings.warmup, settings.epochs / 10)
-    if epoch < warmup:
-        return settings.lr * epoch / warmup
-    angle = math.pi * (epoch - warmup) / (settings.epochs - warmup)
+    if epochs_done < warmup:
+        return settings.lr * epochs_done / warmup
+    angle = math.pi * (epochs_done - warmup) / (settings.epochs - warmup)
     return settings.lr * 0.5 * (1 + math.cos(angle))
 
 
@@ -152,14 +153,15 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
     scaled down to it. With several ranks, micro_batches and the returned loss are this rank's
     share. LavinError if the loss or the gradient is not finite.
     """
-    n_answer = sum(batch.n_answer for batch in micro_batches)       # of this rank, then of all
-    n_answer = ranks.total(torch.tensor(float(n_answer), device=lavin.device))
+    n_own = sum(batch.n_answer for batch in micro_batches)          # answer tokens of this rank
+    n_answer = ranks.total(torch.tensor(float(n_own), device=lavin.device))     # of all ranks
     gradients.zero_()
 
     # Backward has two stages. The routing weights depend only on the modality, so they are the
     # same for all micro-batches. We compute them once and detach them. The micro-batches add up
     # their gradients in leaf.grad. One backward pass then continues from there, through the layers
-    # that the two modality tokens went through. Only this pass reaches LLaMA's routers.
+    # that the two modality tokens went through. Only this pass gives the modality embedding and
+    # LLaMA's routers a gradient. It adds to the gradient of LLaMA's adapters.
     routed = lavin.route()                                          # (L, 2 modalities, E experts)
     leaf = routed.detach().requires_grad_()
     losses = []
@@ -180,7 +182,8 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
     # In fp16 an overflow is no error while the scale is at least 1: the scaler skips the step.
     fp16_can_recover = scaler.is_enabled() and scaler.get_scale() >= 1
     if not fp16_can_recover:
-        check_finite("gradient", norm, micro_batches)
+        what = "gradient" if ranks.count() == 1 else "gradient of all ranks"
+        check_finite(what, norm, micro_batches)
     if clip and norm > clip:
         gradients.mul_(clip / norm)
     scaler.step(optimizer)
@@ -221,8 +224,9 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
             except LavinError as error:
                 raise LavinError(f"step {step}: {error}; stopped without saving") from error
 
-            signals.listen()        # from now on, a signal lets a step finish and be saved
-            # With --fsdp, a rank may have an idle batch, without an answer. It does not count.
+            # From the first finished step on, a signal lets a step finish and be saved.
+            signals.listen()
+            # With several ranks, one may have an idle batch, without an answer. It does not count.
             n_samples = sum(len(batch.ids) for batch in micro_batches if batch.n_answer)
             has_to_stop = signals.count > 0 or log.failure is not None
             loss, n_samples, n_to_stop = ranks.sums(
@@ -231,11 +235,11 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
             log.step(step, step / steps_per_epoch, loss, lr, n_samples, norm)
 
             ends_epoch = step == n_steps or step % steps_per_epoch == 0
-            if samples.held_out and ends_epoch:
-                rows.score_held_out(lavin, samples.held_out, step, log, settings)
             is_due = settings.save_every and step % settings.save_every == 0
             if is_rank_0 and (ends_epoch or is_due or stopped):
                 save(lavin, optimizer, scaler, step, steps_per_epoch, settings)
+            if samples.held_out and ends_epoch:     # after saving: this may fail
+                rows.score_held_out(lavin, samples.held_out, step, log, settings)
             if stopped:
                 break
     if stopped or log.failure:

@@ -1,4 +1,7 @@
-"""CLIP's image encoder with adapters. Parameters have the names of OpenAI's file (ViT-L-14.pt).
+"""CLIP's image encoder with adapters.
+
+Parameters have the names of OpenAI's file (ViT-L-14.pt), without its prefixes `visual.` and
+`transformer.`.
 
 The picture's features are the class token after every fourth block. ViT-L/14 has 24 blocks, 1024
 wide, so it gives 6 features. The patches reach LLaMA only through the class token, which attends to

@@ -80,8 +80,7 @@ class Conversation:
         modality = 0 if image is None else 1
         if modality not in self.engines:
             folded = fold(self.lavin, modality)
-            context = self.lavin.max_seq_len - 1            # the modality token takes one place
-            self.engines[modality] = Engine(folded, 1, context, self.compiled)
+            self.engines[modality] = Engine(folded, 1, self.lavin.context, self.compiled)
         self.engine = self.engines[modality]
         self.image = image
         self.start = start
@@ -114,7 +113,7 @@ class Conversation:
         """
         sample = Sample(self.prompt(question), image=self.start.image)
         alone = self.lavin.encode(sample, prompt_only=True).tokens.tolist()
-        free = self.lavin.max_seq_len - 1 - len(alone) - room
+        free = self.lavin.context - len(alone) - room
         dropped = 0
         while self.turns and sum(turn.length() for turn in self.turns) > free:
             del self.turns[0]
@@ -157,7 +156,7 @@ class Conversation:
         the caller stops early, the turn keeps the answer generated so far. Raises LavinError if
         the question alone does not fit.
         """
-        context = self.lavin.max_seq_len - 1
+        context = self.lavin.context
         ends = data.answer_ends(self.lavin.tokenizer)
         self.dropped = self.open_turn(question, room=min(max_new_tokens, context // 4))
         turn = self.turns[-1]

@@ -5,10 +5,10 @@ a dtype, but no values and no memory, so 7B runs on any machine. LiveBytes adds 
 would be alive, and its peak is the peak of the step. These tensors are on the CPU, not on a GPU.
 Where that matters:
 
-    attention       takes a GPU's way (fast.ops.acting_as_gpu). The CPU's fused kernel keeps the
+    attention       takes the GPU's path (fast.ops.acting_as_gpu). The CPU's fused kernel keeps the
                     same tensors for backward as the GPU's flash kernel: the output, and one fp32
                     number for each head and token
-    the loss        computes as many rows of logits at a time as on a GPU (LaVIN.logit_rows)
+    the loss        takes it too: it computes as many rows of logits at a time as on a GPU
     --compile       is not simulated; it would fuse operations and keep fewer tensors between them
     UNSEEN          is added for memory that belongs to no tensor
 
@@ -34,7 +34,7 @@ from checkpoints import (
     allocate, begin_with, check_context, load_tokenizer, modules_outside_blocks, open_llama,
     read_clip, read_params)
 from extras import runs
-from fast.ops import LOGIT_ROWS, acting_as_gpu
+from fast.ops import acting_as_gpu
 from fast.quantize import quantize
 from fast.ranks import gradient_buffer
 from files import DTYPES, LavinError
@@ -196,7 +196,7 @@ def read_shape(settings) -> Shape:
     If CLIP's file does not exist, the ViT is ViT-L/14. Raises LavinError as checkpoints.load does.
     """
     fresh = runs.fresh_adapters(settings)
-    _, adapters, _ = begin_with(settings.adapter, fresh, None, settings.dropout)
+    _, adapters, _ = begin_with(settings.adapter, fresh, settings.dropout)
     llama_source = open_llama(settings.llama)
     tokenizer = load_tokenizer(llama_source)
     if os.path.exists(settings.vit):
@@ -296,7 +296,6 @@ def training_memory(shape: Shape, settings, batches: list[data.Batch],
     at_corners = []
     for n_llama, n_vit in CORNERS:
         lavin = shape.with_layers(n_llama, n_vit).on_meta()
-        lavin.logit_rows = LOGIT_ROWS["cuda"]
         inputs = [with_features(batch, lavin.n_features) for batch in batches]
         live = LiveBytes(shape.llama.vocab_size, BLOCK)
         with FakeTensorMode(allow_non_fake_inputs=True), acting_as_gpu(), live:

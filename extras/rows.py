@@ -173,10 +173,11 @@ def question_of(encoded: Encoded, tokenizer: data.Tokenizer) -> tuple[Encoded, s
     return prompt, tokenizer.decode(answer)
 
 
-def count_right(lavin: LaVIN, encoded: list[Encoded], source: str, format: str) -> int:
+def count_right(lavin: LaVIN, encoded: list[Encoded], source: str, settings) -> int:
     """How many of these held-out samples the model answers correctly.
 
-    For ScienceQA, only the letter counts.
+    For ScienceQA, only the letter counts. As many samples are answered at a time as a micro-batch
+    has, so this needs less memory than training.
     """
     if not encoded:
         return 0
@@ -188,11 +189,11 @@ def count_right(lavin: LaVIN, encoded: list[Encoded], source: str, format: str) 
         expected.append(answer)
     # One token more than the longest answer is enough to see that an output is wrong.
     most = max(len(sample.tokens) - len(prompt.tokens) for sample, prompt in zip(encoded, prompts))
-    done = evaluate.letter_is_out(lavin, format) if source == "sqa" else None
+    done = evaluate.letter_is_out(lavin, settings.format) if source == "sqa" else None
     n_right = 0
     with torch.compiler.set_stance("force_eager"):
         # Not folded: training may leave no memory for copies of LLaMA's matrices.
-        n_rows = min(32, len(prompts))
+        n_rows = min(settings.micro_batch, len(prompts))
         for number, tokens in continue_prompts(lavin, prompts, n_rows, most, done=done):
             output = data.decode(lavin.tokenizer, tokens)
             if source == "sqa":
@@ -219,7 +220,7 @@ def held_out_right(lavin: LaVIN, held_out: dict[str, list[Encoded]],
         asked = encoded[:limit]
         if asked:
             share = asked[ranks.rank()::ranks.count()]
-            n_right = torch.tensor(count_right(lavin, share, source, settings.format))
+            n_right = torch.tensor(count_right(lavin, share, source, settings))
             results[source] = ranks.total(n_right.to(lavin.device)).item(), len(asked)
     lavin.train()
     return results

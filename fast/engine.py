@@ -367,9 +367,8 @@ def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], n_rows: int,
         raise ValueError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
     if longest is None:
         longest = max((len(encoded.tokens) for encoded in prompts), default=0)
-    context = lavin.max_seq_len - 1             # the modality token counts, but is not in a row
     ends = data.answer_ends(lavin.tokenizer)
-    engine = Engine(lavin, n_rows, min(longest + max_new_tokens, context), compiled)
+    engine = Engine(lavin, n_rows, min(longest + max_new_tokens, lavin.context), compiled)
     waiting = enumerate(prompts)
     active: list[Answer] = []                   # one for each row in use
 
@@ -391,7 +390,7 @@ def continue_prompts(lavin: LaVIN, prompts: Iterable[data.Encoded], n_rows: int,
             if not ended:
                 answer.tokens.append(tokens[row])
                 n_new = len(answer.tokens)
-                ended = (n_new == max_new_tokens or answer.n_prompt + n_new >= context
+                ended = (n_new == max_new_tokens or answer.n_prompt + n_new >= lavin.context
                          or done is not None and done(answer.tokens))
             if ended:
                 engine.retire(row)

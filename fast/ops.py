@@ -1,6 +1,6 @@
 """Fast versions of single operations. Each one equals a few plain lines (tests/test_ops.py).
 
-    rotate              RoPE's rotation of every pair of channels
+    multiply_complex    RoPE's rotation of every pair of channels, without torch.compile
     attention           PyTorch's fused attention, or matrix products where those are faster
     attend_in_groups    causal attention, in one call for all samples of similar length
     add_experts         an adapter's output: its input plus both experts, weighted by the router
@@ -21,26 +21,14 @@ import torch.nn.functional as F
 LOGIT_ROWS = {"cpu": 128, "cuda": 1024}     # rows of logits that the loss computes at a time
 
 
-def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotate each pair of neighbouring channels (a, b) of x by its angle, in fp32.
+def multiply_complex(pairs: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The rotation in model.rotate, as complex numbers: (a + ib)(cos + i sin).
 
-        a' = a cos − b sin        b' = a sin + b cos
-
-    x (B, T, H, D) -> the same shape and dtype; rope: cosines and sines, (T, 1, D/2) for all rows
-    or (B, T, 1, D/2).
-    Meta's checkpoints pair channels 2i and 2i + 1; Hugging Face's pair i and i + D/2.
+    pairs (..., D/2, 2), the last dimension holds a and b; cos and sin (..., D/2) -> like pairs.
+    One pass over memory instead of seven. torch.compile cannot compile complex numbers.
     """
-    cos, sin = rope
-    pairs = x.float().unflatten(-1, (-1, 2))                    # (B, T, H, D/2, 2)
-    if torch.compiler.is_compiling():
-        # The compiler fuses these lines into one pass. It cannot compile complex numbers.
-        a, b = pairs.unbind(-1)
-        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    else:
-        # The same as one complex product, (a + ib)(cos + i sin): one pass over x, not seven.
-        turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
-        turned = torch.view_as_real(turned)
-    return turned.flatten(-2).type_as(x)
+    turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
+    return torch.view_as_real(turned)
 
 
 _acts_as_gpu = False
@@ -48,7 +36,7 @@ _acts_as_gpu = False
 
 @contextlib.contextmanager
 def acting_as_gpu():
-    """In this `with`, tensors on the CPU take a GPU's way through attention.
+    """Inside this context, tensors on the CPU take the GPU's path in attention and in the loss.
 
     extras/estimate.py computes the memory of a GPU on fake tensors, which are on the CPU.
     """
@@ -61,7 +49,7 @@ def acting_as_gpu():
 
 
 def is_on_cpu(x: torch.Tensor) -> bool:
-    """Does x take the CPU's way through attention? Not inside acting_as_gpu."""
+    """Does x take the CPU's path? Not inside acting_as_gpu."""
     return x.device.type == "cpu" and not _acts_as_gpu
 
 
@@ -141,14 +129,14 @@ def padded_rows(lengths: list[int]) -> tuple[list[list[int]], list[torch.Tensor]
 # torch.compiler.disable would import the compiler: two more seconds at every start.
 @torch._disable_dynamo
 def attend_in_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                     lengths: list[int]) -> torch.Tensor:
-    """The loop in model.attend, with one call for all samples of similar length.
+                     lengths: torch.Tensor) -> torch.Tensor:
+    """model.attend_to_each, with one call for all samples of similar length.
 
     q (1, H, T, D), k and v (1, K, T, D) -> (1, H, T, D). Within a group, each sample gets a row of
     its own, as long as the longest. The padding comes last, so the causal mask hides it from all
     real tokens. This is for CPUs: a GPU would wait for the indices in every layer.
     """
-    groups, sources, slots = padded_rows(lengths)
+    groups, sources, slots = padded_rows(lengths.tolist())
     sizes = [len(indices) for indices in sources]
     sources = torch.cat(sources)
     picked = []
@@ -188,6 +176,8 @@ def add_experts(y: torch.Tensor, scale: float, h: torch.Tensor, w: torch.Tensor,
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """cross_entropy, below. forward also computes the gradient; backward only scales it."""
+
     @staticmethod
     def forward(ctx, x, weight, targets, n_rows):
         loss = torch.zeros((), device=x.device)
@@ -227,7 +217,7 @@ def cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
     if weight.requires_grad:
         raise ValueError("this loss gives the weight no gradient; train with F.cross_entropy")
     if n_rows is None:
-        n_rows = LOGIT_ROWS["cpu" if x.device.type == "cpu" else "cuda"]
+        n_rows = LOGIT_ROWS["cpu" if is_on_cpu(x) else "cuda"]
     return _CrossEntropy.apply(x, weight, targets, n_rows)
 
 

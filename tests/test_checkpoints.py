@@ -469,7 +469,7 @@ def test_adapters_round_trip_bit_exactly(tmp_path, lavin, prefix):
 
 def test_rank_and_tau_come_from_the_file(tmp_path):
     torch.manual_seed(0)
-    usual = checkpoints.load(LLAMA, VIT, tau=5.0)
+    usual = checkpoints.load(LLAMA, VIT)
     vit_config = checkpoints.read_clip(VIT)[1]
     config = AdapterConfig(rank=4, projector_dim=32, tau=5.0)
     with torch.device("meta"):

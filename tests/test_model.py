@@ -14,8 +14,7 @@ import vit
 from adapters import AdapterConfig
 from conftest import ADAPTER, LLAMA, VIT, difference
 from fast import engine
-from fast.ops import rotate
-from model import LaVIN, LLaMA, LLaMAConfig, RMSNorm, pick
+from model import LaVIN, LLaMA, LLaMAConfig, RMSNorm, pick, rotate
 from vit import LayerNorm, ViTConfig
 
 
