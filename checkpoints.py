@@ -178,7 +178,7 @@ def differ_only_in(dim: int, a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def shard_files(directory: str | Path) -> list[Path]:
-    """consolidated.00.pth, .01.pth, …. LavinError if one is missing or wrongly named."""
+    """consolidated.00.pth, .01.pth, …. Raises LavinError if one is missing or wrongly named."""
     files = sorted(Path(directory).glob("consolidated.*.pth"))
     if not files:
         raise LavinError(f"{directory}: holds no consolidated.00.pth")
@@ -198,7 +198,7 @@ class MappedShards:
     """
 
     def __init__(self, directory: str | Path, names: list[str], is_hf: bool):
-        """LavinError unless every shard holds exactly the tensors with these names."""
+        """Raises LavinError unless every shard holds exactly the tensors with these names."""
         self.directory = directory
         self.is_hf = is_hf
         self.files = [Path(directory)] if is_hf else shard_files(directory)
@@ -240,7 +240,7 @@ class MappedShards:
         return slices
 
     def check_different(self) -> None:
-        """LavinError if two shards hold the same part of the embeddings: one must be a copy."""
+        """Raises LavinError if two shards hold the same part of the embeddings: one is a copy."""
         pieces = [shard["tok_embeddings.weight"] for shard in self.shards]
         for i in range(len(pieces)):
             for j in range(i):
@@ -321,8 +321,8 @@ def save_folded(lavin: LaVIN, directory: str | Path) -> None:
 
     params.json says "attention_bias": true. So a reader without support for biases rejects the
     files instead of ignoring the biases. The vocab_size in params.json may be larger than the
-    tokenizer's. ValueError if it is not folded for text or if it is quantized. LavinError if a
-    number is too large for fp16, or if the folder holds a model already.
+    tokenizer's. Raises ValueError if it is not folded for text or if it is quantized. Raises
+    LavinError if a number is too large for fp16, or if the folder holds a model already.
     """
     if lavin.folded_for != 0:
         raise ValueError("fold for modality 0 first: Meta's layout has no place for the "
@@ -470,7 +470,7 @@ def read_adapter(path: str | Path) -> tuple[dict, AdapterConfig, dict]:
     Rank and the projector's size come from the shapes. τ, scale and dropout come from `args` in the
     file, or are the defaults. The settings are the training run's: our files store all of them
     ("config"), the authors' files only the context and the prompt format.
-    LavinError if the file is not a LaVIN checkpoint.
+    Raises LavinError if the file is not a LaVIN checkpoint.
     """
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, dict) or "model" not in checkpoint:
@@ -527,7 +527,7 @@ def read_settings(path: str | Path, checkpoint: dict) -> tuple[dict, dict]:
 
 
 def check_not_folded(llama: str | Path, config: LLaMAConfig) -> None:
-    """LavinError if this LLaMA already has adapters folded into it."""
+    """Raises LavinError if this LLaMA already has adapters folded into it."""
     if config.folded:
         raise LavinError(f"{llama}: adapters are folded into it already; take the LLaMA "
                          "that they were trained with, or --adapter none")
@@ -558,7 +558,7 @@ def weights_size(lavin: LaVIN, dtype: torch.dtype, bits: int, n_parts: int) -> i
 
 def check_fits(lavin: LaVIN, device: torch.device, dtype: torch.dtype, bits: int,
                n_parts: int) -> None:
-    """LavinError if the weights alone are larger than the device's memory."""
+    """Raises LavinError if the weights alone are larger than the device's memory."""
     available = memory(device)
     needed = weights_size(lavin, dtype, bits, n_parts)
     if needed <= available:
@@ -581,7 +581,7 @@ def modules_outside_blocks(lavin: LaVIN) -> list[nn.Module]:
 
 def check_context(max_seq_len: int, tokenizer: data.Tokenizer,
                   vit_config: ViTConfig) -> None:
-    """LavinError if a picture alone fills the context."""
+    """Raises LavinError if a picture alone fills the context."""
     n_prefix = 2 + len(data.picture_prefix(tokenizer))      # modality token and BOS come first
     n_picture = n_prefix + vit_config.n_features
     if max_seq_len <= n_picture:
@@ -614,8 +614,8 @@ def load(llama: str | Path, vit: str | Path, adapter: str | Path | None = None, 
     configures the adapters if there is no checkpoint (default: AdapterConfig()). bits 8 or 4
     quantizes LLaMA, and fsdp shards it over the ranks, block by block while it is read. delta: a
     Hugging Face folder whose weights are added to LLaMA's. delta_unpermuted: like the authors'
-    code, add its rows of wq and wk in their own order, not in Meta's. LavinError for files that are
-    damaged or do not fit, ValueError for other bits or for bits with fsdp.
+    code, add its rows of wq and wk in their own order, not in Meta's. Raises LavinError for files
+    that are damaged or do not fit, ValueError for other bits or for bits with fsdp.
     """
     if bits not in (16, 8, 4) or (fsdp and bits < 16):
         raise ValueError(f"bits={bits}, fsdp={fsdp}: bits is 16, 8 or 4, and with fsdp 16")

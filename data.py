@@ -61,8 +61,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def open_picture(source: str | Path | BinaryIO) -> Image.Image:
     """A path or an open file -> the picture. Its size is then known, but no pixel is decoded yet.
 
-    LavinError unless the content is in one of PICTURE_FORMATS; the file's name does not matter.
-    EPS is not one of them, because Pillow would run the file as a program, in Ghostscript.
+    Raises LavinError unless the content is in one of PICTURE_FORMATS; the file's name does not
+    matter. EPS is not one of them, because Pillow would run the file as a program, in Ghostscript.
     """
     if isinstance(source, str | Path):
         if not os.path.exists(source):
@@ -80,7 +80,7 @@ def open_picture(source: str | Path | BinaryIO) -> Image.Image:
 
 
 def load_pixels(image: str | Path | Image.Image, resolution: int) -> torch.Tensor:
-    """A path or a picture -> (3, R, R) fp32, normalized. LavinError if it cannot be decoded.
+    """A path or a picture -> (3, R, R) fp32, normalized. Raises LavinError if it cannot be decoded.
 
     The picture is resized to R × R, not cropped: a diagram's border may hold the answer.
     """
@@ -212,7 +212,7 @@ def picture_prefix(tokenizer: Tokenizer) -> list[int]:
 
 
 def tokenize(sample: Sample, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """-> (tokens, labels), lists of equal length, without the picture and not truncated.
+    """Return (tokens, labels), lists of equal length, without the picture and not truncated.
 
     BOS, and then for each turn prompt + answer + EOS. Prompt and answer are tokenized as one
     string. The labels start after n tokens, where n is the length of the prompt tokenized alone.
@@ -241,7 +241,7 @@ def is_unicode(text: object) -> bool:
 
 
 def check_unicode(sample: Sample) -> None:
-    """LavinError for text that sentencepiece cannot handle."""
+    """Raises LavinError for text that sentencepiece cannot handle."""
     texts = [sample.prompt, sample.answer]
     for turn in sample.history:
         texts += turn
@@ -257,7 +257,8 @@ def encode(sample: Sample, tokenizer: Tokenizer, n_features: int, max_seq_len: i
     For training, the sequence is truncated to max_seq_len - 1 tokens, because the authors' code
     spends one position on the modality token. (Our sequence has no such token: see router.py.) If
     a sample loses its whole answer, runs.make_training_set drops it. prompt_only is for generation:
-    the sequence ends with the prompt. LavinError if a long prompt leaves no room for an answer.
+    the sequence ends with the prompt. Raises LavinError if a long prompt leaves no room for an
+    answer.
     """
     check_unicode(sample)
     if prompt_only:
@@ -505,7 +506,7 @@ def pack(item: object) -> bytes:
 
 
 def check_open_files(workers: int) -> None:
-    """LavinError if the limit on open files is so low that torch's workers would hang at start."""
+    """Raises LavinError if so few open files are allowed that torch's workers would hang."""
     opened = []
     try:
         for _ in range(4 * workers + 8):            # 4 for each worker, and 8 to spare

@@ -144,7 +144,7 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, str]:
 
 
 def check_compiler(wanted: bool, device: torch.device) -> None:
-    """LavinError if --compile is wanted on a CPU, but there is no C++ compiler."""
+    """Raises LavinError if --compile is wanted on a CPU, but there is no C++ compiler."""
     compiler = os.environ.get("CXX", "g++")
     if wanted and device.type == "cpu" and not shutil.which(compiler):
         raise LavinError(f"--compile: on a CPU it needs {compiler}, which is not installed; "
@@ -155,7 +155,7 @@ def check_compiler(wanted: bool, device: torch.device) -> None:
 
 
 def check_regular(path: str | Path) -> None:
-    """LavinError unless it is a file. Reading a pipe or a device might never end."""
+    """Raises LavinError unless it is a file. Reading a pipe or a device might never end."""
     if os.path.isdir(path):
         raise LavinError(f"{path}: a folder, where a file is needed")
     try:
@@ -170,7 +170,8 @@ def check_regular(path: str | Path) -> None:
 
 
 def inside(folder: str | Path, name: str) -> Path:
-    """folder/name, for a name that comes from a data set. ValueError if it leaves the folder.
+    """folder/name, for a name that comes from a data set. Raises ValueError if it leaves the
+    folder.
 
     A symbolic link in the folder may point anywhere: we trust whoever made the folder.
     """
@@ -181,7 +182,7 @@ def inside(folder: str | Path, name: str) -> Path:
 
 
 def read_json(path: str | Path) -> object:
-    """The contents of a JSON file. LavinError if it is missing, unreadable or not JSON."""
+    """The contents of a JSON file. Raises LavinError if it is missing, unreadable or not JSON."""
     check_regular(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -198,7 +199,7 @@ def is_zip(path: str | Path) -> bool:
 
 
 def check_not_packed(path: str | Path, entries: list[zipfile.ZipInfo]) -> None:
-    """LavinError for entries of a zip file that are compressed or overlap.
+    """Raises LavinError for entries of a zip file that are compressed or overlap.
 
     torch never writes such entries. Unpacked, a small file could exceed the machine's memory.
     """
@@ -211,7 +212,7 @@ def check_not_packed(path: str | Path, entries: list[zipfile.ZipInfo]) -> None:
 
 
 def check_archive(path: str | Path) -> None:
-    """LavinError for a TorchScript archive, or for entries that torch.save would not write."""
+    """Raises LavinError for a TorchScript archive, or for entries that torch.save never writes."""
     with zipfile.ZipFile(path) as archive:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise LavinError(f"{path}: a TorchScript archive, like CLIP's; "
@@ -222,8 +223,8 @@ def check_archive(path: str | Path) -> None:
 def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
     """Load a torch file to the CPU: only tensors, containers and argparse.Namespace, no code.
 
-    mmap=True leaves the tensors on disk until they are read. LavinError if the file is missing,
-    truncated, or holds anything except data.
+    mmap=True leaves the tensors on disk until they are read. Raises LavinError if the file is
+    missing, truncated, or holds anything except data.
     """
     check_regular(path)
     try:
@@ -259,7 +260,7 @@ def tensors_of(state: object, path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def check_names(path: str | Path, expected: Iterable[str], found: Iterable[str]) -> None:
-    """LavinError with the first name that is in only one of `expected` and `found`."""
+    """Raises LavinError with the first name that is in only one of `expected` and `found`."""
     different = sorted(set(expected) ^ set(found))
     if different:
         name = different[0]
@@ -268,7 +269,7 @@ def check_names(path: str | Path, expected: Iterable[str], found: Iterable[str])
 
 
 def check_plain(path: str | Path, name: object, tensor: object) -> None:
-    """LavinError unless it is a strided tensor whose storage holds all of its elements.
+    """Raises LavinError unless it is a strided tensor whose storage holds all of its elements.
 
     A file may also contain sparse, quantized, nested and meta tensors, or a single element that is
     expanded to a million.
@@ -288,7 +289,7 @@ def check_plain(path: str | Path, name: object, tensor: object) -> None:
 
 def check_tensor(path: str | Path, name: str, tensor: object, shape: torch.Size | None = None,
                  dtype: torch.dtype | None = None) -> None:
-    """LavinError unless it is a plain floating-point tensor of this shape.
+    """Raises LavinError unless it is a plain floating-point tensor of this shape.
 
     Its values must be finite, also after a cast to `dtype` if that is given.
     """
@@ -367,7 +368,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Call `write(temporary path)`, then rename. Readers never see a half-written file.
 
     The temporary name contains the process id, so that two processes do not write to one file. The
-    folder is made if it does not exist. LavinError if the file cannot be written.
+    folder is made if it does not exist. Raises LavinError if the file cannot be written.
     """
     temporary = None
     try:
@@ -394,7 +395,7 @@ def why_not(error: Exception) -> str:
 
 
 def save_tensors(path: str | Path, content: object) -> None:
-    """torch.save, atomically. LavinError if the file cannot be written."""
+    """torch.save, atomically. Raises LavinError if the file cannot be written."""
     def write(temporary):
         with open(temporary, "wb") as file:     # a path would hide "disk full"
             torch.save(content, file)
@@ -403,8 +404,9 @@ def save_tensors(path: str | Path, content: object) -> None:
 
 
 def check_writable(path: str | Path, flag: str) -> None:
-    """Make the directory of `path`. LavinError if nothing can be written there: better now than
-    after hours of work.
+    """Make the directory of `path`. Raises LavinError if nothing can be written there.
+
+    So a run ends now and not after hours.
     """
     path = Path(path)
     try:

@@ -46,7 +46,7 @@ def find_model(args: argparse.Namespace) -> tuple[str | None, dict]:
     remembered = {}
     if adapter and os.path.isfile(adapter):
         _, _, remembered = checkpoints.read_adapter(adapter)
-    with ranks.first():
+    with ranks.rank_0_first():
         world.prepare(args, remembered)
     choose_paths(args, remembered, adapter)
     return adapter, remembered
@@ -110,7 +110,7 @@ def answer_data(lavin: LaVIN, truths: dict | None, samples: list[data.Sample], f
     """Answer the samples of --data, print the table of scores, write --predictions.
 
     If this ends early, the answers so far are written (with several ranks, only rank 0's).
-    LavinError if a picture could not be decoded.
+    Raises LavinError if a picture could not be decoded.
     """
     answers = evaluate.Answers(samples)
     try:

@@ -41,9 +41,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config: "LLaMAConfig", device: torch.device | None = None) -> torch.Tensor:
-    """RoPE: from one position to the next, pair i of a head's channels turns by 1 / θ^(2i/D).
-
-    -> these angles (D/2,), fp32, called frequencies.
+    """RoPE's frequencies (D/2,), fp32: pair i of a head's channels turns by 1 / θ^(2i/D) from one
+    position to the next.
 
     LLaMA 3.1 extends the context of the pre-training by lowering the low frequencies. What counts
     is how many turns a pair makes over that context. With `rope_high` turns or more, it keeps its
@@ -274,7 +273,7 @@ class LLaMA(nn.Module):
 
 
 def check_logits(logits: torch.Tensor) -> None:
-    """LavinError if a logit is not finite, as when an activation overflows in fp16."""
+    """Raises LavinError if a logit is not finite, as when an activation overflows in fp16."""
     if not logits.isfinite().all():
         raise LavinError("the model's logits are not finite; --dtype bf16 or fp32 has a wider "
                          "range than fp16")

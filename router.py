@@ -48,7 +48,7 @@ class NoRouter(nn.Module):
 def route(llama: nn.Module, modality_embedding: torch.Tensor) -> torch.Tensor:
     """The routing weights of all layers for both modalities: (L, 2 modalities, E experts), fp32.
 
-    E is 2, or 1 in the ablation with a single expert. (Read this after Block in model.py.)
+    E is 2, or 1 in the ablation with a single expert. (Read this after model.py.)
 
     `modality_embedding` (2, C) holds the two tokens. They go through the blocks as two rows of one
     token each, so each attends only to itself. Training needs the gradient through this

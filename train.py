@@ -106,7 +106,8 @@ class Settings:
     save_every: int | None = None       # steps; None: once per epoch
     keep_epochs: bool = False           # keep a checkpoint of every epoch
     tensorboard: bool = False
-    eval_limit: int | None = None       # number of problems scored at the end; None: all
+    # Problems scored at the end (None: all), and held-out rows per source (None: 100)
+    eval_limit: int | None = None
     # Not set by flags: filled in from the data and models that the run finds
     n_samples: int | None = None
     data_hash: str | None = None
@@ -151,10 +152,10 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
     token weighs more if its micro-batch has few answer tokens.) Every p.grad is a view into one
     buffer, `gradients`: its sum over ranks and its norm take one call each. A norm above `clip` is
     scaled down to it. With several ranks, micro_batches and the returned loss are this rank's
-    share. LavinError if the loss or the gradient is not finite.
+    share. Raises LavinError if the loss or the gradient is not finite.
     """
     n_own = sum(batch.n_answer for batch in micro_batches)          # answer tokens of this rank
-    n_answer = ranks.total(torch.tensor(float(n_own), device=lavin.device))     # of all ranks
+    n_answer = ranks.all_reduce(torch.tensor(float(n_own), device=lavin.device))    # of all ranks
     gradients.zero_()
 
     # Backward has two stages. The routing weights depend only on the modality, so they are the
@@ -176,7 +177,7 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
     losses = torch.stack(losses).tolist()                           # waits for the GPU
     for loss, batch in zip(losses, micro_batches):
         check_finite("loss", loss, [batch])
-    ranks.total(gradients)                                          # over all ranks, in place
+    ranks.all_reduce(gradients)                                     # the sum over all ranks
     scaler.unscale_(optimizer)
     norm = gradients.norm().item()          # of the global batch, for any number of ranks
     # In fp16 an overflow is no error while the scale is at least 1: the scaler skips the step.
@@ -192,7 +193,7 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
 
 
 def check_finite(what: str, value: float, batches: list[data.Batch]) -> None:
-    """LavinError with the names of the samples, if a loss or a gradient's norm is not finite."""
+    """Raises LavinError with the samples' names if a loss or a gradient's norm is not finite."""
     if not math.isfinite(value):
         ids = ", ".join(", ".join(batch.ids) for batch in batches)
         raise LavinError(f"the {what} is {value} on the samples {ids}; try a lower --lr")
@@ -229,7 +230,7 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
             # With several ranks, one may have an idle batch, without an answer. It does not count.
             n_samples = sum(len(batch.ids) for batch in micro_batches if batch.n_answer)
             has_to_stop = signals.count > 0 or log.failure is not None
-            loss, n_samples, n_to_stop = ranks.sums(
+            loss, n_samples, n_to_stop = ranks.all_reduce_numbers(
                 [loss, n_samples, has_to_stop], lavin.device)
             stopped = n_to_stop > 0
             log.step(step, step / steps_per_epoch, loss, lr, n_samples, norm)
@@ -261,7 +262,7 @@ def load_batches(lavin: LaVIN, samples: runs.TrainingSet, steps: range,
 
 
 def count_steps(settings: Settings) -> tuple[int, int]:
-    """-> (steps per epoch, steps of the run). An epoch's last step may have fewer samples."""
+    """Return (steps per epoch, steps of the run). An epoch's last step may have fewer samples."""
     steps_per_epoch = math.ceil(settings.n_samples / settings.batch_size)
     n_steps = settings.epochs * steps_per_epoch
     if settings.max_steps:
@@ -302,7 +303,7 @@ def compile_blocks(lavin: LaVIN) -> None:
 
 def build(settings: Settings, resumed: dict | None,
           device: torch.device) -> tuple[LaVIN, Optimizer, GradScaler]:
-    """-> LaVIN, its optimizer and its scaler, new or with the state that `resumed` holds."""
+    """Return LaVIN, its optimizer and its scaler, new or with the state that `resumed` holds."""
     torch.manual_seed(data.mixed_seed(settings.seed, 0))
     path = Path(settings.out, "checkpoint.pth")
     lavin = checkpoints.load(
@@ -383,7 +384,7 @@ def dry_run(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer,
 def replace_gpu(settings: Settings) -> torch.device:
     """Adapt the settings to a dry run that computes a missing GPU's memory -> the CPU.
 
-    LavinError for several GPUs.
+    Raises LavinError for several GPUs.
     """
     if settings.fsdp or ranks.count() > 1:
         raise LavinError("--dry-run: there is no GPU here, so the memory is computed, but only "
@@ -417,7 +418,7 @@ def computed_dry_run(sources: dict, settings: Settings) -> None:
 
 
 def parse_args() -> tuple[Settings, dict | None]:
-    """-> the settings, and the checkpoint to resume from or None.
+    """Return the settings, and the checkpoint to resume from (None for a new run).
 
     argparse sets only the fields whose flags were given. So the flags override the settings of the
     resumed run or the defaults of the small world, and all other fields stay.
@@ -508,7 +509,7 @@ def main() -> None:
     if settings.tensorboard:
         board.check_installed()
     ranks.join(device)
-    with ranks.first():
+    with ranks.rank_0_first():
         world.prepare(settings, remembered)
     if settings.check:
         sys.exit(runs.check_data(settings, world.PATHS["llama"]))

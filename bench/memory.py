@@ -24,12 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import data
 import train
 from extras import estimate
-from extras.estimate import BLOCK, CORNERS, SHAPES, UNSEEN, LiveBytes, Shape
+from extras.estimate import BLOCK, CORNERS, MODEL_SHAPES, UNSEEN, LiveBytes, Shape
 from extras.terminal import Parser, run
 from fast.engine import Engine
 from fast.fold import fold
 from fast.ranks import gradient_buffer
-from files import DTYPES
+from files import DTYPES, LavinError
 from model import LLaMAConfig
 from vit import ViTConfig
 
@@ -66,7 +66,7 @@ def full_batch(shape: Shape, n: int) -> data.Batch:
 
 def training_rows(name: str, bits: int) -> list[str]:
     """A model's two rows of the table, without checkpointing and with it."""
-    shape = SHAPES[name]
+    shape = MODEL_SHAPES[name]
     settings = train.Settings(dtype="bf16", bits=bits)
     batches = [full_batch(shape, n) for n in COMPUTED]
     memory = estimate.training_memory(shape, settings, batches)
@@ -101,7 +101,7 @@ def decode(shape: Shape, bits: int, n_rows: int, live: LiveBytes) -> None:
 
 def decoding_row(name: str, bits: int) -> str:
     """A model's row of the table."""
-    shape = SHAPES[name]
+    shape = MODEL_SHAPES[name]
     line = f"| {name} | {bits} |"
     for n_rows in ROWS:
         peaks = []
@@ -171,7 +171,7 @@ def check_one(number: int) -> None:
     """Print the computed and the measured peak of CHECKED[number], in this process."""
     name, dtype, micro_batch, checkpointing = CHECKED[number]
     settings = train.Settings(dtype=dtype, checkpointing=checkpointing)
-    shape = SHAPES[name]
+    shape = MODEL_SHAPES[name]
     batch = full_batch(shape, micro_batch)
     computed = computed_peak(shape, settings, batch)
     # A small step first: in it, the libraries load what a step needs.
@@ -190,7 +190,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["tables", "check"], default="tables")
-    parser.add_argument("--shape", choices=SHAPES, help="default: 7B and 13B")
+    parser.add_argument("--shape", choices=MODEL_SHAPES, help="default: 7B and 13B")
     parser.add_argument("--bits", type=int, choices=[16, 8, 4], help="default: all three")
     parser.add_argument("--row", type=int, choices=range(len(CHECKED)),
                         help="check this row alone, in this process (default: a process for each)")
@@ -209,7 +209,8 @@ def main() -> None:
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
         for number in range(len(CHECKED)):          # each in a process of its own
             command = [sys.executable, "-m", "bench.memory", "check", "--row", str(number)]
-            subprocess.run(command, cwd=ROOT, check=True, env=environment)
+            if subprocess.run(command, cwd=ROOT, env=environment).returncode != 0:
+                raise LavinError(f"row {number} failed; its message is above")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def process_peak() -> float:
 
 
 def largest_tensor(source: str | gguf.File, llama: LLaMA) -> tuple[str, int]:
-    """-> (what loading may hold besides the model, in words; its size in bytes)."""
+    """Return (what loading may hold besides the model, in words; its size in bytes)."""
     if not isinstance(source, gguf.File):
         # Two halves of the largest tensor, in fp16.
         return "one tensor of each shard", max(p.numel() * 2 for p in llama.parameters())

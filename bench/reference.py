@@ -29,7 +29,7 @@ import torch.nn as nn
 import data
 from bench.speed import PROBLEMS, build, make_prompt
 from checkpoints import to_official
-from extras.estimate import SHAPES
+from extras.estimate import MODEL_SHAPES
 from extras.evaluate import by_modality
 from extras.terminal import Parser, run
 from extras.values import Kind
@@ -55,7 +55,7 @@ def stand_in(name: str, **content) -> types.ModuleType:
 
 
 def import_authors(folder: Path, dtype: torch.dtype):
-    """-> their modules lavin.eval_model, lavin.mm_adapter, lavin.generator and clip.model."""
+    """Return their modules lavin.eval_model, lavin.mm_adapter, lavin.generator and clip.model."""
     def linear(n_in, n_out, bias=False, **_):
         return nn.Linear(n_in, n_out, bias=bias)
 
@@ -91,10 +91,10 @@ def import_authors(folder: Path, dtype: torch.dtype):
 
 
 def build_authors(folder: Path, ours: LaVIN):
-    """-> their LaVIN_Generator, with our weights."""
+    """Return their LaVIN_Generator, with our weights."""
     dtype = ours.llama.norm.weight.dtype
     eval_model, mm_adapter, generator, clip_model = import_authors(folder, dtype)
-    vit = SHAPES["mid"].vit
+    vit = MODEL_SHAPES["mid"].vit
 
     def load_clip(_):
         text_tower = (77, 100, 64, 1, 1)            # small, and deleted below

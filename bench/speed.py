@@ -43,7 +43,7 @@ import train
 from adapters import Adapter, AdapterConfig
 from checkpoints import allocate, modules_outside_blocks
 from extras import hf, runs
-from extras.estimate import SHAPES, flops
+from extras.estimate import MODEL_SHAPES, flops
 from extras.terminal import Parser, run
 from extras.values import Kind
 from fast.engine import Engine, continue_prompts
@@ -117,7 +117,7 @@ def fill_at_random(module: nn.Module) -> None:
 
 def build(shape: str, device: torch.device, dtype: torch.dtype, bits: int) -> LaVIN:
     """A LaVIN with random weights, made block by block as checkpoints.load does."""
-    lavin = SHAPES[shape].on_meta()
+    lavin = MODEL_SHAPES[shape].on_meta()
     allocate(modules_outside_blocks(lavin), device, dtype)
     fill_at_random(lavin)
     for block in lavin.llama.layers:
@@ -616,7 +616,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["train", "generate", "experts", "attention"])
-    parser.add_argument("--shape", choices=SHAPES, help="measure one row (default: all rows)")
+    parser.add_argument("--shape", choices=MODEL_SHAPES, help="measure one row (default: all rows)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
     parser.add_argument("--bits", type=int, choices=[16, 8, 4], default=16)
@@ -642,6 +642,9 @@ def main() -> None:
     elif args.what == "attention":
         measure_attention()
     elif args.shape is None:
+        for name, value in vars(args).items():
+            if name not in ("what", "device") and value != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} is for one row; add --shape")
         device, _ = pick_device(args.device, "auto")
         run_rows(args.what, device)
     elif args.what == "train":

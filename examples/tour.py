@@ -235,7 +235,7 @@ def show_vit(lavin: LaVIN) -> None:
           "features of a picture do not depend on the other pictures of a batch:")
     alone = lavin.image_features(pixels[:1])
     compare("a picture alone and in a batch of three", alone, features[:1])
-    print("\nNext: read `Block`. Its docstring tells how the authors' code differs here.")
+    print("\nNext: read `Block`. Its docstring says how the authors' code differs.")
 
 
 def print_pieces(name: str, encoded: data.Encoded, part: slice, lavin: LaVIN) -> None:
@@ -355,7 +355,7 @@ def show_train(lavin: LaVIN) -> None:
     rng = Random("train")
     samples = [make_sample(world.random_item(rng, i, "train"), rng) for i in range(32)]
     whole = lavin.batch(samples)
-    settings = train.Settings(**world.DEFAULTS, warmup=2.0, n_samples=world.SIZES[0])
+    settings = train.Settings(**world.DEFAULTS)
     optimizer = train.make_optimizer(lavin, settings)
     for group in optimizer.param_groups:
         group["lr"] = settings.lr

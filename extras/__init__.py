@@ -1,4 +1,4 @@
-"""More ways in and out: other formats, data sets, scoring, chat, page. What is where:
+"""More ways in and out: other formats, data sets, scoring, chat, page. Contents:
 
 Files that are read
     hf              Hugging Face folders. LLAMA_NAMES: their tensor names -> Meta's

@@ -48,7 +48,7 @@ def read_questions(picture, subtask):
 
 
 def load_mme(folder: str | Path) -> tuple[list[Sample], dict[str, bool]]:
-    """-> ([Sample], {its id, "subtask/picture/number": True for yes}).
+    """Return ([Sample], {its id, "subtask/picture/number": True for yes}).
 
     Raises LavinError if something is missing or malformed. The error names the file and the line.
     """
@@ -128,7 +128,8 @@ def load_captions(source: str, prompt: str) -> list[Sample]:
     """FILE[:IMAGES] -> one Sample per picture, with this prompt and the picture's id.
 
     FILE has the form of COCO's annotations, {"images": [{id, file_name}, …]}. IMAGES is the folder
-    of the pictures (default: the folder of FILE). LavinError if something is missing or malformed.
+    of the pictures (default: the folder of FILE). Raises LavinError if something is missing or
+    malformed.
     """
     path, folder = split_folder(source)
     if folder and not os.path.isdir(folder):
@@ -153,7 +154,7 @@ def load_captions(source: str, prompt: str) -> list[Sample]:
 
 
 def read_image(image, folder):
-    """An entry of "images" -> (its id, the path of its picture). ValueError if it has none."""
+    """An entry of "images" -> (id, path of its picture). Raises ValueError if it has none."""
     if not isinstance(image, dict) or type(image.get("id")) not in (int, str):
         raise ValueError('has no "id" that is a number or text')
     name = image.get("file_name")

@@ -12,7 +12,7 @@ from files import LavinError
 
 
 def check_installed() -> None:
-    """LavinError if the package is missing."""
+    """Raises LavinError if the package is missing."""
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
@@ -21,7 +21,7 @@ def check_installed() -> None:
 
 
 def open_board(out: str, first_step: int | None = None):
-    """-> a SummaryWriter for OUT/tensorboard. It adds a new file and keeps the existing ones.
+    """Return a SummaryWriter for OUT/tensorboard. It adds a new file and keeps the existing ones.
 
     first_step: the number of steps done before this run starts or resumes. TensorBoard then hides
     what an earlier run wrote for later steps.

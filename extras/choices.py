@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 import data
 from data import Encoded, Sample
-from extras.evaluate import Answers, add_chosen, decode_pictures, encode_prompts
+from extras.evaluate import (Answers, by_modality, choosing_bar, decode_pictures,
+                             encode_prompts)
 from fast.engine import Engine
 from fast.fold import fold
 from files import LavinError
@@ -37,7 +38,7 @@ def split_sequences(lavin: LaVIN, sample: Sample,
     """A prompt and its possible answers -> (the shared start, a Branch for each answer).
 
     Prompt and answer are tokenized as one string, so the tokens at the seam are the same as in
-    training. LavinError if an answer does not fit the context.
+    training. Raises LavinError if an answer does not fit the context.
     """
     sequences = []
     for choice in choices:
@@ -104,6 +105,8 @@ def branch_scores(engine: Engine, branches: list[tuple[int, Branch]]) -> list[fl
 
 def choose_group(lavin, group, branches, answers, modality, batch_size, workers):
     """Yield (id of a sample, index of its most likely answer)."""
+    if not group:
+        return
     n_rows = min(batch_size, len(group))
     longest = 0
     for prompt in group:
@@ -140,10 +143,11 @@ def choose_all(lavin: LaVIN, samples: list[Sample], answers: Answers,
         branches[sample.id] = known.setdefault(own, own)
         return start
 
-    def choose(group, modality):
-        chosen = choose_group(lavin, group, branches, answers, modality, batch_size, workers)
-        for identity, index in chosen:
-            yield identity, choices[identity][index]
-
-    encoded = encode_prompts(lavin, samples, answers, encode)
-    add_chosen(encoded, answers, choose)
+    groups = by_modality(encode_prompts(lavin, samples, answers, encode))
+    with choosing_bar(groups) as bar:
+        for modality, group in enumerate(groups):
+            chosen = choose_group(lavin, group, branches, answers, modality, batch_size, workers)
+            for identity, index in chosen:
+                answers.add(identity, choices[identity][index])
+                bar.update()
+    answers.gather()

@@ -183,7 +183,7 @@ class Shape:
 
 
 # Named shapes, for the scripts in bench/.
-SHAPES = {
+MODEL_SHAPES = {
     "7B": Shape(LLaMAConfig(), ViTConfig()),
     "13B": Shape(LLaMAConfig(dim=5120, n_layers=40, n_heads=40), ViTConfig()),
     "mid": Shape(LLaMAConfig(dim=512, n_layers=8, n_heads=8), ViTConfig(width=512, layers=12)),
@@ -258,7 +258,7 @@ def take_step(lavin: LaVIN, optimizer: torch.optim.Optimizer, gradients: torch.T
 
 def steps_memory(lavin: LaVIN, settings, batches: list[data.Batch], live: LiveBytes,
                  ways: tuple[bool, ...] = (False, True)) -> dict[tuple[bool, int], Memory]:
-    """-> {(with checkpointing?, index of the batch): Memory} of a model on the meta device.
+    """Return {(with checkpointing?, index of the batch): Memory} of a model on the meta device.
 
     Call this inside `with live`. Put that inside a FakeTensorMode, unless the steps should be real.
     ways: the values of `checkpointing` to measure. By default each step is taken with both.
@@ -327,7 +327,7 @@ def blank(samples: list[data.Encoded], resolution: int) -> data.Batch:
 
 def longest_micro_batches(lavin: LaVIN, longest: list[data.Encoded],
                           settings) -> dict[int, list[data.Encoded]]:
-    """-> {size: the samples of the largest micro-batch}, for sizes 1, settings.micro_batch and all.
+    """Return {size: samples of the largest micro-batch} for sizes 1, settings.micro_batch and all.
 
     longest: the longest samples of a run, enough for one global batch. They are split into
     micro-batches as in training.

@@ -127,7 +127,7 @@ class Answers:
 
     def gather(self) -> None:
         """Exchange the answers between ranks, so that every rank has all of them."""
-        for given, unread in ranks.gather((self.given, self.unread)):
+        for given, unread in ranks.all_gather((self.given, self.unread)):
             self.given |= given
             self.unread |= unread
 
@@ -155,7 +155,7 @@ class Answers:
                   f"they count as wrong. The first one: {first}")
 
     def check(self) -> None:
-        """LavinError if any picture could not be decoded."""
+        """Raises LavinError if any picture could not be decoded."""
         if self.unread:
             first = self.first_unread()
             raise LavinError(f"{first} ({len(self.unread)} of {len(self.ids)} have no answer "
@@ -164,7 +164,7 @@ class Answers:
 
 def by_modality(encoded: list[Encoded],
                 deal: bool = True) -> tuple[list[Encoded], list[Encoded]]:
-    """-> (prompts without a picture, prompts with one), the longest first.
+    """Return (prompts without a picture, prompts with one), the longest first.
 
     Prompts of similar length then run together, and a lack of memory shows at the start.
     deal: keep only this rank's share of each.
@@ -181,7 +181,7 @@ def by_modality(encoded: list[Encoded],
 
 
 def encode_prompts(lavin, samples, answers, encode):
-    """-> [encode(sample)]. A prompt that does not fit the context is answered with ""."""
+    """Return [encode(sample)]. A prompt that does not fit the context is answered with ""."""
     encoded = []
     n_too_long = 0
     for sample in samples:
@@ -214,7 +214,7 @@ def decode_pictures(lavin: LaVIN, prompts: list[Encoded], answers: Answers, work
 
 
 def letter_is_out(lavin: LaVIN, format: str | None) -> Callable[[list[int]], bool] | None:
-    """-> a function: do these tokens name a letter yet?
+    """Return a function: do these tokens name a letter yet?
 
     None if reasons come before the letter, or if there is no ScienceQA format.
     """
@@ -270,7 +270,7 @@ def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: st
 
 
 def letter_prompt(lavin, sample, n_choices):
-    """-> (the prompt up to "The answer is" as Encoded, the token of each choice's letter).
+    """Return (the prompt up to "The answer is" as Encoded, the token of each choice's letter).
 
     The letter may change how the text before it is tokenized. So every variant is tokenized as a
     whole. The letter is at the first position where the variants differ.
@@ -286,8 +286,10 @@ def letter_prompt(lavin, sample, n_choices):
     return data.cut(variants[0], position), tokens[:n_choices, position].tolist()
 
 
-def choose_letters_of_group(lavin, group, letters, answers, modality, batch_size, workers):
+def choose_letters_of_group(lavin, group, letter_tokens, answers, modality, batch_size, workers):
     """Yield (id of a sample, index of its likeliest choice)."""
+    if not group:
+        return
     n_rows = min(batch_size, len(group))
     engine = Engine(fold(lavin, modality), n_rows, len(group[0].tokens))
     prompts = decode_pictures(lavin, group, answers, workers, each=n_rows)
@@ -296,48 +298,37 @@ def choose_letters_of_group(lavin, group, letters, answers, modality, batch_size
         check_logits(logits)
         engine.lengths.clear()                              # the rows are free for the next batch
         for prompt, row in zip(batch, logits):
-            yield prompt.id, int(row[letters[prompt.id]].argmax())
+            yield prompt.id, int(row[letter_tokens[prompt.id]].argmax())
 
 
-def add_chosen(encoded: list[Encoded], answers: Answers,
-               choose: Callable[[list[Encoded], int], Iterator[tuple[str, str]]]) -> None:
-    """Add the answers that `choose` yields, one modality after the other.
-
-    choose(prompts, modality) yields (id of a sample, its answer).
-    """
-    groups = by_modality(encoded)
+def choosing_bar(groups: tuple[list[Encoded], list[Encoded]]) -> tqdm:
+    """A progress bar for choosing an answer to every prompt of these groups."""
     n_prompts = sum(len(group) for group in groups)
-    with tqdm(total=n_prompts, desc="choosing", unit=" problems", file=sys.stdout) as bar:
-        for modality, group in enumerate(groups):
-            if not group:
-                continue
-            for identity, answer in choose(group, modality):
-                answers.add(identity, answer)
-                bar.update()
-    answers.gather()
+    return tqdm(total=n_prompts, desc="choosing", unit=" problems", file=sys.stdout)
 
 
 def choose_letters(lavin: LaVIN, samples: list[Sample], answers: Answers, problems: dict,
-               batch_size: int = 32, workers: int = 0) -> None:
+                   batch_size: int = 32, workers: int = 0) -> None:
     """For each of ScienceQA's samples, add the likeliest letter after "The answer is".
 
     This takes one pass and generates nothing. A prompt that does not fit the context gets "".
     """
-    letters = {}
+    letter_tokens = {}                  # {a sample's id: the token of each choice's letter}
 
     def encode(sample):
         n_choices = len(problems[sample.id]["choices"])
-        start, letters[sample.id] = letter_prompt(lavin, sample, n_choices)
+        start, letter_tokens[sample.id] = letter_prompt(lavin, sample, n_choices)
         return start
 
-    def choose(group, modality):
-        chosen = choose_letters_of_group(
-            lavin, group, letters, answers, modality, batch_size, workers)
-        for identity, index in chosen:
-            yield identity, f"The answer is {data.LETTERS[index]}."
-
-    encoded = encode_prompts(lavin, samples, answers, encode)
-    add_chosen(encoded, answers, choose)
+    groups = by_modality(encode_prompts(lavin, samples, answers, encode))
+    with choosing_bar(groups) as bar:
+        for modality, group in enumerate(groups):
+            chosen = choose_letters_of_group(
+                lavin, group, letter_tokens, answers, modality, batch_size, workers)
+            for identity, index in chosen:
+                answers.add(identity, f"The answer is {data.LETTERS[index]}.")
+                bar.update()
+    answers.gather()
 
 
 def sqa_predictions(problems: dict, outputs: dict[str, str]) -> dict[str, int]:

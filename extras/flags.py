@@ -4,8 +4,8 @@ extras/values.py holds the type and the range of each flag's value.
 """
 
 import argparse
+import functools
 import os
-from collections.abc import Callable
 
 from data import default_workers
 from extras.instructions import KINDS, is_rows
@@ -19,16 +19,13 @@ DTYPE_HELP = ("dtype of the frozen weights (default: auto, which is bf16 on an N
 WORKERS_HELP = "processes that decode pictures (default: half the number of cores, at most 8)"
 
 
-def adder(group, kinds: dict) -> Callable:
-    """-> a function like group.add_argument. It looks up the type of a flag's value in `kinds`."""
-    def add(flag, **more):
-        kind = kinds[flag.removeprefix("--").replace("-", "_")]
-        if kind.choices:
-            shown = ",".join(str(choice) for choice in kind.choices)
-            more = {"metavar": f"{{{shown}}}"} | more
-        group.add_argument(flag, type=kind.parse, **more)
-
-    return add
+def add_flag(group, kinds: dict, flag: str, **more) -> None:
+    """group.add_argument, with the type of the flag's value from `kinds`."""
+    kind = kinds[flag.removeprefix("--").replace("-", "_")]
+    if kind.choices:
+        shown = ",".join(str(choice) for choice in kind.choices)
+        more = {"metavar": f"{{{shown}}}"} | more
+    group.add_argument(flag, type=kind.parse, **more)
 
 
 # train.py
@@ -45,7 +42,7 @@ def train_parser(description: str) -> argparse.ArgumentParser:
 
 def add_source_flags(group) -> None:
     kinds = ", ".join(f"{kind}:FILE" for kind in KINDS)
-    add = adder(group, SETTINGS)
+    add = functools.partial(add_flag, group, SETTINGS)
     switch = group.add_argument
     add("--data", nargs="+", metavar="SOURCE",
         help=f"sqa: ScienceQA (default); {kinds}; FILE:IMAGES names the folder of the pictures")
@@ -55,8 +52,8 @@ def add_source_flags(group) -> None:
            "sample, not as one sample per answer")
     switch("--skip-bad", action="store_true", help="leave out rows that cannot be used")
     add("--val-fraction", help="fraction of each source to hold out. After each epoch, train.py "
-        "reports the loss of these rows, and how many of --eval-limit of them are answered exactly "
-        "(ScienceQA: the letter). Default: 0")
+        "reports the loss of these rows, and how many of the first --eval-limit of them are "
+        "answered exactly (ScienceQA: with the right letter). Default: 0")
     add("--data-root", help="ScienceQA's directory (default: data/scienceqa)")
     add("--format", metavar="FORMAT", help="format of ScienceQA's samples: parts of the prompt - "
         "parts of the answer (default: QCM-ALE)")
@@ -75,7 +72,7 @@ def add_source_flags(group) -> None:
 
 
 def add_training_flags(group) -> None:
-    add = adder(group, SETTINGS)
+    add = functools.partial(add_flag, group, SETTINGS)
     switch = group.add_argument
     add("--epochs", help="passes over the data (default: 20, or 15 without ScienceQA)")
     add("--warmup", help="warm-up in epochs, at most a tenth of the run (default: 2, or 0.2 "
@@ -110,13 +107,13 @@ def add_training_flags(group) -> None:
     switch("--check", action="store_true", help="read all data, print what it looks like and "
            "what is wrong with it, and train nothing")
     switch("--dry-run", action="store_true", help="try the longest batch, print memory and hours, "
-           "and train nothing; with --device cuda but no GPU, the memory is computed, and with "
-           "--tflops the hours")
+           "and train nothing; with --device cuda but no GPU, it computes the memory instead, "
+           "and with --tflops the hours")
     add("--tflops", help="with --dry-run: a GPU's bf16 TFLOP/s (data sheet), to estimate hours")
 
 
 def add_speed_flags(group) -> None:
-    add = adder(group, SETTINGS)
+    add = functools.partial(add_flag, group, SETTINGS)
     switch = group.add_argument
     add("--device", help="cpu, cuda, cuda:1, mps, … (default: a GPU if there is one)")
     add("--dtype", help=DTYPE_HELP)
@@ -130,7 +127,7 @@ def add_speed_flags(group) -> None:
 
 
 def check_settings(settings) -> None:
-    """LavinError for settings that do not go together."""
+    """Raises LavinError for settings that do not go together."""
     if len(set(settings.data)) < len(settings.data):
         raise LavinError("--data names a source twice; use --weights to give it a larger share")
     if settings.weights and len(settings.weights) != len(settings.data):
@@ -148,7 +145,7 @@ def check_settings(settings) -> None:
 
 
 def check_delta(delta: str | None, unpermuted: bool) -> None:
-    """LavinError for --delta-unpermuted without a --delta, from a flag or the checkpoint."""
+    """Raises LavinError for --delta-unpermuted without a --delta, from a flag or the checkpoint."""
     if unpermuted and not delta:
         raise LavinError("--delta-unpermuted goes with --delta DIR, the folder of the deltas")
 
@@ -165,7 +162,7 @@ def generate_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_mode_flags(group) -> None:
-    add = adder(group, QUESTION)
+    add = functools.partial(add_flag, group, QUESTION)
     switch = group.add_argument
     add("--prompt", help='a question; it becomes "Instruction: … Response:" unless it contains '
         '"Response:"')
@@ -185,11 +182,12 @@ def add_mode_flags(group) -> None:
 
 
 def add_data_flags(group) -> None:
-    add = adder(group, QUESTION)
+    add = functools.partial(add_flag, group, QUESTION)
     switch = group.add_argument
     add("--data-root", help="ScienceQA's directory (default: as trained, or data/scienceqa)")
     add("--split", default="test", help="split of ScienceQA (default: test)")
-    add("--format", metavar="FORMAT", help="format of ScienceQA's prompts (default: as trained)")
+    add("--format", metavar="FORMAT", help="format of ScienceQA's prompts (default: as trained, "
+        "or QCM-ALE)")
     add("--score", help="choose the most likely answer instead of generating one. letters, for "
         'sqa: the letter after "The answer is". choices, for rows: one of the row\'s "choices" or, '
         "without that list, one of all answers in the file")
@@ -198,13 +196,14 @@ def add_data_flags(group) -> None:
     switch("--blank-images", action="store_true", help="replace every picture with a white one")
     add("--predictions", metavar="FILE", help="write the answers to FILE: {results: {id: index}, "
         "outputs: {id: text}}, with {missing: {id: why}} for those without an answer; for rows, a "
-        "list of {id, output, answer, right}")
+        "list of {id, output, answer, right}; for mme {scores, outputs}; for captions COCO's list "
+        "of {image_id, caption}")
     add("--batch-size", default=32, help="problems answered at a time (default: 32)")
     add("--workers", default=default_workers(), help=WORKERS_HELP)
 
 
 def add_model_flags(group) -> None:
-    add = adder(group, QUESTION)
+    add = functools.partial(add_flag, group, QUESTION)
     switch = group.add_argument
     add("--adapter", help="LaVIN checkpoint, ours or released; none: plain LLaMA "
         "(default: out/checkpoint.pth)")
@@ -217,13 +216,13 @@ def add_model_flags(group) -> None:
         help="cpu, cuda, cuda:1, mps, … (default: a GPU if there is one)")
     add("--dtype", default="auto", help=DTYPE_HELP)
     add("--bits", help="8 or 4: quantize LLaMA's matrices (default: as trained, or 16)")
-    add("--max-seq-len", help="context in tokens (default: as trained)")
+    add("--max-seq-len", help="context in tokens (default: as trained, or 512)")
     switch("--compile", action="store_true",
            help="compile the decoding step; this takes half a minute and pays off for long answers")
 
 
 def add_sampling_flags(group) -> None:
-    add = adder(group, QUESTION)
+    add = functools.partial(add_flag, group, QUESTION)
     add("--max-new-tokens",
         help="maximum length of an answer in tokens (default: 256; for a data set 64, but 16 for "
         "mme and 256 for sqa with reasons first)")
@@ -234,7 +233,7 @@ def add_sampling_flags(group) -> None:
 
 
 def check_source(source: str) -> None:
-    """LavinError for a --data that generate.py does not know."""
+    """Raises LavinError for a --data that generate.py does not know."""
     kind, _, rest = source.partition(":")
     has_rest = kind in ("mme", "caption", *KINDS) and rest
     is_file = is_rows(source) and os.path.exists(source)
@@ -245,7 +244,7 @@ def check_source(source: str) -> None:
 
 
 def check_scoring(args: argparse.Namespace) -> None:
-    """LavinError for a --score or a --by that does not fit --data."""
+    """Raises LavinError for a --score or a --by that does not fit --data."""
     has_rows = args.data and is_rows(args.data)
     generates = args.temperature or args.max_new_tokens or args.compile
     if args.score == "letters" and (args.data != "sqa" or generates):
@@ -262,7 +261,7 @@ def check_scoring(args: argparse.Namespace) -> None:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """LavinError for flags that contradict each other."""
+    """Raises LavinError for flags that contradict each other."""
     if args.data:
         check_source(args.data)
     captions = (args.data or "").startswith("caption:")

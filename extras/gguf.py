@@ -1,10 +1,11 @@
 """Read GGUF, llama.cpp's file format: one file with a model's sizes, vocabulary and weights.
 
 The model is a LLaMA or a Qwen2, often quantized. The library `gguf` dequantizes the weights (pip
-install gguf). We read the header ourselves: the library takes seconds, and never ends if a length
-is damaged. The rows of wq and wk are in Meta's order in a LLaMA, in Hugging Face's in a Qwen2.
-There are two kinds of vocabulary. LLaMA 1 and 2 have sentencepiece's ("llama"); we rebuild the
-sentencepiece model from it. The others have byte pairs ("gpt2"), which need pip install tokenizers.
+install gguf). We read the header ourselves: the library takes seconds, and never returns if a
+length is damaged. The rows of wq and wk are in Meta's order in a LLaMA, and in Hugging Face's in a
+Qwen2. There are two kinds of vocabulary. LLaMA 1 and 2 have sentencepiece's ("llama"); we rebuild
+the sentencepiece model from it. The others have byte pairs ("gpt2"), which need pip install
+tokenizers.
 """
 
 import math
@@ -69,7 +70,7 @@ LIST = 9
 
 
 class Header:
-    """Reads what precedes the weights, in order. ValueError if the file ends too early."""
+    """Reads what precedes the weights, in order. Raises ValueError if the file ends too early."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file = file
@@ -109,8 +110,10 @@ class Header:
 
 
 def read_header(file: BinaryIO, size: int, library) -> tuple[dict, dict]:
-    """-> ({name: value} describing the model, {llama.cpp's name of a tensor: (its type, the shape
-    of its bytes, their place in the file)}). Damaged bytes raise ValueError or another exception.
+    """Return ({name: value} describing the model, {a tensor's name in llama.cpp: (its type, the
+    shape of its bytes, their place in the file)}).
+
+    Damaged bytes raise ValueError or another exception.
     """
     header = Header(file, size)
     if header.take(4) != b"GGUF" or header.number("I") not in (2, 3):
@@ -121,21 +124,24 @@ def read_header(file: BinaryIO, size: int, library) -> tuple[dict, dict]:
     for _ in range(n_fields):
         name = header.text()
         fields[name] = header.value(header.number("I"))
-    tensors = {}
+    described = {}
     for _ in range(n_tensors):
         name = header.text()
         shape = header.numbers("Q", header.number("I"))     # the fastest-varying dimension first
         kind = library.GGMLQuantizationType(header.number("I"))
-        tensors[name] = (kind, shape[::-1], header.number("Q"))
+        described[name] = (kind, shape[::-1], header.number("Q"))
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
         raise ValueError("wrong general.alignment")
     start = math.ceil((size - header.left) / alignment) * alignment
-    for name, (kind, shape, offset) in tensors.items():
+    tensors = {}
+    for name, (kind, shape, offset) in described.items():
         n_numbers, n_bytes = library.GGML_QUANT_SIZES[kind]         # in a block
         *rows, width = shape
+        if width % n_numbers:
+            raise ValueError(f"{name} is {width} wide, which is no multiple of {n_numbers}")
         stored = (*rows, width // n_numbers * n_bytes)
-        if width % n_numbers or start + offset + math.prod(stored) > size:
+        if start + offset + math.prod(stored) > size:
             raise ValueError(f"it ends within {name}")
         tensors[name] = (kind, stored, start + offset)
     return fields, tensors
@@ -158,7 +164,7 @@ class File:
     """
 
     def __init__(self, path: str | Path):
-        """LavinError if it is not a GGUF file of a model that we support."""
+        """Raises LavinError if it is not a GGUF file of a model that we support."""
         check_regular(path)
         self.library = import_gguf(path)
         self.path = path
@@ -179,7 +185,7 @@ class File:
         self.tensors = {self.name_of(name): tensor for name, tensor in tensors.items()}
 
     def check_architecture(self) -> None:
-        """LavinError for anything that our model does not support."""
+        """Raises LavinError for anything that our model does not support."""
         fields = self.fields
         architecture = fields.get("general.architecture")
         check_supported(self.path, {"general.architecture": architecture or "none"}, {
@@ -198,7 +204,7 @@ class File:
         })
 
     def name_of(self, name: str) -> str:
-        """Meta's name for a tensor. LavinError if it has none."""
+        """Meta's name for a tensor. Raises LavinError if it has none."""
         if name == ROPE_SCALES:
             return name
         known = meta_name(name, r"blk\.(\d+)\.(.+)", NAMES)

@@ -74,7 +74,7 @@ CLIP_NAMES = {
 
 
 def weight_files(folder):
-    """A folder's files with tensors. LavinError if there are none, or if one is missing."""
+    """A folder's files with tensors. Raises LavinError if there are none, or if one is missing."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         files = sorted(folder.glob("pytorch_model*.bin"))
@@ -141,7 +141,7 @@ def read_object(path):
 def read_config(folder: str | Path) -> dict:
     """config.json of a LLaMA -> {field of LLaMAConfig: value}, types and ranges checked.
 
-    LavinError for another architecture, or for a setting that our model does not support.
+    Raises LavinError for another architecture, or for a setting that our model does not support.
     """
     path = Path(folder, "config.json")
     config = read_object(path)
@@ -205,7 +205,7 @@ def to_meta(name: str, tensor: torch.Tensor, config) -> torch.Tensor:
 
 
 def read_clip_config(folder: str | Path) -> dict:
-    """config.json of CLIP's image encoder. LavinError if our ViT does not support it."""
+    """config.json of CLIP's image encoder. Raises LavinError if our ViT does not support it."""
     path = Path(folder, "config.json")
     if not os.path.exists(path):
         raise LavinError(f"{folder}: a folder without config.json; give CLIP's file ViT-L-14.pt, "

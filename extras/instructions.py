@@ -66,7 +66,7 @@ def instruction_prompt(instruction: str, more: str = "", has_picture: bool = Fal
 
 
 def text_field(row, *names, needed=True):
-    """The text in the first of these fields that the row has.
+    """The first text that is not empty in these fields of a row, or "".
 
     Raises ValueError if it is not Unicode text, or if it is needed but missing or empty.
     """
@@ -76,6 +76,7 @@ def text_field(row, *names, needed=True):
             value = row[name]
             if not data.is_unicode(value):
                 raise ValueError(f"{name!r} is not Unicode text")
+        if value.strip():
             break
     if needed and not value.strip():
         missing = " or ".join(repr(name) for name in names)
@@ -186,7 +187,8 @@ def iterate_lines(path):
     """Yield (place, row) for each line of JSON. If a line is not JSON, its row is a BadRow."""
     try:
         # Bytes that are not UTF-8 are let through here, so that a later error can name their row.
-        with open(path, encoding="utf-8", errors="surrogateescape") as lines:
+        # "-sig" skips the byte-order mark that some Windows programs write.
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
                 place = f"{path} line {number}"
                 if not line.strip():
@@ -264,12 +266,12 @@ def bad_pictures(samples, read):
 
 
 def look_at(path):
-    """LavinError if the file does not begin like a picture. Takes 0.1 ms; decoding takes 6 ms."""
+    """Raises LavinError if the file does not begin like a picture. 0.1 ms; decoding takes 6."""
     data.open_picture(path).close()
 
 
 def write_rows(path: str | Path, rows: list[dict]) -> None:
-    """Write a file for `jsonl:`. LavinError if this fails."""
+    """Write a file for `jsonl:`. Raises LavinError if this fails."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
@@ -433,7 +435,7 @@ def show(sample: Sample, encoded: Encoded, tokenizer: data.Tokenizer) -> str:
 
 
 def decode_picture(path):
-    """LavinError if the picture cannot be decoded."""
+    """Raises LavinError if the picture cannot be decoded."""
     data.load_pixels(path, 1)
 
 

@@ -65,7 +65,7 @@ def read_resumed(out: str, names: list[str]) -> dict:
 
 
 def check_unchanged(settings, before: dict, defaults) -> None:
-    """LavinError if a resumed run is given a setting that would make it a different run.
+    """Raises LavinError if a resumed run is given a setting that would make it a different run.
 
     before: the settings in the checkpoint. Older checkpoints do not have every setting.
     """
@@ -102,7 +102,7 @@ def note_other_models(llama: str, vit: str, delta: str | None, remembered: dict)
 
 
 def check_inputs(settings, before: dict) -> None:
-    """LavinError if a resumed run has other data or models than the run before it.
+    """Raises LavinError if a resumed run has other data or models than the run before it.
 
     A value that one of the two runs does not have is not compared.
     """
@@ -120,7 +120,7 @@ def check_inputs(settings, before: dict) -> None:
 
 
 def check_sizes(config: AdapterConfig, settings) -> None:
-    """LavinError if a checkpoint's adapters have other sizes, or another τ, than the settings."""
+    """Raises LavinError if the checkpoint's adapters differ from the settings in a size or in τ."""
     sizes = {"rank": config.rank, "hidden": config.projector_dim, "tau": config.tau,
              "scale": config.scale, "experts": config.experts}
     for name, size in sizes.items():
@@ -131,14 +131,15 @@ def check_sizes(config: AdapterConfig, settings) -> None:
 
 
 def check_step(step: int, n_steps: int, out: str) -> None:
-    """LavinError for a step that a run of n_steps does not have."""
+    """Raises LavinError for a step that a run of n_steps does not have."""
     if not 1 <= step <= n_steps:
         raise LavinError(f"--resume: {checkpoint_path(out)} says that it was written after step "
                          f"{step}, but the run has steps 1 to {n_steps}")
 
 
 def restore(optimizer: Optimizer, scaler: GradScaler, resumed: dict, out: str) -> None:
-    """Load a checkpoint's state into optimizer and scaler. LavinError if it does not fit them.
+    """Load a checkpoint's state into optimizer and scaler. Raises LavinError if it does not fit
+    them.
 
     The fused AdamW does not check the sizes of its moments. If they were too small, it would write
     out of bounds. So each moment is checked against its parameter and copied.
@@ -178,7 +179,7 @@ def checked_state(state, shape: torch.Size, i: int, path: Path) -> dict[str, tor
 
 
 def check_sound(checkpoint: dict) -> None:
-    """LavinError if the weights or moments in a new checkpoint are not finite.
+    """Raises LavinError if the weights or moments in a new checkpoint are not finite.
 
     Such a checkpoint would be useless, and it would replace a usable one.
     """

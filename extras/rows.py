@@ -40,7 +40,7 @@ class Row:
 
 
 def make_row(content: dict, number: int, answer: str, by: str | None, with_choices: bool) -> Row:
-    """A row of a file -> its Row. ValueError if its choices are not texts."""
+    """A row of a file -> its Row. Raises ValueError if its choices are not texts."""
     identity = content.get("id")
     if type(identity) is not int and not data.is_unicode(identity):
         identity = number
@@ -221,7 +221,7 @@ def held_out_right(lavin: LaVIN, held_out: dict[str, list[Encoded]],
         if asked:
             share = asked[ranks.rank()::ranks.count()]
             n_right = torch.tensor(count_right(lavin, share, source, settings))
-            results[source] = ranks.total(n_right.to(lavin.device)).item(), len(asked)
+            results[source] = ranks.all_reduce(n_right.to(lavin.device)).item(), len(asked)
     lavin.train()
     return results
 

@@ -74,7 +74,7 @@ def read_source(source: str, settings, look: bool) -> tuple[list, list]:
 
 
 def read_sources(settings) -> dict[str, list[data.Sample]]:
-    """Read every source of --data. LavinError for bad rows, unless --skip-bad leaves them out."""
+    """Read every source of --data. Raises LavinError for a bad row, unless --skip-bad is set."""
     sources = {}
     for source in settings.data:
         samples, bad_rows = read_source(source, settings, look=settings.skip_bad)
@@ -101,7 +101,7 @@ def make_training_set(lavin: nn.Module, sources: dict[str, list[data.Sample]],
     held_out = {}
     folder = None if settings.dry_run else settings.out
     for number, (source, samples) in enumerate(sources.items()):
-        with ranks.first():
+        with ranks.rank_0_first():
             all_encoded = instructions.encode_all(
                 samples, lavin.tokenizer, lavin.n_features, lavin.max_seq_len, folder)
         kept = [e for e in all_encoded if (e.labels != data.IGNORED).any()]
@@ -129,7 +129,7 @@ def say_what_was_kept(title, kept, n_read):
 
 
 def hold_out(encoded, fraction, seed, number):
-    """-> (training samples, held-out samples). The seed and the source's number decide which."""
+    """Return (training samples, held-out samples). Seed and the source's number decide which."""
     n_held = round(fraction * len(encoded))
     if n_held == 0:
         return encoded, []
@@ -161,7 +161,7 @@ def held_out_losses(lavin: nn.Module, held_out: dict, settings) -> dict[str, flo
             batch_losses.append(lavin(batch.to(lavin.device)) * batch.n_answer)
             n_answer += batch.n_answer
         loss = sum(torch.stack(batch_losses).tolist())      # wait for the GPU only once
-        loss, n_answer = ranks.sums([loss, n_answer], lavin.device)
+        loss, n_answer = ranks.all_reduce_numbers([loss, n_answer], lavin.device)
         losses[source] = loss / n_answer
     lavin.train()
     return losses
@@ -331,7 +331,7 @@ def ways_to_save_memory(settings) -> str:
 
 @contextlib.contextmanager
 def alone_in(settings) -> Iterator[None]:
-    """`with alone_in(settings):` keeps other runs out of OUT. LavinError if one is there."""
+    """`with alone_in(settings):` keeps other runs out of OUT. Raises LavinError if one is there."""
     if settings.dry_run or ranks.rank() > 0:        # these write nothing
         yield
         return
@@ -353,7 +353,7 @@ def kept_path(out: str, epoch: int) -> Path:
 def set_aside(settings) -> None:
     """Before a new run begins in OUT, rename an earlier run's files to *.old."""
     checkpoint = Path(settings.out, "checkpoint.pth")
-    if checkpoint.exists():             # without it, the metrics are of a run that left nothing
+    if checkpoint.exists():             # without it, the earlier run left nothing to keep
         for path in (checkpoint, Path(settings.out, "metrics.jsonl")):
             if path.exists():
                 print(f"note     {path} of an earlier run is now {path}.old; "

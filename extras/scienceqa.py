@@ -104,7 +104,7 @@ def read_captions(root: Path) -> dict[str, str]:
 
 
 def find_image(root: Path, pid: str, problem: dict) -> Path | None:
-    """The path of a problem's picture. LavinError if it is not a file in images/."""
+    """The path of a problem's picture. Raises LavinError if it is not a file in images/."""
     if not problem["image"]:
         return None
     try:

@@ -80,7 +80,7 @@ MAX_READERS = 4                 # requests parsed at a time: a picture may take 
 
 
 def read_picture(text, resolution):
-    """base64 -> pixels (3, R, R). LavinError if it is not a picture, or is too large."""
+    """base64 -> pixels (3, R, R). Raises LavinError if it is not a picture, or is too large."""
     try:
         image = data.open_picture(io.BytesIO(base64.b64decode(text, validate=True)))
         is_small = image.width * image.height <= MAX_PIXELS     # known before it is decoded
@@ -134,7 +134,7 @@ class Queue:
         self.changed = threading.Condition()
 
     def enter(self) -> object:
-        """-> a ticket, the last in the queue. Raises LavinError if the queue is full."""
+        """Return a ticket, the last in the queue. Raises LavinError if the queue is full."""
         ticket = object()
         with self.changed:
             if len(self.waiting) == MAX_WAITING:

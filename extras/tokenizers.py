@@ -114,7 +114,7 @@ def named_beside(folder: Path) -> Iterator[tuple[Path, dict]]:
 
 
 def check_special(path: Path, kind: str, number: object, model, named: object) -> int:
-    """Return the id of a BOS or EOS token. LavinError if it is not in the vocabulary.
+    """Return the id of a BOS or EOS token. Raises LavinError if it is not in the vocabulary.
 
     named: the id or the text that the file gives, for this error.
     """
@@ -127,7 +127,7 @@ def check_special(path: Path, kind: str, number: object, model, named: object) -
 def find_special(folder: Path, kind: str, model) -> int | None:
     """The id of the BOS or EOS token (kind: "bos" or "eos") that the folder's files name, or None.
 
-    LavinError if it is not in the vocabulary.
+    Raises LavinError if it is not in the vocabulary.
     """
     for path, content in named_beside(folder):
         token = content.get(f"{kind}_token")    # "</s>" or {"content": "</s>", …}
@@ -147,7 +147,7 @@ def find_special(folder: Path, kind: str, model) -> int | None:
 def find_ends(folder: Path, model) -> set[int]:
     """The ids that the folder's files call EOS. Many chat models have several.
 
-    LavinError if one is not in the vocabulary.
+    Raises LavinError if one is not in the vocabulary.
     """
     ends = set()
     for path, content in named_beside(folder):
@@ -173,7 +173,7 @@ def is_tiktoken(path: str | Path) -> bool:
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a tokenizer into a LLaMA's folder. LavinError if this fails."""
+    """Write a tokenizer into a LLaMA's folder. Raises LavinError if this fails."""
     content = tokenizer.serialized_model_proto()
     if not isinstance(tokenizer, JsonTokenizer):
         write_atomically(folder / "tokenizer.model", lambda path: path.write_bytes(content))

@@ -23,7 +23,7 @@ MOST_ATTRIBUTES = 10_000    # modules and tensors of an archive
 LONGEST_NAME = 300          # characters in a tensor's name, including the names of its modules
 
 # The names of the dtypes in data.pkl.
-DTYPES = {
+STORAGE_DTYPES = {
     "torch DoubleStorage": torch.float64,
     "torch FloatStorage": torch.float32,
     "torch HalfStorage": torch.float16,
@@ -51,7 +51,7 @@ class Module(dict):
 
 class Tensor(NamedTuple):
     """The place of a tensor in the archive. Its bytes are not read yet."""
-    storage: tuple      # "storage", a key of DTYPES, the entry below data/, a device, its size
+    storage: tuple      # "storage", a key of STORAGE_DTYPES, its entry in data/, a device, its size
     offset: int         # of the first number; counts numbers, as the strides do
     shape: tuple
     strides: tuple
@@ -176,7 +176,7 @@ def read_tensor(archive: zipfile.ZipFile, root: str, tensor: Tensor,
     if key not in contents:
         contents[key] = bytearray(archive.read(f"{root}/data/{key}"))
     content = contents[key]
-    dtype = DTYPES[kind]
+    dtype = STORAGE_DTYPES[kind]
     if len(content) != n_numbers * dtype.itemsize:
         raise ValueError(f"data/{key} has {len(content)} bytes, not {n_numbers} {dtype}")
     numbers = torch.frombuffer(content, dtype=dtype)

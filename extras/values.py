@@ -113,7 +113,7 @@ def short(value: object) -> str:
 
 def check_values(path: object, values: dict, kinds: dict[str, Kind],
                  needed: Iterable[str] = ()) -> None:
-    """LavinError for the first of `values` that is not of its kind, or that is missing.
+    """Raises LavinError for the first of `values` that is not of its kind, or that is missing.
 
     Values whose name has no kind are not checked.
     """
@@ -128,7 +128,7 @@ def check_values(path: object, values: dict, kinds: dict[str, Kind],
 
 
 def check_supported(path: object, config: dict, supported: dict[str, tuple]) -> None:
-    """LavinError for the first setting of a model's file that our model does not support.
+    """Raises LavinError for the first setting of a model's file that our model does not support.
 
     supported: {name: the values we support}. If the file lacks a setting, it counts as the first of
     these values.

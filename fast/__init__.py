@@ -1,4 +1,4 @@
-"""What the plain code computes, but faster or in less memory. What is where:
+"""What the plain code computes, but faster or in less memory. Contents:
 
     ops         fast forms of single operations, used by the core
     engine      generation with a cache of keys and values; continuous batching

@@ -308,7 +308,7 @@ class Engine:
         return logits[:n]
 
     def _capture(self, tokens, positions):
-        """-> the graph of one_step and the tensors it uses: (graph, tokens, positions, logits)."""
+        """Return one_step's graph and the tensors it uses: (graph, tokens, positions, logits)."""
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -349,7 +349,7 @@ def next_tokens(lavin: LaVIN, logits: torch.Tensor, temperature: float,
     """
     tokens = pick(logits, temperature, top_p)
     if lavin.is_sharded:
-        tokens = ranks.of_first(tokens)
+        tokens = ranks.broadcast(tokens)
     return tokens.tolist()
 
 

@@ -46,7 +46,7 @@ class ConstantAdapter(nn.Module):
 
 
 def constant_matrices(adapter: Adapter, w: torch.Tensor):
-    """-> U (C, r) and U d + u (C,) of an adapter with the routing weights w (E,)."""
+    """Return U (C, r) and U d + u (C,) of an adapter with the routing weights w (E,)."""
     up = 0
     for w_e, expert in zip(w, adapter.up):
         # The two groups of an expert form one block-diagonal matrix.
@@ -76,7 +76,7 @@ def merge(adapter: Adapter, w: torch.Tensor, matrices: list[nn.Module],
 
 @torch.no_grad()
 def fold(lavin: LaVIN, modality: int) -> LaVIN:
-    """-> a LaVIN for one modality (0: text only, 1: with a picture). Its LLaMA has no adapters.
+    """Return a LaVIN for one modality (0: text only, 1: with a picture). Its LLaMA has no adapters.
 
     wq, wk and wv are merged copies. All other tensors are shared with `lavin`, which does not
     change. Quantized matrices are shared too: a ConstantAdapter stays in front of them.

@@ -248,7 +248,7 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory that it frees, unless the environment sets MALLOC_….
 
     By default, glibc returns the memory of large tensors to the system. The system then clears
-    every page of the next tensor, which takes some 5 % of a training step on a CPU.
+    every page of the next tensor, which takes 2 to 10 % of a training step on a CPU.
     """
     is_set = any(name.startswith("MALLOC_") for name in os.environ)
     if is_set or sys.platform != "linux":

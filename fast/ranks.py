@@ -22,11 +22,11 @@ from files import LavinError
 
 
 def rank() -> int:
-    return number("RANK", 0)
+    return read_variable("RANK", 0)
 
 
 def count() -> int:
-    return number("WORLD_SIZE", 1)
+    return read_variable("WORLD_SIZE", 1)
 
 
 def own_seed(seed: int) -> int:
@@ -34,8 +34,8 @@ def own_seed(seed: int) -> int:
     return seed + 7919 * rank()
 
 
-def number(name: str, default: int) -> int:
-    """A variable that torchrun sets. LavinError for a value that torchrun would not set."""
+def read_variable(name: str, default: int) -> int:
+    """A variable that torchrun sets. Raises LavinError for a value that torchrun would not set."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or len(text) > 6:
         raise LavinError(f"the variable {name} is {text!r}, not a whole number below a "
@@ -72,28 +72,29 @@ def join(device: torch.device, for_answers: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def first() -> Iterator[None]:
-    """`with first():` runs the body on rank 0 before all other ranks.
+def rank_0_first() -> Iterator[None]:
+    """`with rank_0_first():` runs the body on rank 0 before all other ranks.
 
-    LavinError on the others if rank 0 ends in the body.
+    Raises LavinError on the others if rank 0 ends in the body.
     """
     if rank() > 0:
-        with together():
+        with explain_errors():
             dist.barrier()
     yield
     if rank() == 0 and dist.is_initialized():
-        with together():
+        with explain_errors():
             dist.barrier()
 
 
 def leave() -> None:
+    """Disconnect from the other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """`with together():` wraps an exchange of all ranks. LavinError if one of them has ended."""
+def explain_errors() -> Iterator[None]:
+    """`with explain_errors():` wraps an exchange. Raises LavinError if another rank has ended."""
     try:
         yield
     except RuntimeError as error:
@@ -102,28 +103,28 @@ def together() -> Iterator[None]:
                          ) from error
 
 
-def total(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks, in place. LavinError if one of them has ended."""
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, in place. Raises LavinError if one of them has ended."""
     if dist.is_initialized():
-        with together():
+        with explain_errors():
             dist.all_reduce(tensor)
     return tensor
 
 
-def of_first(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy rank 0's numbers to all ranks, in place. LavinError if one of them has ended."""
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy rank 0's numbers to all ranks, in place. Raises LavinError if one of them has ended."""
     if dist.is_initialized():
-        with together():
+        with explain_errors():
             dist.broadcast(tensor, src=0)
     return tensor
 
 
-def gather(value: object) -> list:
-    """[rank 0's value, rank 1's, …], on all ranks. LavinError if one of them has ended."""
+def all_gather(value: object) -> list:
+    """[rank 0's value, rank 1's, …], on all ranks. Raises LavinError if one of them has ended."""
     if not dist.is_initialized():
         return [value]
     values = [None] * count()
-    with together():
+    with explain_errors():
         dist.all_gather_object(values, value)
     return values
 
@@ -135,7 +136,7 @@ def share(things: list) -> list:
     return things[rank()::count()]
 
 
-def sums(values: list[float], device: torch.device) -> list[float]:
+def all_reduce_numbers(values: list[float], device: torch.device) -> list[float]:
     """Each of these numbers, summed over all ranks.
 
     Several ranks exchange them in fp32, which is exact for whole numbers up to 2^24. float64 would
@@ -143,7 +144,7 @@ def sums(values: list[float], device: torch.device) -> list[float]:
     """
     if not dist.is_initialized():
         return values
-    return total(torch.tensor(values, dtype=torch.float32, device=device)).tolist()
+    return all_reduce(torch.tensor(values, dtype=torch.float32, device=device)).tolist()
 
 
 def gradient_buffer(lavin: nn.Module) -> torch.Tensor:

@@ -68,7 +68,7 @@ def test_sums_over_ranks_make_no_float64(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", sent.append)
     with NoFloat64():
-        assert ranks.sums([0.5, 3, True], torch.device("cpu")) == [0.5, 3.0, 1.0]
+        assert ranks.all_reduce_numbers([0.5, 3, True], torch.device("cpu")) == [0.5, 3.0, 1.0]
     assert len(sent) == 1
 
 

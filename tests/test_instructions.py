@@ -327,6 +327,18 @@ def test_the_question_of_a_sample_to_train_on_is_its_last_turn(folder, lavin):
     assert (prompt.labels == data.IGNORED).all() and prompt.image == samples[0].image
 
 
+def test_an_epoch_is_saved_before_its_held_out_rows_are_scored(sqa, tmp_path, call_train,
+                                                                monkeypatch):
+    def fail(*args):
+        raise LavinError("a picture is damaged")
+
+    monkeypatch.setattr(rows, "score_held_out", fail)
+    code, _, stderr = call_train(
+        "--data", "sqa", "--data-root", sqa, "--val-fraction", 0.25, out=tmp_path)
+    assert code == 2 and "a picture is damaged" in stderr
+    assert (tmp_path / "checkpoint.pth").exists()
+
+
 def test_held_out_rows_are_answered_rightly_or_not(lavin, samples, monkeypatch):
     """For ScienceQA, only the letter counts. --eval-limit is the number of rows that are asked."""
     said = ["red", "The answer is B", "perhaps"]

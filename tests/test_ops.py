@@ -169,7 +169,7 @@ def test_a_group_has_samples_of_similar_length():
 
 
 def with_gradients(function, inputs, adapter, out_grad):
-    """-> the function's result, and the gradients of its inputs and the adapter's two parameters.
+    """Return the result, and the gradients of the inputs and the adapter's two parameters.
 
     inputs: y, h and w.
     """

@@ -56,7 +56,7 @@ def read_metrics(out):
 
 
 def read_run(out):
-    """-> (its losses, its trained weights)."""
+    """Return (its losses, its trained weights)."""
     losses = [line["loss"] for line in read_metrics(out) if "loss" in line]
     checkpoint = torch.load(out / "checkpoint.pth", weights_only=False)
     return losses, checkpoint["model"]
@@ -289,7 +289,7 @@ def test_the_others_hear_that_rank_0_has_ended(monkeypatch):
 
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "barrier", fail)
-    with pytest.raises(LavinError, match="another rank has ended"), ranks.first():
+    with pytest.raises(LavinError, match="another rank has ended"), ranks.rank_0_first():
         pass
 
 

@@ -28,7 +28,7 @@ from tiny.world import COUNTS, is_new
 SHAPES = (
     "circle", "square", "triangle", "star", "cross", "rectangle", "oval", "diamond", "ring",
     "hexagon", "half circle", "frame")
-LETTERS = tuple("ABEFHKLMNPRTXYZ234579")
+CHARACTERS = tuple("ABEFHKLMNPRTXYZ234579")
 # Pre-training never shows these. bench/probe.py uses them to test what CLIP learned about shapes.
 UNSEEN_SHAPES = ("heart", "moon", "arrow", "pentagon", "trapezoid", "drop")
 COLOURS = {
@@ -137,7 +137,7 @@ def turned(points, x, y, angle, stretch):
 def paint(canvas: ImageDraw.ImageDraw, rng: Random, thing: Thing, x, y, r, behind, style) -> None:
     """Draw one thing. behind: the colour inside an outline, and in a ring's or frame's hole."""
     fill = tone(thing.colour, rng)
-    if thing.shape in LETTERS:
+    if thing.shape in CHARACTERS:
         font = ImageFont.load_default(max(10, 2.4 * r))
         canvas.text((x, y), thing.shape, fill, font, anchor="mm")
         return
@@ -169,9 +169,9 @@ def paint(canvas: ImageDraw.ImageDraw, rng: Random, thing: Thing, x, y, r, behin
         canvas.polygon(points(0.6), tone(thing.colour, rng))
 
 
-def tone(colour: str, rng: Random, spread: int = 32) -> tuple[int, ...]:
+def tone(colour: str, rng: Random) -> tuple[int, ...]:
     """A colour, a little off and a little lighter or darker, as (red, green, blue)."""
-    light = rng.uniform(-spread, spread)
+    light = rng.uniform(-32, 32)
     return near(COLOURS[colour], rng, 20, lighter=light)
 
 
@@ -272,10 +272,10 @@ def pair(rng: Random, one: Thing, other: Thing) -> tuple[Image.Image, str]:
 def group(n: int, rng: Random) -> list[tuple[Image.Image, str]]:
     """n pairs (picture, caption). All properties but two are the same, or nearly the same.
 
-    Shape is nearly always one of those two, because it is the hardest to see.
+    Shape is usually one of those two, because it is the hardest to see.
     """
     pools = {
-        "shape": LETTERS if rng.random() < 0.1 else SHAPES,
+        "shape": CHARACTERS if rng.random() < 0.1 else SHAPES,
         "colour": tuple(COLOURS),
         "size": tuple(SIZES),
         "n": (1, 2, 3, 4),

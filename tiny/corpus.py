@@ -15,7 +15,7 @@ import data
 from data import Sample
 from extras.instructions import instruction_prompt
 from tiny.world import (
-    CAPITALS, COLOURS, COUNTS, DIRECTIONS, GOODS, KINDS, LANGUAGE, MATERIALS, NAMES, OBJECTS,
+    CAPITALS, COLOURS, COUNTS, DIRECTIONS, GOODS, KINDS, LANGUAGE, MATERIALS, PEOPLE, OBJECTS,
     OPPOSITES, PAST, POSITIONS, SHAPES, TEXT_SKILLS, Item, kinds, opposites, past_tense,
     picture_item, problem)
 
@@ -48,7 +48,7 @@ FORMS = {"QCM-ALE": 8, "QCM-A": 3, "QCM-EA": 2, "Instruction": 2}       # and th
 def all_words():
     """The words of registers and drills: most choices of the world's questions, and verbs."""
     words = [
-        *COLOURS, *SHAPES, *COUNTS, *POSITIONS, *DIRECTIONS, *NAMES, *GOODS, *OBJECTS, *MATERIALS,
+        *COLOURS, *SHAPES, *COUNTS, *POSITIONS, *DIRECTIONS, *PEOPLE, *GOODS, *OBJECTS, *MATERIALS,
         *KINDS]
     for pair in OPPOSITES + PAST:
         words += pair

@@ -100,7 +100,7 @@ def update(module, optimizer, loss, done: float, lr: float) -> None:
 # LLaMA
 
 
-LLAMA_PARAMS = {
+TINY_PARAMS = {
     "dim": 128,
     "n_layers": 5,
     "n_heads": 4,
@@ -112,14 +112,15 @@ NOTHING = slice(0, 0)
 
 
 @dataclass
-class Row:
+class EncodedDocument:
     """A document as tokens."""
     tokens: list[int]
     labels: list[int]           # the token itself if it belongs to the answer, else IGNORED
     description: slice          # of tokens: the words in the picture's place
 
 
-def encode_document(words: str | None, sample: Sample, tokenizer: SentencePieceProcessor) -> Row:
+def encode_document(words: str | None, sample: Sample,
+                    tokenizer: SentencePieceProcessor) -> EncodedDocument:
     """The sequence that data.encode makes of a sample, with words where a picture's features go."""
     tokens, labels = data.tokenize(sample, tokenizer)
     if words is None:
@@ -130,7 +131,7 @@ def encode_document(words: str | None, sample: Sample, tokenizer: SentencePieceP
         description = slice(1 + len(data.picture_prefix(tokenizer)), 1 + len(prefix))
     tokens = tokens[:1] + prefix + tokens[1:]                       # after BOS
     labels = labels[:1] + [data.IGNORED] * len(prefix) + labels[1:]
-    return Row(tokens, labels, description)
+    return EncodedDocument(tokens, labels, description)
 
 
 def blur(words: str | None, rng: Random) -> bool:
@@ -145,8 +146,9 @@ def blur(words: str | None, rng: Random) -> bool:
     return rng.random() < 0.5
 
 
-def text_batches(steps: int, tokenizer, seed: int, batch_size: int) -> Iterator[list[Row]]:
-    """Yield a list of Rows for every step. Only Rows that are to be blurred keep a description."""
+def text_batches(steps: int, tokenizer, seed: int,
+                 batch_size: int) -> Iterator[list[EncodedDocument]]:
+    """Yield the documents of every step. Only those that are to be blurred keep a description."""
     rng = Random(f"{seed} corpus")
     blur_rng = Random(f"{seed} blur")
     batches = []
@@ -173,7 +175,8 @@ def pad(sequences, value=0):
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
-def letter_loss(llama: LLaMA, rows: list[Row], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def letter_loss(llama: LLaMA, rows: list[EncodedDocument],
+                tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """Blur the descriptions of the rows -> (loss; for each letter, whether it is predicted).
 
     The loss is a weighted cross-entropy. The weights are 0.1 for a token of the question, 1 for a
@@ -228,7 +231,7 @@ def percent(is_right):
 
 def new_llama(vocab_size: int) -> LLaMA:
     """A LLaMA with random weights that make it easier to learn to find a word again."""
-    config = LLaMAConfig(**LLAMA_PARAMS | {"vocab_size": vocab_size})
+    config = LLaMAConfig(**TINY_PARAMS | {"vocab_size": vocab_size})
     llama = LLaMA(config, AdapterConfig())
     llama.tok_embeddings.weight.requires_grad_(True)
     initialise(llama)
@@ -262,7 +265,7 @@ def pretrain_llama(folder: Path, steps: int, seed: int = 0, batch_size: int = 32
     def write(temporary):
         (temporary / "tokenizer.model").write_bytes(tokenizer_model)
         torch.save(pretrained(llama), temporary / "consolidated.00.pth")
-        params = LLAMA_PARAMS | {"version": VERSION}
+        params = TINY_PARAMS | {"version": VERSION}
         (temporary / "params.json").write_text(json.dumps(params))
 
     make_folder(folder, write)

@@ -47,7 +47,7 @@ PATHS = {
     "data_root": ROOT / "scienceqa",
 }
 SMALL_VIT = ROOT / "ViT-small.pt"       # for bench/ablations.py; not in the repository
-# train.py's flags for models of this size and a run of two or three minutes. No workers:
+# train.py's flags for models of this size and a run of about two minutes. No workers:
 # preparing a picture of this size takes less time than sending it from one process to another.
 DEFAULTS = {
     "epochs": 1,
@@ -345,7 +345,7 @@ KINDS = {
 CAPITALS = word_pairs(
     "Norland Tarn, Estia Velo, Morva Kess, Galdor Prim, Ulmia Dace, Sorrel Bant, Fenwick Lorn, "
     "Quill Osten")
-NAMES = ("Mia", "Leo", "Zoe", "Max", "Ana", "Tom")
+PEOPLE = ("Mia", "Leo", "Zoe", "Max", "Ana", "Tom")
 GOODS = ("corn", "wool", "fish", "salt", "wood", "milk")
 OBJECTS = ("spoon", "cup", "box", "hat", "chair", "ring")
 MATERIALS = ("glass", "metal", "paper", "clay", "cloth", "stone")
@@ -396,7 +396,7 @@ def capitals(rng: Random) -> Item:
 
 
 def goods(rng: Random) -> Item:
-    name = rng.choice(NAMES)
+    name = rng.choice(PEOPLE)
     has, wants, *others = rng.sample(GOODS, 4)
     return Item(
         "goods", SOCIAL, f"What does {name} want?", [wants, has, *others],
@@ -406,7 +406,7 @@ def goods(rng: Random) -> Item:
 
 
 def owners(rng: Random) -> Item:
-    giver, taker, other = rng.sample(NAMES, 3)
+    giver, taker, other = rng.sample(PEOPLE, 3)
     thing = rng.choice(OBJECTS)
     return Item(
         "reading", LANGUAGE, f"Who has the {thing} now?", [taker, giver, other],
@@ -485,7 +485,7 @@ def random_item(rng: Random, i: int, split: str) -> Item:
     picture, the same hint misleads. So LLaMA has to rely on such a hint in a problem without a
     picture, and to ignore it in a problem with one.
     """
-    whose = f"{rng.choice(NAMES)}'s"
+    whose = f"{rng.choice(PEOPLE)}'s"
     if i % 2:
         if rng.random() < 0.3:
             return described(rng, whose, TOLD_SKILLS)
@@ -545,7 +545,7 @@ def make_folder(folder: Path, write: Callable[[Path], None], anew: bool = True) 
     """Call write(temporary folder), then rename it. So the folder is complete or does not exist.
 
     anew: replace the folder if it exists. Several processes take turns; without anew, only the
-    first makes the folder. LavinError if it cannot be written.
+    first makes the folder. Raises LavinError if it cannot be written.
     """
     folder = Path(folder)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
@@ -618,7 +618,7 @@ def is_used(name, args, remembered):
 
 
 def check_version(folder, name, command):
-    """LavinError if the folder exists but its file `name` does not state this VERSION."""
+    """Raises LavinError if the folder exists but its file `name` does not state this VERSION."""
     path = folder / name
     if not folder.exists():
         return
@@ -630,7 +630,7 @@ def check_version(folder, name, command):
 
 
 def check_trained_here(remembered):
-    """LavinError if the checkpoint was trained with another CLIP than PATHS["vit"]."""
+    """Raises LavinError if the checkpoint was trained with another CLIP than PATHS["vit"]."""
     if remembered.get("vit_hash") != files.fingerprint(PATHS["vit"]):
         raise LavinError(
             f"the adapters were trained with another CLIP than {os.path.relpath(PATHS['vit'])}. "
@@ -648,7 +648,7 @@ def sheet(predictions: str, path: str, n: int = 8) -> None:
     """Draw n test problems, each of a different picture skill, with the model's outputs.
 
     predictions: the file that generate.py --predictions wrote. path: the PNG file to write.
-    LavinError if the file holds no answers to picture problems of the small world.
+    Raises LavinError if the file holds no answers to picture problems of the small world.
     """
     problems = read_json(PATHS["data_root"] / "problems.json")
     written = read_json(predictions)
