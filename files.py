@@ -185,7 +185,8 @@ def read_json(path: str | Path) -> object:
     """The contents of a JSON file. Raises LavinError if it is missing, unreadable or not JSON."""
     check_regular(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        # "-sig" skips the byte-order mark that some Windows programs write.
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise LavinError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:

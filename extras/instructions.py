@@ -186,8 +186,8 @@ def question_of_row(row: object, folder: str | Path, place: str) -> Sample:
 def iterate_lines(path):
     """Yield (place, row) for each line of JSON. If a line is not JSON, its row is a BadRow."""
     try:
-        # Bytes that are not UTF-8 are let through here, so that a later error can name their row.
-        # "-sig" skips the byte-order mark that some Windows programs write.
+        # "-sig" skips a byte-order mark. Bytes that are not UTF-8 are let through, so that a later
+        # error can name their row.
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
                 place = f"{path} line {number}"

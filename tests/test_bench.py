@@ -28,3 +28,7 @@ def test_help_says_what_is_measured(name, call):
 ])
 def test_bad_flags_are_one_line(name, flags, fails):
     fails(importlib.import_module(f"bench.{name}"), *flags, says=[flags[-1]])
+
+
+def test_a_flag_for_one_row_needs_shape(fails):
+    fails(importlib.import_module("bench.speed"), "train", "--bits", 4, says=["--bits", "--shape"])

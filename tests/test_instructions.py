@@ -114,6 +114,16 @@ def read_rows(folder, kind, name):
     return rows
 
 
+@pytest.mark.parametrize("kind, text", [
+    ("jsonl", '{"prompt": "Say hello.", "answer": "", "output": "Hello."}'),
+    ("alpaca", '[{"instruction": " ", "prompt": "Say hello.", "output": "Hello."}]'),
+])
+def test_a_byte_order_mark_and_an_empty_field_are_passed_over(tmp_path, kind, text):
+    (tmp_path / "rows.json").write_text(text, encoding="utf-8-sig")
+    assert read_rows(tmp_path, kind, "rows.json") == [
+        ("Instruction: Say hello. \nResponse:", "Hello.", None)]
+
+
 def test_every_kind_of_file(folder):
     talk = [
         ("Instruction: What is it?\nResponse:", "A star.", "COCO_train2014_b.jpg"),
