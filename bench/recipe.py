@@ -1,11 +1,10 @@
 """A skill that the small world lacks, learned from 200 examples: is this face happy or sad?
 
-    python -m bench.recipe FOLDER           draw 200 faces to train on, and 200 others to test on
-    python train.py --data jsonl:FOLDER/faces.jsonl
-    python generate.py --data jsonl:FOLDER/new-faces.jsonl
+    python -m bench.recipe FOLDER
 
-This is README's recipe for your own data. Neither LLaMA nor CLIP has seen a face before. For
-comparison, score a checkpoint that was trained on the small world alone.
+draws 200 faces to train on (FOLDER/faces.jsonl) and 200 others to test on (FOLDER/new-faces.jsonl).
+Neither LLaMA nor CLIP has seen a face before. docs/small-world.md, "A new skill", has the commands
+that train and test on them, and the results.
 """
 
 import argparse

@@ -56,7 +56,7 @@ def load_lavin() -> LaVIN:
         print(f"The adapters are trained. They come from {CHECKPOINT}.")
     else:
         print(f"The adapters are fresh: {CHECKPOINT} is missing or not of this small world.\n"
-              "`python train.py` makes one in about two minutes. Then take the tour again.")
+              "`python train.py` makes one in two to three minutes. Then take the tour again.")
     torch.manual_seed(0)
     return checkpoints.load(world.PATHS["llama"], world.PATHS["vit"], adapter,
                             max_seq_len=world.DEFAULTS["max_seq_len"], dropout=0.0)

@@ -47,7 +47,7 @@ PATHS = {
     "data_root": ROOT / "scienceqa",
 }
 SMALL_VIT = ROOT / "ViT-small.pt"       # for bench/ablations.py; not in the repository
-# train.py's flags for models of this size and a run of about two minutes. No workers:
+# train.py's flags for models of this size and a run of two to three minutes. No workers:
 # preparing a picture of this size takes less time than sending it from one process to another.
 DEFAULTS = {
     "epochs": 1,
