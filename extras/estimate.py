@@ -51,9 +51,9 @@ BLOCK = 512                         # the CUDA allocator rounds every tensor up 
 CARDS = (8, 12, 16, 24, 40, 80)     # GB of common GPUs
 # (Layers of LLaMA, layers of the ViT) of the small models. The ViT gives a feature per 4 layers.
 CORNERS = ((1, 4), (2, 4), (1, 8))
-# The lowest and the highest share of the hardware's matmul rate that a step in fp32 reaches,
-# measured on CPUs by bench/speed.py (docs/speed.md).
-SHARES = (0.62, 0.70)
+# The lowest and the highest share of the hardware's matmul rate that bench/speed.py has measured in
+# a training step: in bf16 on a CPU with fast bf16 products, and in fp32 (docs/speed.md).
+SHARES = (0.27, 0.70)
 
 
 def is_missing(device: str) -> bool:
@@ -479,4 +479,4 @@ def print_work(epoch: int, n_epochs: float, settings) -> None:
     shortest = hours(work, settings.tflops, most)
     longest = hours(work, settings.tflops, least)
     print(f"time     {shortest:.3g} to {longest:.3g} h, an estimate that assumes {100 * least:.0f} "
-          f"to {100 * most:.0f} % of {settings.tflops:g} TFLOP/s, the share of fp32 on CPUs")
+          f"to {100 * most:.0f} % of {settings.tflops:g} TFLOP/s, the shares measured on CPUs")

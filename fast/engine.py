@@ -36,8 +36,9 @@ LAYERS_PER_GRAPH = 8        # at most; see in_groups
 class PromptCache:
     """A layer's cache in a pass that reads prompts, or more tokens after them.
 
-    keys and values: (n_rows, K, S, D). spans: for each prompt (its row, the position of its first
-    new token, the number of new tokens). Spans of the same row are read one after the other.
+    keys and values: (n_rows, K, max_tokens, D). spans: for each prompt (its row, the position of
+    its first new token, the number of new tokens). Spans of the same row are read one after the
+    other.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, spans: list[tuple]):
@@ -69,8 +70,9 @@ class PromptCache:
 class StepCache:
     """A layer's cache in a step, which adds one token to each of the first n rows.
 
-    keys and values: (n_rows, K, S, D). rows: (n,). positions: (n,), of the new tokens. mask
-    (n, 1, 1, seen): which of the first `seen` positions each new token sees. No others are read.
+    keys and values: (n_rows, K, max_tokens, D). rows: (n,). positions: (n,), of the new tokens.
+    mask (n, 1, 1, seen): which of the first `seen` positions each new token sees. No others are
+    read.
     """
 
     def __init__(self, keys, values, rows, positions, mask):
