@@ -160,9 +160,8 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
 
     # Backward has two stages. The routing weights depend only on the modality, so they are the
     # same for all micro-batches. We compute them once and detach them. The micro-batches add up
-    # their gradients in leaf.grad. One backward pass then continues from there, through the layers
-    # that the two modality tokens went through. Only this pass gives the modality embedding and
-    # LLaMA's routers a gradient. It adds to the gradient of LLaMA's adapters.
+    # their gradients in leaf.grad. One backward pass then continues from there, along the path of
+    # the two modality tokens. Only this pass reaches LLaMA's routers and the modality embedding.
     routed = lavin.route()                                          # (L, 2 modalities, E experts)
     leaf = routed.detach().requires_grad_()
     losses = []
@@ -183,8 +182,7 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
     # In fp16 an overflow is no error while the scale is at least 1: the scaler skips the step.
     fp16_can_recover = scaler.is_enabled() and scaler.get_scale() >= 1
     if not fp16_can_recover:
-        what = "gradient" if ranks.count() == 1 else "gradient of all ranks"
-        check_finite(what, norm, micro_batches)
+        check_finite("global batch's gradient", norm, micro_batches)
     if clip and norm > clip:
         gradients.mul_(clip / norm)
     scaler.step(optimizer)
@@ -193,7 +191,7 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
 
 
 def check_finite(what: str, value: float, batches: list[data.Batch]) -> None:
-    """Raises LavinError with the samples' names if a loss or a gradient's norm is not finite."""
+    """Raises LavinError with this rank's samples if a loss or a gradient's norm is not finite."""
     if not math.isfinite(value):
         ids = ", ".join(", ".join(batch.ids) for batch in batches)
         raise LavinError(f"the {what} is {value} on the samples {ids}; try a lower --lr")
@@ -225,8 +223,7 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
             except LavinError as error:
                 raise LavinError(f"step {step}: {error}; stopped without saving") from error
 
-            # From the first finished step on, a signal lets a step finish and be saved.
-            signals.listen()
+            signals.listen()    # from the end of step 1 on, a signal lets a step finish and be saved
             # With several ranks, one may have an idle batch, without an answer. It does not count.
             n_samples = sum(len(batch.ids) for batch in micro_batches if batch.n_answer)
             has_to_stop = signals.count > 0 or log.failure is not None
