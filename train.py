@@ -223,7 +223,7 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
             except LavinError as error:
                 raise LavinError(f"step {step}: {error}; stopped without saving") from error
 
-            signals.listen()    # from the end of step 1 on, a signal lets a step finish and be saved
+            signals.listen()    # from step 1 on, a signal lets a step finish and be saved
             # With several ranks, one may have an idle batch, without an answer. It does not count.
             n_samples = sum(len(batch.ids) for batch in micro_batches if batch.n_answer)
             has_to_stop = signals.count > 0 or log.failure is not None
