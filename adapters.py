@@ -102,7 +102,7 @@ class Projector(nn.Module):
 
     def __init__(self, vit_width: int, projector_dim: int, width: int):
         super().__init__()
-        # conv_A and conv_B are the authors' names. They are Linear layers in their code too.
+        # conv_A and conv_B are the authors' names, for what are Linear layers in their code too.
         self.conv_A = nn.Linear(vit_width, projector_dim)
         self.conv_B = nn.Linear(projector_dim, width)
         self.reset_parameters()

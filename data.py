@@ -111,7 +111,7 @@ class Sample:
 class Encoded:
     """A sample as tokens. The NumPy arrays may be slices of a memory-mapped file."""
     tokens: np.ndarray          # (T,) int32
-    labels: np.ndarray          # (T,) int32: the token itself in an answer, IGNORED elsewhere
+    labels: np.ndarray          # (T,) int32: the token in an answer and its EOS, else IGNORED
     is_feature: np.ndarray      # (T,) bool: a picture's feature replaces this token
     image: str | Path | Image.Image | torch.Tensor | None       # a tensor holds pixels (3, R, R)
     id: str
@@ -121,18 +121,19 @@ class Encoded:
 class Batch:
     """S samples concatenated without padding: T counts the tokens of all of them.
 
-    N of them have a picture of R × R pixels, which becomes F features. The two index tensors are
-    computed in advance on the CPU: on a GPU, an operation like nonzero() would make the CPU wait.
+    N of the samples have a picture of R × R pixels, which becomes F features. The two index tensors
+    are computed in advance on the CPU: on a GPU, an operation like nonzero() would make the CPU
+    wait.
     """
     tokens: torch.Tensor            # (T,) int64
     labels: torch.Tensor            # (T,) int64
     positions: torch.Tensor         # (T,) int64, each token's position in its sample
-    modality: torch.Tensor          # (T,) int64, of each token's sample: 0 text only, 1 picture
+    modality: torch.Tensor          # (T,) int64, that of its sample: 0 text only, 1 with a picture
     answer_indices: torch.Tensor    # (n_answer,) int64, where a label is not IGNORED
     feature_indices: torch.Tensor   # (N · F,) int64, where the features of the pictures go
     pixels: torch.Tensor            # (N, 3, R, R) fp32, in the order of the samples
     lengths: torch.Tensor           # (S,) int64, tokens of each sample; stays on the CPU
-    ids: list[str]                  # S of them
+    ids: list[str]                  # one for each sample
     n_answer: int                   # tokens that carry loss
 
     def to(self, device: torch.device) -> "Batch":
@@ -212,7 +213,7 @@ def picture_prefix(tokenizer: Tokenizer) -> list[int]:
 
 
 def tokenize(sample: Sample, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Return (tokens, labels), lists of equal length, without the picture and not truncated.
+    """Return (tokens, labels), lists of equal length, without "Image: …" and not truncated.
 
     BOS, and then for each turn prompt + answer + EOS. Prompt and answer are tokenized as one
     string. The labels start after n tokens, where n is the length of the prompt tokenized alone.
@@ -252,13 +253,13 @@ def check_unicode(sample: Sample) -> None:
 
 def encode(sample: Sample, tokenizer: Tokenizer, n_features: int, max_seq_len: int,
            prompt_only: bool = False) -> Encoded:
-    """A sample -> the sequence that the module's docstring shows.
+    """A sample -> the sequence shown at the top of this file.
 
     For training, the sequence is truncated to max_seq_len - 1 tokens, because the authors' code
     spends one position on the modality token. (Our sequence has no such token: see router.py.) If
-    a sample loses its whole answer, runs.make_training_set drops it. prompt_only is for generation:
-    the sequence ends with the prompt. Raises LavinError if a long prompt leaves no room for an
-    answer.
+    a sample loses its whole answer, make_training_set (extras/runs.py) drops it. prompt_only is for
+    generation: the sequence ends with the prompt. Raises LavinError if a long prompt leaves no room
+    for an answer.
     """
     check_unicode(sample)
     if prompt_only:
@@ -282,7 +283,7 @@ def encode(sample: Sample, tokenizer: Tokenizer, n_features: int, max_seq_len: i
     is_feature[1 + len(prefix):1 + len(inserted)] = True
 
     context = max_seq_len - 1
-    room = context - 1                  # for at least one new token
+    room = context - 1                  # for the prompt: one place stays free for a new token
     if prompt_only and len(tokens) > room:
         raise LavinError(f"the prompt has {len(tokens)} tokens, picture included, but a context of "
                          f"{max_seq_len} has room for {room}; shorten it or raise --max-seq-len")

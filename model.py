@@ -44,10 +44,10 @@ def rope_frequencies(config: "LLaMAConfig", device: torch.device | None = None) 
     """RoPE's frequencies (D/2,), fp32: pair i of a head's channels turns by 1 / θ^(2i/D) from one
     position to the next.
 
-    LLaMA 3.1 extends the context of the pre-training by lowering the low frequencies. What counts
-    is how many turns a pair makes over that context. With `rope_high` turns or more, it keeps its
-    frequency. With `rope_low` turns or fewer, its frequency is divided by `rope_factor`. In
-    between, its frequency is a weighted mean of the two.
+    LLaMA 3.1 handles longer texts than it was pre-trained on by lowering the low frequencies. What
+    counts is how many turns a pair makes over the pre-training context (`rope_context`). With
+    `rope_high` turns or more, a pair keeps its frequency. With `rope_low` turns or fewer, its
+    frequency is divided by `rope_factor`. In between, it is a weighted mean of these two values.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequencies = 1 / config.rope_theta ** exponents                # (D/2,)
@@ -184,7 +184,7 @@ class Block(nn.Module):
 
         rope: cosines and sines, as rope_angles gives them.
         """
-        # fast/fold.py merges an adapter into wq, wk and wv. Its replacement there ignores w.
+        # Once fast/fold.py has merged the adapter into wq, wk and wv, its replacement ignores w.
         adapted = self.adapter(self.attention_norm(x), w)
         x = x + self.attention(adapted, rope, lengths, cache)
         x = x + self.feed_forward(self.ffn_norm(x))
@@ -231,7 +231,7 @@ class LLaMA(nn.Module):
     def __init__(self, config: LLaMAConfig, adapter_config: AdapterConfig):
         super().__init__()
         self.config = config
-        # Frozen, and empty until the checkpoint is read. nn.Embedding(…) would draw random numbers.
+        # Frozen. The values come from the checkpoint, so this needs no initialization.
         embeddings = torch.empty(config.vocab_size, config.dim)
         self.tok_embeddings = nn.Embedding.from_pretrained(embeddings)
         self.layers = nn.ModuleList(
@@ -249,7 +249,7 @@ class LLaMA(nn.Module):
     def forward(self, x: torch.Tensor, w: torch.Tensor | None,
                 positions: torch.Tensor | None = None, lengths: torch.Tensor | None = None,
                 caches: list | None = None) -> torch.Tensor:
-        """Embeddings x (B, T, C) -> the last hidden state (B, T, C), normalized, for `output`.
+        """Embeddings x (B, T, C) -> the last hidden state (B, T, C), normalized for `output`.
 
         w (L, B, T or 1, E): the experts' weights in every layer, or None if adapters are folded in.
         positions (T,) for all rows, or (B, T): by default 0, 1, 2, …. lengths: as in `attend`.
@@ -280,7 +280,9 @@ def check_logits(logits: torch.Tensor) -> None:
 
 
 def pick(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """logits (B, vocabulary) -> the next token of each row, (B,). See check_logits for LavinError.
+    """logits (B, vocabulary) -> the next token of each row, (B,).
+
+    Raises LavinError if a logit is not finite.
 
     Temperature 0 takes the likeliest token. Otherwise the token is sampled from the nucleus: the
     smallest set of likeliest tokens whose probabilities add up to top_p or more.
@@ -301,23 +303,23 @@ class LaVIN(nn.Module):
     """LLaMA and CLIP's ViT, both frozen, and the trained parts that join them: adapters with their
     routers, the projector and the modality embedding. checkpoints.load() reads it from files.
 
-    All frozen weights have one dtype; the trained ones are fp32. Autocast casts the inputs of every
-    matrix product to the frozen dtype. forward, logits, generate, route and image_features turn
-    autocast on; callers of embed and last_hidden_state must turn it on themselves.
+    All frozen weights have one dtype (unless quantized); the trained ones are fp32. Autocast casts
+    the inputs of every matrix product to the frozen dtype. forward, logits, generate, route and
+    image_features turn autocast on; callers of embed and last_hidden_state must do so themselves.
     """
 
     def __init__(self, llama_config: LLaMAConfig, vit_config: ViTConfig,
                  adapter_config: AdapterConfig, tokenizer: data.Tokenizer, max_seq_len: int):
-        """max_seq_len: context length, including the modality token.
+        """max_seq_len: the authors' context length, which counts the modality token.
 
-        The frozen weights and the modality embedding are not initialized: checkpoints.load reads
-        or draws them.
+        The frozen weights and the modality embedding have no meaningful values yet:
+        checkpoints.load reads or draws them.
         """
         super().__init__()
         self.adapter_config = adapter_config
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
-        self.context = max_seq_len - 1  # tokens in a sequence, which has no modality token here
+        self.context = max_seq_len - 1  # tokens in a sequence, which here has no modality token
         self.resolution = vit_config.resolution
         self.n_features = vit_config.n_features
         self.llama = LLaMA(llama_config, adapter_config)
@@ -376,8 +378,8 @@ class LaVIN(nn.Module):
     def embed(self, batch: data.Batch) -> torch.Tensor:
         """Tokens and pictures -> (1, T, C). Pictures enter the sequence here and nowhere else.
 
-        A batch without pictures skips the ViT and the projector. It trains only LLaMA's adapters
-        and routers, and row 0 of the modality embedding.
+        A batch without pictures skips the ViT and the projector. Then only LLaMA's adapters and
+        routers, and row 0 of the modality embedding, get a gradient from it.
         """
         x = self.llama.tok_embeddings(batch.tokens)                 # (T, C)
         if len(batch.pixels) > 0:
@@ -402,7 +404,8 @@ class LaVIN(nn.Module):
             routed = self.route()
         text, picture = routed.split(1, dim=1)                      # (L, 1, E) each
         # Like routed[:, batch.modality], but backward through that indexing is slow.
-        w = torch.where(batch.modality[:, None] == 0, text, picture)        # (L, T, E)
+        is_text = batch.modality[:, None] == 0                      # (T, 1)
+        w = torch.where(is_text, text, picture)                     # (L, T, E)
         return w[:, None]
 
     def last_hidden_state(self, batch: data.Batch,

@@ -9,8 +9,8 @@ The token attends only to itself, and no other token sees it. So its hidden stat
 depends only on the modality. Here the token is never put into a sequence. Instead, the two possible
 tokens go through the layers once, as two sequences of length 1. Each sample then looks up its
 weights by its modality. The real sequence needs no extra token and no custom mask. (In this pass,
-all samples of a step share one dropout mask for each modality. In the authors' code each sample has
-its own. With several GPUs, each has its own masks.)
+each adapter draws one dropout mask per modality, which all samples of a step share. In the authors'
+code each sample has its own. With several GPUs, each GPU draws its own.)
 """
 
 import torch

@@ -7,8 +7,8 @@ Read down to the end of `train`: the settings, one optimizer step, the loop. The
 builds the model, does the dry run and reads the command line.
 
 Mixed precision: frozen weights, matrix products and activations are in --dtype. Trained weights,
-their gradients, AdamW's moments, the routing weights and the loss are fp32; so is the modality
-tokens' own pass, except in its matrix products. Only fp16 needs a GradScaler.
+their gradients, AdamW's moments, the routing weights and the loss are fp32. So is the residual
+stream in the modality tokens' own pass. Only fp16 needs a GradScaler.
 
 A step's randomness depends only on the settings, the step's number and the rank: its samples come
 from (seed, epoch), its dropout from (seed, step, rank). So a resumed run computes what an
@@ -56,7 +56,7 @@ class Settings:
     # The training data
     data: list[str] = field(default_factory=lambda: ["sqa"])
     weights: list[float] | None = None  # the sources' shares of an epoch, not parameters
-    format: str = "QCM-ALE"             # of ScienceQA's prompts
+    format: str = "QCM-ALE"             # format of ScienceQA's prompts
     captions: bool = False
     images: bool = True                 # False: no pictures, an ablation
     multi_turn: bool = False            # one sample per conversation, not per answer
@@ -73,12 +73,12 @@ class Settings:
     weight_decay: float = 0.02          # none on biases
     clip: float | None = None           # maximum norm of the gradient; None: no clipping
     betas: tuple[float, float] = (0.9, 0.95)    # AdamW's; there is no flag
-    tau: float = 10.0                   # of the routers: 10 for 7B, 5 for 13B
+    tau: float = 10.0                   # temperature of the routers: 10 for 7B, 5 for 13B
     dropout: float = 0.1                # in the adapters
-    rank: int = 8                       # of the adapters
-    scale: float = 1.0                  # of the adapters
+    rank: int = 8                       # rank of the adapters
+    scale: float = 1.0                  # scale of the adapters, s
     hidden: int = 128                   # size of the projector's hidden layer
-    experts: int = 2                    # of an adapter; 1: no router, an ablation
+    experts: int = 2                    # experts in an adapter; 1: no router, an ablation
     adapters: str = "all"               # or "llama", "none": ablations
     routing: bool = True                # False: each expert has weight one half, an ablation
     seed: int = 0
@@ -94,16 +94,16 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     bits: int = 16                      # 8 or 4: quantize the matrices of LLaMA's blocks
-    compile: bool | None = None         # None: only on a GPU
+    compile: bool | None = None         # None: only on an NVIDIA GPU
     checkpointing: bool = False
     fsdp: bool = False
-    workers: int | None = None          # that decode pictures; None: half the cores, at most 8
+    workers: int | None = None          # processes for pictures; None: half the cores, at most 8
     resume: bool = False
     check: bool = False
     dry_run: bool = False
     tflops: float | None = None         # a GPU's speed, to estimate hours in a dry run
     max_steps: int | None = None
-    save_every: int | None = None       # steps; None: once per epoch
+    save_every: int | None = None       # in steps; the end of an epoch is always saved
     keep_epochs: bool = False           # keep a checkpoint of every epoch
     tensorboard: bool = False
     # Problems scored at the end (None: all), and held-out rows per source (None: 100)
@@ -118,7 +118,8 @@ class Settings:
 def learning_rate(n_done: int, steps_per_epoch: int, settings: Settings) -> float:
     """Linear warm-up from 0 over at most a tenth of the run, then half a cosine down to 0.
 
-    n_done: the number of steps done so far. So with warm-up, the first step changes no weight.
+    n_done: the number of steps done so far, 0 in the first. So with warm-up, the first step changes
+    no weight.
     """
     epochs_done = n_done / steps_per_epoch
     warmup = min(settings.warmup, settings.epochs / 10)
@@ -152,25 +153,25 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
     token weighs more if its micro-batch has few answer tokens.) Every p.grad is a view into one
     buffer, `gradients`: its sum over ranks and its norm take one call each. A norm above `clip` is
     scaled down to it. With several ranks, micro_batches and the returned loss are this rank's
-    share. Raises LavinError if the loss or the gradient is not finite.
+    share. Raises LavinError if the loss or the gradient is not finite (but see fp16 below).
     """
     n_own = sum(batch.n_answer for batch in micro_batches)          # answer tokens of this rank
     n_answer = ranks.all_reduce(torch.tensor(float(n_own), device=lavin.device))    # of all ranks
     gradients.zero_()
 
-    # Backward has two stages. The routing weights depend only on the modality, so they are the
-    # same for all micro-batches. We compute them once and detach them. The micro-batches add up
-    # their gradients in leaf.grad. One backward pass then continues from there, along the path of
-    # the two modality tokens. Only this pass reaches LLaMA's routers and the modality embedding.
+    # Backward has two stages. The routing weights depend only on the modality, so all micro-batches
+    # share them. They are cut from the graph here; each micro-batch adds its gradient with respect
+    # to them to leaf.grad. At the end, one backward through `routed` carries the sum along the path
+    # of the two modality tokens. Only this stage reaches LLaMA's routers and the two embeddings.
     routed = lavin.route()                                          # (L, 2 modalities, E experts)
     leaf = routed.detach().requires_grad_()
     losses = []
     for batch in micro_batches:
-        share = batch.n_answer / n_answer       # mean of the batch · share = sum / n_answer
+        share = batch.n_answer / n_answer   # (sum / batch.n_answer) · share = sum / n_answer
         loss = lavin(batch.to(lavin.device), leaf) * share
         scaler.scale(loss).backward()
         losses.append(loss.detach())
-    if routed.requires_grad:        # False if it trains nothing: --experts 1, --adapters none
+    if routed.requires_grad:        # False with --experts 1 or --adapters none
         routed.backward(leaf.grad)
 
     losses = torch.stack(losses).tolist()                           # waits for the GPU
@@ -179,7 +180,7 @@ def train_step(lavin: LaVIN, optimizer: Optimizer, scaler: GradScaler, gradients
     ranks.all_reduce(gradients)                                     # the sum over all ranks
     scaler.unscale_(optimizer)
     norm = gradients.norm().item()          # of the global batch, for any number of ranks
-    # In fp16 an overflow is no error while the scale is at least 1: the scaler skips the step.
+    # In fp16 the gradient may overflow. The scaler then skips the step and lowers its scale.
     fp16_can_recover = scaler.is_enabled() and scaler.get_scale() >= 1
     if not fp16_can_recover:
         check_finite("global batch's gradient", norm, micro_batches)
@@ -207,8 +208,8 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
     steps_per_epoch, n_steps = count_steps(settings)
     loader = load_batches(lavin, samples, range(first_step, n_steps), settings)
     gradients = ranks.gradient_buffer(lavin)
-    is_rank_0 = ranks.rank() == 0
     lavin.train()
+    step = first_step
     stopped = False
     with runs.StopSignals() as signals, runs.Log(settings, first_step, n_steps) as log:
         for step, micro_batches in enumerate(loader, first_step + 1):      # numbered from 1
@@ -223,8 +224,8 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
             except LavinError as error:
                 raise LavinError(f"step {step}: {error}; stopped without saving") from error
 
-            signals.listen()    # from step 1 on, a signal lets a step finish and be saved
-            # With several ranks, one may have an idle batch, without an answer. It does not count.
+            signals.listen()    # until here a signal ends the run; later, it lets a step be saved
+            # With several ranks, one may have an idle batch, which does not count (data.Batches).
             n_samples = sum(len(batch.ids) for batch in micro_batches if batch.n_answer)
             has_to_stop = signals.count > 0 or log.failure is not None
             loss, n_samples, n_to_stop = ranks.all_reduce_numbers(
@@ -234,7 +235,7 @@ def train(lavin: LaVIN, samples: runs.TrainingSet, optimizer: Optimizer, scaler:
 
             ends_epoch = step == n_steps or step % steps_per_epoch == 0
             is_due = settings.save_every and step % settings.save_every == 0
-            if is_rank_0 and (ends_epoch or is_due or stopped):
+            if ranks.rank() == 0 and (ends_epoch or is_due or stopped):
                 save(lavin, optimizer, scaler, step, steps_per_epoch, settings)
             if samples.held_out and ends_epoch:     # after saving: this may fail
                 rows.score_held_out(lavin, samples.held_out, step, log, settings)

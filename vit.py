@@ -35,8 +35,8 @@ class ViTConfig:
     def n_features(self) -> int:
         """The number of features per picture, each a token of LLaMA: 6 for ViT-L/14.
 
-        To take them more often, change BLOCKS_PER_FEATURE. No tensor changes its shape, so
-        released adapters would still load, but they were trained on other features.
+        To take the class token more often, change BLOCKS_PER_FEATURE. No tensor changes its shape,
+        so released adapters still load, but they were trained on other features.
         """
         return self.layers // BLOCKS_PER_FEATURE
 

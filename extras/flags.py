@@ -96,7 +96,8 @@ def add_training_flags(group) -> None:
            help="give each expert a fixed weight of one half")
     switch("--resume", action="store_true", help="continue from OUT/checkpoint.pth")
     add("--max-steps", help="stop after this many steps; --epochs still sets the schedule")
-    add("--save-every", help="steps between checkpoints (default: one epoch)")
+    add("--save-every", help="also save after every this many steps (default: only after "
+        "each epoch)")
     switch("--keep-epochs", action="store_true", help="keep the checkpoint of every epoch as "
            "OUT/checkpoint-N.pth; N counts from 0, as in the authors' files")
     switch("--tensorboard", action="store_true", help="also write the numbers of metrics.jsonl "

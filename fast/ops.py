@@ -1,4 +1,4 @@
-"""Fast versions of single operations. Each one equals a few plain lines (tests/test_ops.py).
+"""Fast versions of single operations. Each equals a few plain lines (tests/test_ops.py).
 
     multiply_complex    RoPE's rotation of every pair of channels, without torch.compile
     attention           PyTorch's fused attention, or matrix products where those are faster
@@ -25,7 +25,7 @@ def multiply_complex(pairs: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) 
     """The rotation in model.rotate, as complex numbers: (a + ib)(cos + i sin).
 
     pairs (..., D/2, 2), the last dimension holds a and b; cos and sin (..., D/2) -> like pairs.
-    One pass over memory instead of seven. torch.compile cannot compile complex numbers.
+    This takes one pass over memory instead of seven. torch.compile cannot compile complex numbers.
     """
     turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
     return torch.view_as_real(turned)
@@ -57,10 +57,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
               is_causal: bool = False) -> torch.Tensor:
     """F.scaled_dot_product_attention: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D).
 
-    On a CPU, the backward of PyTorch's fused kernel is slow in half precision. To train there we
-    use plain matrix products, which keep all T² scores in memory. In bf16 on two Intel cores,
-    forward and backward for 8 heads take 2.4 instead of 3.4 ms for 256 tokens, 5.2 instead of 8.9
-    ms for 512, and 3 instead of 15 ms for 32 samples of 25 (python -m bench.speed attention).
+    On a CPU, the backward of PyTorch's fused kernel is slow in half precision. There, training uses
+    plain matrix products, which keep all T² scores in memory. In bf16 on two Intel cores, forward
+    and backward for 8 heads take 2.4 instead of 3.4 ms for 256 tokens, 5.2 instead of 8.9 ms for
+    512, and 3 instead of 15 ms for 32 samples of 25 tokens (python -m bench.speed attention).
     """
     grouped = q.shape[1] != k.shape[1]      # several query heads share a key head, as in LLaMA 3
     is_half = q.dtype in (torch.bfloat16, torch.float16)
@@ -87,7 +87,7 @@ def similar_lengths(lengths: list[int]) -> list[list[int]]:
     Within a group, padding every sample to the longest adds at most half to the number of scores.
     """
     groups = []
-    n_scores = 0                            # that the samples of the last group need
+    n_scores = 0                            # of the last group, without padding
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         n_scores += lengths[i] ** 2
         if groups and (len(groups[-1]) + 1) * lengths[i] ** 2 <= 1.5 * n_scores:
@@ -101,6 +101,7 @@ def similar_lengths(lengths: list[int]) -> list[list[int]]:
 def padded_rows(lengths: list[int]) -> tuple[list[list[int]], list[torch.Tensor], torch.Tensor]:
     """How concatenated samples become rows, each padded to the longest of its group.
 
+    A slot is one place in a row.
     -> (groups, sources, slots). groups: as in similar_lengths. sources: for each group, the index
     of the token that fills each slot of its rows, (rows · longest,). slots: for each token, its
     slot among those of all groups, (T,).
@@ -109,7 +110,7 @@ def padded_rows(lengths: list[int]) -> tuple[list[list[int]], list[torch.Tensor]
     starts = sizes.cumsum(0) - sizes                                    # (n,)
     groups = similar_lengths(lengths)
     sources = []
-    first_slots = [0] * len(lengths)        # of each sample
+    first_slots = [0] * len(lengths)        # each sample's first slot
     n_slots = 0
     for group in groups:
         longest = lengths[group[-1]]
@@ -212,7 +213,7 @@ def cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
 
     Logits are large: 32,000 numbers for each answer token. Backward only needs the gradient of x.
     So we take a few rows at a time, and compute their gradient while they are in the CPU's cache.
-    The logits of all rows, their softmax and their gradients never exist at the same time.
+    All rows' logits are never in memory together, and neither are their softmax and gradients.
     """
     if weight.requires_grad:
         raise ValueError("this loss gives the weight no gradient; train with F.cross_entropy")
