@@ -483,6 +483,8 @@ def load_and_train(settings: Settings, resumed: dict | None, device: torch.devic
     train(lavin, samples, optimizer, scaler, first_step, settings)
     if first_step < n_steps:
         print(f"saved    {settings.out}/checkpoint.pth")
+    else:
+        print(f"note     nothing to train: {settings.out}/checkpoint.pth has done all of its steps")
     if settings.compile:
         n_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         print(f"compile  {n_graphs} graphs in the whole run")

@@ -54,6 +54,7 @@ def write_faces(folder: Path, name: str) -> None:
         row = {"prompt": QUESTION, "image": f"{name}/{i}.png", "answer": f"The face is {mood}."}
         rows.append(row)
     write_rows(folder / f"{name}.jsonl", rows)
+    print(f"written: {folder / name}.jsonl")
 
 
 def main() -> None:

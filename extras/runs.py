@@ -118,6 +118,8 @@ def make_training_set(lavin: nn.Module, sources: dict[str, list[data.Sample]],
         sizes.append(len(trained))
         if held:
             held_out[source] = held
+        if settings.val_fraction:
+            print(f"held out {len(held)} of these samples")
     return TrainingSet(encoded, sizes, held_out)
 
 
@@ -527,7 +529,7 @@ class Log:
         line = {"step": step, "held_out": losses, "exact_match": {}}
         shown = []
         for source, loss in losses.items():
-            text = f"{source} {loss:.3f}"
+            text = f"{source}: loss {loss:.3f}"
             if source in right:
                 n_right, n_asked = right[source]
                 line["exact_match"][source] = 100 * n_right / n_asked

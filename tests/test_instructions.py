@@ -209,6 +209,7 @@ def test_training_on_a_mixture_writes_held_out_losses_and_resumes(
     in_parts = tmp_path / "parts"
     code, stdout, _ = call_train(*mixed, out=whole_run)
     assert code == 0 and "/2 right" in stdout
+    assert f"{mine}: loss " in stdout
     held_out = []
     exact_match = []
     for line in (whole_run / "metrics.jsonl").read_text().splitlines():

@@ -398,6 +398,7 @@ def test_a_finished_run_whose_log_was_deleted_resumes(call, trained):
     code, stdout, stderr = call(train, "--resume", "--out", out, "--max-steps", 1)
     assert (code, stderr) == (0, "")
     assert "saved" not in stdout            # no step was left
+    assert "nothing to train" in stdout
 
 
 # Settings that are missing in the checkpoints of earlier versions.
