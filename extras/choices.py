@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 import data
 from data import Encoded, Sample
-from extras.evaluate import (Answers, by_modality, choosing_bar, decode_pictures,
-                             encode_prompts)
+from extras.evaluate import (Answers, by_modality, decode_pictures, encode_prompts,
+                             progress_bar)
 from fast.engine import Engine
 from fast.fold import fold
 from files import LavinError
@@ -144,7 +144,7 @@ def choose_all(lavin: LaVIN, samples: list[Sample], answers: Answers,
         return start
 
     groups = by_modality(encode_prompts(lavin, samples, answers, encode))
-    with choosing_bar(groups) as bar:
+    with progress_bar(groups, "choosing") as bar:
         for modality, group in enumerate(groups):
             chosen = choose_group(lavin, group, branches, answers, modality, batch_size, workers)
             for identity, index in chosen:

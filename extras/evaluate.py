@@ -180,6 +180,12 @@ def by_modality(encoded: list[Encoded],
     return ranks.share(without), ranks.share(with_picture)
 
 
+def progress_bar(groups: tuple[list[Encoded], list[Encoded]], doing: str) -> tqdm:
+    """A bar that counts the answers to all prompts of these groups."""
+    n_prompts = sum(len(group) for group in groups)
+    return tqdm(total=n_prompts, desc=doing, unit=" problems", file=sys.stdout)
+
+
 def encode_prompts(lavin, samples, answers, encode):
     """Return [encode(sample)]. A prompt that does not fit the context is answered with ""."""
     encoded = []
@@ -252,8 +258,7 @@ def answer_all(lavin: LaVIN, samples: list[Sample], answers: Answers, format: st
 
     encoded = encode_prompts(lavin, samples, answers, encode)
     groups = by_modality(encoded, deal=not lavin.is_sharded)
-    n_prompts = sum(len(group) for group in groups)
-    with tqdm(total=n_prompts, desc="answering", unit=" problems", file=sys.stdout) as bar:
+    with progress_bar(groups, "answering") as bar:
         for modality, group in enumerate(groups):
             if not group:
                 continue
@@ -301,12 +306,6 @@ def choose_letters_of_group(lavin, group, letter_tokens, answers, modality, batc
             yield prompt.id, int(row[letter_tokens[prompt.id]].argmax())
 
 
-def choosing_bar(groups: tuple[list[Encoded], list[Encoded]]) -> tqdm:
-    """A progress bar for choosing an answer to every prompt of these groups."""
-    n_prompts = sum(len(group) for group in groups)
-    return tqdm(total=n_prompts, desc="choosing", unit=" problems", file=sys.stdout)
-
-
 def choose_letters(lavin: LaVIN, samples: list[Sample], answers: Answers, problems: dict,
                    batch_size: int = 32, workers: int = 0) -> None:
     """For each of ScienceQA's samples, add the likeliest letter after "The answer is".
@@ -321,7 +320,7 @@ def choose_letters(lavin: LaVIN, samples: list[Sample], answers: Answers, proble
         return start
 
     groups = by_modality(encode_prompts(lavin, samples, answers, encode))
-    with choosing_bar(groups) as bar:
+    with progress_bar(groups, "choosing") as bar:
         for modality, group in enumerate(groups):
             chosen = choose_letters_of_group(
                 lavin, group, letter_tokens, answers, modality, batch_size, workers)
