@@ -108,8 +108,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 # torch.compile would unroll the loop and compile anew for every number of samples.
 @torch._disable_dynamo
-def attend_to_each(q, k, v, lengths):
-    """Causal attention within each of the samples in a row, one call per sample."""
+def attend_to_each(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                   lengths: torch.Tensor) -> torch.Tensor:
+    """`attend` with lengths: causal attention within each sample of a row, one call per sample."""
     sizes = lengths.tolist()
     outputs = []
     for q_i, k_i, v_i in zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2)):
